@@ -1,0 +1,128 @@
+"""First derivatives that can be differentiated again, by the cheaper of PyTorch's two engines.
+
+``torch.autograd.grad`` takes half the time of ``torch.func``, but only the latter nests under ``torch.func``'s own
+transforms and dual numbers. The choice between them is made here and nowhere else.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from energynet import _tree
+
+
+def transform_active() -> bool:
+    """Whether a ``torch.func`` transform or a dual level of ``torch.autograd.forward_ad`` is open."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values: under ``vmap`` a tensor stands for many."""
+    return not any(torch._C._functorch.is_batchedtensor(t) for t in wrappers(tensor))
+
+
+def wrappers(tensor: Tensor) -> list[Tensor]:
+    """The tensor and what the ``torch.func`` transforms have wrapped, outermost first."""
+    found = [tensor]
+    while torch._C._functorch.is_functorch_wrapped_tensor(found[-1]):
+        found.append(torch._C._functorch.get_unwrapped(found[-1]))
+    return found
+
+
+def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Saved tensors without the wrappers of transforms that have ended, as when ``torch.func.vjp``'s result is called."""
+    return [torch._C._functorch.unwrap_if_dead(t) for t in tensors]
+
+
+@contextlib.contextmanager
+def inside_jvp(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The saved tensors of a Function's jvp rule, for arithmetic that outer forward-mode levels can follow.
+
+    PyTorch switches forward mode off in there, for its own level and, wrongly, for all outer ones: jacfwd of jacfwd would
+    lose terms in silence. So it is switched on again, and the tangents of this level alone are taken off.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield [forward_ad.unpack_dual(t).primal if t.is_floating_point() else t for t in tensors]
+
+
+def is_grads_batched(tensor: Tensor) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` is at work: an older vmap that no Function rule knows of."""
+    return torch._C._dispatch_keys(tensor).has(torch._C._parse_dispatch_key("Batched"))
+
+
+def with_grads_batched(function: Callable[[Tensor], Sequence[Tensor | None]], tensor: Tensor) -> list[Tensor | None]:
+    """Map ``function`` over the hidden dimension of such a tensor by ``torch.func.vmap``, and hide it again."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    present: list[bool] = []
+
+    def some(t: Tensor) -> tuple[Tensor, ...]:  # vmap returns tensors only
+        results = function(t)
+        present[:] = [r is not None for r in results]
+        return tuple(r for r in results if r is not None)
+
+    found = iter(torch.func.vmap(some)(torch._remove_batch_dim(tensor, level, 0, 0)))
+    return [torch._add_batch_dim(next(found), 0, level) if there else None for there in present]
+
+
+def gradient_of_sum(function: Callable[[Any], Tensor], x: Any) -> Any:
+    """Gradient of ``function(x).sum()`` with respect to the pytree ``x``; differentiable where a graph is being built."""
+    if transform_active():
+        return torch.func.grad(lambda x: function(x).sum())(x)
+    leaves, spec = _tree.flatten(x)
+    gradients = _pull(lambda *leaves: function(_tree.unflatten(leaves, spec)).sum(), leaves, None)
+    return _tree.unflatten([torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients)], spec)
+
+
+def pullback(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
+    """Vector-Jacobian products of ``function`` at ``primals``; None where it does not depend on one of them."""
+    if transform_active():
+        gradients: Sequence[Tensor | None] = torch.func.vjp(function, *primals)[1](cotangent)
+        return gradients
+    return _pull(function, primals, cotangent)
+
+
+def pushforward(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """Jacobian-vector product as two vector-Jacobian products: a nested ``torch.func.jvp`` would break dual numbers."""
+
+    def transposed(cotangent: Tensor) -> tuple[Tensor, ...]:  # linear in the cotangent
+        gradients: tuple[Tensor, ...] = torch.func.vjp(function, *primals)[1](cotangent)
+        return gradients
+
+    output = function(*primals)
+    product: Tensor = torch.func.vjp(transposed, torch.zeros_like(output))[1](tuple(tangents))[0]
+    return product
+
+
+def linearise(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool) -> Callable[[Tensor], Tensor]:
+    """The Jacobian of ``function`` at ``x``, or its transpose, evaluated once and replayed at each call. Builds no graph."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        output = function(x)
+        if not output.requires_grad:
+            return torch.zeros_like
+        if transposed:
+            return lambda u: _replay(output, x, u)
+        dummy = torch.zeros_like(output, requires_grad=True)
+        (product,) = torch.autograd.grad(output, x, dummy, create_graph=True, allow_unused=True)
+    return torch.zeros_like if product is None else lambda u: _replay(product, dummy, u)
+
+
+def _replay(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+    (product,) = torch.autograd.grad(output, x, cotangent, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if product is None else product
+
+
+def _pull(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor | None) -> Sequence[Tensor | None]:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias cuts the paths on which one primal depends on another: partial derivatives are asked for.
+        aliases = [p.view_as(p) if create_graph and p.requires_grad else p.detach().requires_grad_() for p in primals]
+        output = function(*aliases)
+    if not output.requires_grad:
+        return [None] * len(aliases)
+    return torch.autograd.grad(output, aliases, cotangent, create_graph=create_graph, allow_unused=True)

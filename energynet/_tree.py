@@ -1,0 +1,59 @@
+"""Pytrees as one matrix: the only place that touches ``torch.utils._pytree``.
+
+Solvers work on one tensor of shape ``(*batch, n)``. A `Layout` remembers how the user's pytree was folded into it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.utils._pytree as _pytree
+from torch import Tensor
+
+map_structure: Callable[..., Any] = _pytree.tree_map
+flatten: Callable[[Any], tuple[list[Any], Any]] = _pytree.tree_flatten
+unflatten: Callable[[Any, Any], Any] = _pytree.tree_unflatten
+leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
+
+
+def register_dataclass(cls: type) -> type:
+    """Make a dataclass a pytree, so that it may leave ``torch.func.vmap``."""
+    _pytree.register_dataclass(cls)  # type: ignore[no-untyped-call, unused-ignore]
+    return cls
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a pytree of tensors lies in one tensor of shape ``(*batch, n)``."""
+
+    spec: Any
+    shapes: tuple[torch.Size, ...]  # of one sample
+    dtypes: tuple[torch.dtype, ...]
+    batch_dims: int
+
+    @classmethod
+    def of(cls, tree: Any, batch_dims: int) -> "Layout":
+        tensors, spec = flatten(tree)
+        shapes = tuple(t.shape[batch_dims:] for t in tensors)
+        return cls(spec, shapes, tuple(t.dtype for t in tensors), batch_dims)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return reduce(torch.promote_types, self.dtypes)
+
+    def ravel(self, tree: Any) -> Tensor:  # -> (*batch, n)
+        tensors = leaves(tree)
+        batch = tensors[0].shape[: self.batch_dims]
+        parts = [t.reshape(*batch, shape.numel()) for t, shape in zip(tensors, self.shapes, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part.to(self.dtype) for part in parts], dim=-1)
+
+    def unravel(self, flat: Tensor) -> Any:  # (*batch, n) ->
+        batch = flat.shape[:-1]
+        sizes = [shape.numel() for shape in self.shapes]
+        parts = [flat] if len(sizes) == 1 else flat.split(sizes, dim=-1)
+        rows = zip(parts, self.shapes, self.dtypes, strict=True)
+        return unflatten([part.reshape(*batch, *shape).to(dtype) for part, shape, dtype in rows], self.spec)

@@ -1,0 +1,376 @@
+r"""How gradients come back.
+
+At a solution F(x*, θ) = 0. Differentiating gives A dx* = −(∂F/∂θ) dθ with A = ∂F/∂x, hence for an incoming gradient v
+
+    Aᵀ u = v,        dL/dθ = −(∂F/∂θ)ᵀ u.                                                                        (1)
+
+With F = (x − g)/γ the fixed-point form of (1) is the backward iteration of arXiv 2002.02868, c ← (∂g/∂x)ᵀ c + v with
+u = γ c. With F = ∇E, A is the Hessian: symmetric, so conjugate gradients apply.
+
+Both the answer x* of F(x, θ) = 0 and the answer u of F'(u; v, x, θ) = A(x, θ)ᵀ u − v = 0 are roots, and equation (1) holds
+for either. So one ``autograd.Function``, `_Solve`, does for both: its backward calls itself on the linear equation, with
+x* saved as its *output* and therefore still connected, and differentiates F once more at the solution. Every order of
+derivative is then a chain of such calls. Nothing is detached.
+
+The rule for ``vmap`` re-enters with the mapped equation; the rule for ``jvp`` solves A dx = b with b by two
+vector-Jacobian products.
+
+A sample that failed has no derivative. It is replaced by a good one before F is differentiated, so that its NaN cannot
+reach what samples share (0 · NaN = NaN), and its own context gets NaN.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._autodiff import alive, inside_jvp, is_grads_batched, pullback, pushforward, readable, with_grads_batched
+from energynet.equation import Equation, Linear, Root
+from energynet.linear import ConjugateGradient
+from energynet.loop import LoopState, loop
+from energynet.quarantine import Quarantine, separable
+from energynet.solution import OnFailure, Status, report
+from energynet.solvers import Picard, Solver
+from energynet.step import Step
+from energynet.termination import Termination
+
+
+class AdjointRecord(NamedTuple):
+    """How one adjoint solve went, sample by sample; refers to no graph."""
+
+    status: Tensor  # (*batch) int8
+    residual: Tensor  # (*batch), ‖Aᵀu − v‖ / ‖v‖
+    num_steps: Tensor  # (*batch) int32
+
+
+class AdjointReport:
+    """Collects one `AdjointRecord` a backward solve; the caller's to keep, read and clear.
+
+    Example:
+        >>> import torch
+        >>> from energynet import FPI_GD, ImplicitAdjoint
+        >>> seen = AdjointReport()
+        >>> layer = FPI_GD(lambda x, z: (x - z).square().sum(-1), 0.5, adjoint=ImplicitAdjoint(report=seen))
+        >>> layer(torch.ones(4, 2, requires_grad=True), x0=torch.zeros(4, 2)).sum().backward()
+        >>> seen.records[0].num_steps.tolist()
+        [1, 1, 1, 1]
+    """
+
+    def __init__(self) -> None:
+        self.records: list[AdjointRecord] = []
+
+    def clear(self) -> None:
+        self.records.clear()
+
+    def __repr__(self) -> str:
+        return f"AdjointReport({len(self.records)} records)"
+
+
+# ------------------------------------------------------------------------------------------------- the function
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """An equation and how to solve and differentiate it: the first argument of `_Solve`."""
+
+    equation: Equation
+    solver: Solver
+    termination: Termination
+    on_failure: OnFailure
+    adjoint: "Adjoint"
+    report: AdjointReport | None = None
+
+    def solve(self, y0: Tensor, inputs: tuple[Tensor, ...]) -> LoopState:
+        """Run the loop on plain tensors and tell of failures."""
+        if isinstance(self.equation, Root):
+            state = loop(self.equation.problem(inputs, y0), self.solver, self.termination, y0)
+            report(state.status, state.distance, state.steps, self.on_failure)
+            return state
+        # A linear equation is solved for v of unit length: no tiny or huge loss under- or overflows.
+        v = inputs[0]
+        length = self.termination.size(v).to(v.dtype).unsqueeze(-1)
+        length = torch.where((length > 0) & torch.isfinite(length), length, 1)
+        problem = self.equation.problem((v / length, *inputs[1:]), y0)
+        state = loop(problem, self.solver, self.termination, y0)
+        if self.report is not None:
+            self.report.records.append(AdjointRecord(*(t.detach() for t in (state.status, state.distance, state.steps))))
+        report(state.status, state.distance, state.steps, self.on_failure, adjoint=True)
+        return state._replace(x=state.x * length)
+
+    def linear(self, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Solve the tangent equation (or its transpose) at the answer ``y``: the solution and its status."""
+        root, flipped, arguments = self.equation.linearisation(y, inputs)
+        linear = Linear(root, transposed != flipped)
+        method = dataclasses.replace(self, equation=linear, **self.adjoint.linear_solve(self, root.symmetric))
+        answer, status, *_ = _Solve.apply(method, torch.zeros_like(right), right, *arguments)
+        return answer, status
+
+
+class _Solve(torch.autograd.Function):
+    """The root y of an equation, differentiable to any order and under every transform of ``torch.func``."""
+
+    @staticmethod
+    def forward(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        state = method.solve(y0, inputs)
+        own = separable(method.equation, state, inputs)
+        return state.x, state.status, state.distance, state.steps, own
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        method, _, *tensors = inputs
+        y, status, distance, steps, own = output
+        ctx.method = method
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(status, distance, steps, own)
+        ctx.save_for_backward(y, status, own, *tensors)
+        ctx.save_for_forward(y, status, own, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        y, status, own, *inputs = alive(ctx.saved_tensors)
+        if v is None:
+            return (None,) * (len(inputs) + 2)
+
+        def gradients(v: Tensor) -> list[Tensor | None]:
+            return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, status, own, tuple(inputs))
+
+        return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
+
+    @staticmethod
+    def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        with inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
+            return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
+        def front(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor if dim is None else tensor.movedim(dim, 0)
+
+        y0 = front(y0, in_dims[1]) if in_dims[1] is not None else y0.expand(info.batch_size, *y0.shape)
+        moved = [front(tensor, dim) for tensor, dim in zip(inputs, in_dims[2:], strict=True)]
+        dims: list[int | None] = [None if dim is None else 0 for dim in in_dims[2:]]
+        if isinstance(method.equation, Linear):  # v and x have the shape of u
+            moved[:2] = [t if d == 0 else t.expand(info.batch_size, *t.shape) for t, d in zip(moved[:2], dims[:2])]
+            dims[:2] = [0, 0]
+        mapped = dataclasses.replace(method, equation=method.equation.mapped(tuple(dims), info.randomness))
+        return _Solve.apply(mapped, y0, *moved), (0, 0, 0, 0, None)
+
+
+def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, status: Tensor, own: Tensor,
+              inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
+    """Equation (1)."""
+    failed = status != Status.CONVERGED
+    quarantine = Quarantine.of(failed, own, inputs, method.equation.batch_dims)
+    y, v, safe = quarantine.answer(y), quarantine.silence(v), quarantine.inputs()
+    u, adjoint_status = method.adjoint.pull(method, v, y, safe)
+    ill = failed | (adjoint_status != Status.CONVERGED)
+    quarantine = Quarantine.of(ill, own, inputs, method.equation.batch_dims)
+    gradients = _input_gradients(method.equation, wanted, quarantine.silence(u), y, safe)
+    return [quarantine.mark(k, g) for k, g in enumerate(method.adjoint.guard(gradients))]
+
+
+def _input_gradients(equation: Equation, wanted: tuple[bool, ...], u: Tensor, y: Tensor,
+                     inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
+    """−(∂F/∂inputs)ᵀ u for the inputs that are wanted."""
+    chosen = [k for k, want in enumerate(wanted) if want]
+
+    def residual(*values: Tensor) -> Tensor:
+        full = list(inputs)
+        for k, value in zip(chosen, values, strict=True):
+            full[k] = value
+        return equation.residual(y, *full)
+
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for k, g in zip(chosen, pullback(residual, [inputs[k] for k in chosen], -u), strict=True):
+        gradients[k] = g
+    return gradients
+
+
+def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, status: Tensor, own: Tensor,
+         inputs: tuple[Tensor, ...]) -> Tensor:  # fmt: skip
+    """dx = −A⁻¹ (∂F/∂inputs) dinputs."""
+    failed = status != Status.CONVERGED
+    quarantine = Quarantine.of(failed, own, inputs, method.equation.batch_dims)
+    y, safe = quarantine.answer(y), quarantine.inputs()
+    chosen = [k for k, t in enumerate(tangents) if t is not None]
+
+    def residual(*values: Tensor) -> Tensor:
+        full = list(safe)
+        for k, value in zip(chosen, values, strict=True):
+            full[k] = value
+        return method.equation.residual(y, *full)
+
+    right = -pushforward(residual, [safe[k] for k in chosen], [t for t in tangents if t is not None])
+    dy, adjoint_status = method.adjoint.push(method, quarantine.silence(right), y, safe)
+    ill = failed | (adjoint_status != Status.CONVERGED)
+    if readable(ill) and not bool(ill.any()):
+        return dy
+    return torch.where(ill.unsqueeze(-1), torch.nan, dy)
+
+
+# ------------------------------------------------------------------------------------------------- adjoints
+
+
+class Adjoint(ABC):
+    """How gradients of a solution come back."""
+
+    def check(self, step: Step) -> None:
+        """Raise TypeError if this adjoint cannot serve the step."""
+
+    def linear_solve(self, method: Method, symmetric: bool) -> dict[str, Any]:
+        """The fields of `Method` for the linear equation."""
+        return {}
+
+    @abstractmethod
+    def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Solve so that gradients come back in this way: x, status, residual, steps."""
+
+    def pull(self, method: Method, v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """u of equation (1), and its status."""
+        return method.linear(True, v, y, inputs)
+
+    def push(self, method: Method, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The tangent A⁻¹ right, and its status."""
+        return method.linear(False, right, y, inputs)
+
+    def guard(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Last look at the gradients of the inputs."""
+        return gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitAdjoint(Adjoint):
+    """Exact gradients of any order by the implicit function theorem, in memory that does not grow with the iterations.
+
+    Example:
+        >>> ImplicitAdjoint(Picard(), Termination(rtol=1e-6))     # the paper's backward fixed-point iteration
+        ImplicitAdjoint(solver=Picard(), termination=Termination(atol=None, rtol=1e-06, max_steps=1000), report=None)
+
+    Args:
+        solver: of the adjoint equation. `ConjugateGradient` needs an energy; `Picard` is the paper's backward fixed-point
+            iteration and `Anderson` its accelerated form, for any map. Default: conjugate gradients for energies, the
+            backward iteration for networks.
+        termination: relative to the incoming gradient; default: the forward solve's.
+        report: collects the status, residual and steps of each backward solve.
+
+    Source: arXiv 2002.02868, equations of the backward FPI layer; Christianson (1994) for its higher orders.
+    """
+
+    solver: Solver | None = None
+    termination: Termination | None = None
+    report: AdjointReport | None = None
+
+    def check(self, step: Step) -> None:
+        if self.solver is not None:
+            self.solver.check(linear=True, symmetric=step.symmetric)
+
+    def linear_solve(self, method: Method, symmetric: bool) -> dict[str, Any]:
+        solver = self.solver or (ConjugateGradient() if symmetric else Picard())
+        return {"solver": solver, "termination": self.termination or method.termination, "report": self.report}
+
+    def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _Solve.apply(method, x0.detach(), *inputs)[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStepAdjoint(Adjoint):
+    """Gradient of a single step at the solution, (∂g/∂θ)ᵀ v: cheap, first order only, and *not exact*.
+
+    It is right to a factor of the contraction: exact only where ∂g/∂x = 0. Differentiating it again raises.
+
+    Example:
+        >>> OneStepAdjoint()
+        OneStepAdjoint()
+
+    Source: Fung et al. (2022), JFB: Jacobian-free backpropagation.
+    """
+
+    def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _Solve.apply(method, x0.detach(), *inputs)[:4]
+
+    def pull(self, method: Method, v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        step_size = method.equation.problem(inputs, y).step_size
+        return step_size * v, torch.zeros_like(v[..., 0], dtype=torch.int8)
+
+    def push(self, method: Method, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        tangent, status = self.pull(method, right, y, inputs)
+        return _FirstOrderOnly.apply(tangent)[0], status
+
+    def guard(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        guarded = iter(_FirstOrderOnly.apply(*[g for g in gradients if g is not None]))
+        return [None if g is None else next(guarded) for g in gradients]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrolledAdjoint(Adjoint):
+    """Ordinary backpropagation through the iterations: exact for the iterate that is returned, any order.
+
+    Memory grows with the number of iterations. The gradient is that of the truncated iteration, also with respect to
+    ``x0`` and the step size.
+
+    Example:
+        >>> UnrolledAdjoint()
+        UnrolledAdjoint()
+    """
+
+    def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        problem = method.equation.problem(inputs, x0)
+        state = loop(problem, method.solver, method.termination, x0)
+        _Judge.apply(method.on_failure, state.status, state.distance, state.steps)
+        return state.x, state.status, state.distance, state.steps
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity on an inexact gradient, which would give wrong second derivatives in silence: so it gives none."""
+
+    generate_vmap_rule: ClassVar[bool] = True
+
+    @staticmethod
+    def forward(*gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.clone() for g in gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_FIRST_ORDER)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_FIRST_ORDER)
+
+
+_FIRST_ORDER = (
+    "OneStepAdjoint is a first-order approximation; its derivative would be wrong. Use ImplicitAdjoint() for second derivatives."
+)
+
+
+class _Judge(torch.autograd.Function):
+    """Applies the failure policy where values can be read: under ``vmap`` only the inside of a Function sees them."""
+
+    @staticmethod
+    def forward(on_failure: OnFailure, status: Tensor, distance: Tensor, steps: Tensor) -> Tensor:
+        report(status, distance, steps, on_failure)
+        return status.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, on_failure: OnFailure, *tensors: Tensor) -> tuple[Any, Any]:
+        front = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[1:], strict=True)]
+        batched = [t.expand(info.batch_size, *t.shape) if d is None else t for t, d in zip(front, in_dims[1:], strict=True)]
+        return _Judge.apply(on_failure, *batched), 0

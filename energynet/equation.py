@@ -1,0 +1,154 @@
+"""What is solved: the optimality condition of a step, and the linear equations that its derivatives obey.
+
+Both are frozen values on flat tensors. Each gives a `Problem` for the loop, on plain tensors, and a ``residual`` that can
+be differentiated to any order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+from energynet._autodiff import linearise, pullback, pushforward, transform_active
+from energynet._tree import Layout
+from energynet.binding import Binding
+from energynet.energy import evaluate
+from energynet.problem import Problem
+from energynet.step import Step, per_sample
+
+
+class Constant(NamedTuple):
+    """A leaf of the code that is no tensor."""
+
+    value: Any
+
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Root:
+    """F(x; inputs) = 0 on flat tensors, x ``(*batch, n)``; inputs are the step's tensors, then those of its code."""
+
+    binding: Binding
+    layout: Layout
+    batch_dims: int
+    code_spec: Any
+    code_leaves: tuple[Constant | None, ...]  # None where a tensor goes
+    vmaps: tuple[tuple[tuple[int | None, ...], str], ...] = ()
+
+    @property
+    def symmetric(self) -> bool:
+        return self.binding.step.symmetric
+
+    @property
+    def num_shared(self) -> int:
+        """Leading inputs that belong to no sample: the step's own tensors."""
+        return len(self.binding.tensors)
+
+    def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Root":
+        """The same equation for every index of a new leading dimension of x and of the inputs with in_dim 0."""
+        vmaps = (*self.vmaps, (in_dims, randomness))
+        return dataclasses.replace(self, vmaps=vmaps, batch_dims=self.batch_dims + 1)
+
+    def residual(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        return self.function(inputs)(x)
+
+    def function(self, inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """x -> F(x), with the inputs bound once."""
+        return self._mapped(self._optimality, inputs)
+
+    def problem(self, inputs: tuple[Tensor, ...], batch: Tensor) -> Problem:
+        residual = self.function(inputs)
+        energy = self._mapped(self._energy, inputs) if self.binding.step.energy_of is not None else None
+        hvp = (lambda x, p: _jacobian_product(residual, x, p)) if energy is not None else None
+        step_size: float | Tensor = self.binding.step.step_size
+        if isinstance(step_size, Tensor):
+            step_size = self._mapped(self._step_size, inputs)(batch)
+        return Problem(residual, step_size, self.batch_dims, energy, hvp)
+
+    def linearisation(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple["Root", bool, tuple[Tensor, ...]]:
+        """What the tangent equation at the answer x is made of: a root, whether its Jacobian is transposed, and inputs."""
+        return self, False, (x, *inputs)
+
+    def _mapped(self, evaluate: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        if not self.vmaps:
+            step, code = self._attach(inputs)
+            return lambda x: evaluate(step, code, x)
+
+        def function(x: Tensor, *inputs: Tensor) -> Tensor:
+            return evaluate(*self._attach(inputs), x)
+
+        for in_dims, randomness in self.vmaps:
+            function = torch.func.vmap(function, in_dims=(0, *in_dims), randomness=randomness)
+        return lambda x: function(x, *inputs)
+
+    def _attach(self, inputs: tuple[Tensor, ...]) -> tuple[Step, tuple[Any, ...]]:
+        step = self.binding.attach(inputs[: self.num_shared])
+        tensors = iter(inputs[self.num_shared :])
+        leaves = [next(tensors) if leaf is None else leaf.value for leaf in self.code_leaves]
+        return step, _tree.unflatten(leaves, self.code_spec)
+
+    def _optimality(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+        return self.layout.ravel(step.optimality(self.layout.unravel(x), *code)).to(x.dtype)
+
+    def _energy(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+        energy = step.energy_of
+        assert energy is not None
+        return evaluate(energy, self.layout.unravel(x), code)
+
+    def _step_size(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+        """γ as ``(*batch, 1)``."""
+        return x[..., :1].detach() * 0 + per_sample(step.step_size, x.ndim)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+    """A(x; inputs) u = v, or Aᵀ u = v, with A = ∂F/∂x of a root; its own inputs are (v, x, \\*inputs)."""
+
+    root: Root
+    transposed: bool
+
+    @property
+    def symmetric(self) -> bool:
+        return self.root.symmetric
+
+    @property
+    def batch_dims(self) -> int:
+        return self.root.batch_dims
+
+    @property
+    def num_shared(self) -> int:
+        return self.root.num_shared + 2
+
+    def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Linear":
+        return Linear(self.root.mapped(in_dims[2:], randomness), self.transposed)
+
+    def residual(self, u: Tensor, v: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
+        function = self.root.function(inputs)
+        if self.transposed or self.symmetric:
+            return _or_zero(pullback(function, [x], u)[0], x) - v
+        return pushforward(function, [x], [u]) - v
+
+    def problem(self, inputs: tuple[Tensor, ...], batch: Tensor) -> Problem:
+        v, x, *rest = inputs
+        product = linearise(self.root.function(tuple(rest)), x, transposed=self.transposed or self.symmetric)
+        step_size = self.root.problem(tuple(rest), x).step_size
+        return Problem(lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _, p: product(p), right=v)
+
+    def linearisation(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
+        return self.root, self.transposed, inputs[1:]
+
+
+def _jacobian_product(residual: Callable[[Tensor], Tensor], x: Tensor, p: Tensor) -> Tensor:
+    """Hessian-vector product: the Jacobian of a gradient is symmetric, so one vector-Jacobian product serves."""
+    with torch.no_grad():
+        return _or_zero(pullback(residual, [x], p)[0], x) if transform_active() else linearise(residual, x, transposed=True)(p)
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+Equation = Root | Linear

@@ -1,0 +1,199 @@
+"""Layers: `FPI_GD` and `FPI_NN` hold configuration and no result of a call."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from energynet import _tree
+from energynet.adjoint import Adjoint
+from energynet.energy import Energy, EnergyLike
+from energynet.solution import OnFailure, Solution
+from energynet.solve import fixed_point, minimize
+from energynet.solvers import Solver
+from energynet.step import Step
+from energynet.termination import Termination
+
+Start = Tensor | Callable[..., Any] | dict[str, Any] | tuple[Any, ...] | list[Any]
+"""A tensor, a pytree of tensors, or a callable of the context."""
+
+
+class FPI_GD(nn.Module):
+    """The minimiser of an energy as a layer: one gradient step, iterated to its fixed point.
+
+    Example:
+        >>> layer = FPI_GD(lambda x, z: 0.5 * (x - z).square().sum(-1), step_size=0.5, start=torch.zeros_like)
+        >>> layer(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+
+    Args:
+        energy: E(x, \\*context) -> ``(B,)``, an `Energy`, a module or any callable.
+        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; a `torch.nn.Parameter` is registered, a tensor
+            becomes a buffer.
+        start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context; default:
+            ``energy.start``.
+        solver: default `Picard`.
+        termination: default `Termination`.
+        adjoint: default `ImplicitAdjoint`, by conjugate gradients; ``ImplicitAdjoint(Picard())`` is the paper's backward
+            fixed-point iteration.
+        on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
+
+    Source: arXiv 2002.02868, FPI_GD.
+    """
+
+    step_size: float | Tensor
+
+    def __init__(
+        self,
+        energy: EnergyLike,
+        step_size: float | Tensor,
+        *,
+        start: Start | None = None,
+        solver: Solver | None = None,
+        termination: Termination | None = None,
+        adjoint: Adjoint | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        self.energy = energy
+        _hold(self, "step_size", step_size)
+        _hold(self, "start", start)
+        self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
+
+    def solve(self, *context: Any, x0: Any = None) -> Solution:
+        """The minimiser and how the solve went.
+
+        Args:
+            context: what the energy takes besides x.
+            x0: where to begin; does not change the answer of an energy with one minimiser.
+        """
+        if x0 is None:
+            default = self.energy.start if isinstance(self.energy, Energy) else None
+            x0 = _start(self.start, default, context, self)
+        return minimize(
+            self.energy, x0, *context, step_size=self.step_size, solver=self.solver, termination=self.termination,
+            adjoint=self.adjoint, on_failure=self.on_failure,
+        )  # fmt: skip
+
+    def forward(self, *context: Any, x0: Any = None) -> Any:  # -> like x0
+        return self.solve(*context, x0=x0).value
+
+    def __repr__(self) -> str:
+        return _typed(self, self.energy, f"step_size={_value(self.step_size)}")
+
+
+class FPI_NN(nn.Module):
+    """The fixed point of a network as a layer, x = g(x, \\*context).
+
+    Example:
+        >>> class Cell(nn.Module):
+        ...     def forward(self, x, z):
+        ...         return 0.5 * torch.tanh(x) + z
+        >>> layer = FPI_NN(Cell(), start=torch.zeros_like)
+        >>> layer(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+
+    Args:
+        network: g(x, \\*context) -> like x, a contraction in x; a module, any callable, or a `Step`.
+        start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
+        solver: default `Picard`.
+        termination: default `Termination`.
+        adjoint: default `ImplicitAdjoint`, by the backward fixed-point iteration.
+        on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
+
+    Source: arXiv 2002.02868, FPI_NN.
+    """
+
+    def __init__(
+        self,
+        network: Step | Callable[..., Any],
+        *,
+        start: Start | None = None,
+        batch_dims: int = 1,
+        solver: Solver | None = None,
+        termination: Termination | None = None,
+        adjoint: Adjoint | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        self.network = network
+        _hold(self, "start", start)
+        self.batch_dims = batch_dims
+        self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
+
+    def solve(self, *context: Any, x0: Any = None) -> Solution:
+        """The fixed point and how the solve went.
+
+        Args:
+            context: what the network takes besides x.
+            x0: where to begin; does not change the answer of a contraction.
+        """
+        if x0 is None:
+            x0 = _start(self.start, None, context, self)
+        return fixed_point(
+            self.network, x0, *context, batch_dims=self.batch_dims, solver=self.solver, termination=self.termination,
+            adjoint=self.adjoint, on_failure=self.on_failure,
+        )  # fmt: skip
+
+    def forward(self, *context: Any, x0: Any = None) -> Any:  # -> like x0
+        return self.solve(*context, x0=x0).value
+
+    def __repr__(self) -> str:
+        return _typed(self, self.network, "" if self.batch_dims == 1 else f"batch_dims={self.batch_dims}")
+
+
+class _Held(nn.Module):
+    """A pytree of tensors that moves with the module that holds it."""
+
+    def __init__(self, tree: Any) -> None:
+        super().__init__()
+        leaves, self.spec = _tree.flatten(tree)
+        for k, leaf in enumerate(leaves):
+            self.register_buffer(str(k), leaf)
+
+    def forward(self, *_: Any) -> Any:
+        return _tree.unflatten(list(self.buffers()), self.spec)
+
+
+class _Starts(Protocol):
+    def __call__(self, *context: Any) -> Any: ...
+
+
+def _hold(module: nn.Module, name: str, value: Any) -> None:
+    """A tensor as a buffer, a pytree as a module of buffers; parameters, modules and all else as they are."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        module.register_buffer(name, value)
+    elif isinstance(value, (dict, tuple, list)):
+        setattr(module, name, _Held(value))
+    else:
+        setattr(module, name, value)
+
+
+def _start(start: Start | None, default: _Starts | None, context: tuple[Any, ...], layer: nn.Module) -> Any:
+    if start is None and default is None:
+        raise ValueError(
+            f"{type(layer).__name__} was given no x0 and no start. Call it with x0=..., or construct it with start=, a tensor "
+            "or a callable of the context such as torch.zeros_like."
+        )
+    if start is None:
+        assert default is not None
+        return default(*context)
+    return start(*context) if callable(start) else start
+
+
+def _value(value: float | Tensor) -> str:
+    return repr(value) if isinstance(value, float | int) else f"Tensor{tuple(value.shape)}"
+
+
+def _typed(layer: Any, function: Any, first: str) -> str:
+    """The call that makes this layer, as far as it can be printed."""
+    name = getattr(function, "__name__", None) or repr(function)
+    options = {
+        "start": None if layer.start is None else getattr(layer.start, "__name__", None) or type(layer.start).__name__,
+        **{k: None if (v := getattr(layer, k)) is None else repr(v) for k in ("solver", "termination", "adjoint")},
+        "on_failure": None if layer.on_failure == "raise" else repr(layer.on_failure),
+    }
+    parts = [name, *([first] if first else []), *(f"{k}={v}" for k, v in options.items() if v is not None)]
+    return f"{type(layer).__name__}({', '.join(parts)})"

@@ -1,0 +1,71 @@
+"""Conjugate gradients for H u = v, batched sample by sample."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet.problem import Problem
+from energynet.solvers.base import Solver
+
+
+class ConjugateGradientState(NamedTuple):
+    residual: Tensor  # H u − v, (*batch, n), by recurrence
+    direction: Tensor  # p, (*batch, n)
+    curvature: Tensor  # (*batch), largest pᵀHp / pᵀp seen
+    broken: Tensor  # (*batch) bool, a direction without positive curvature was met
+
+
+@dataclasses.dataclass(frozen=True)
+class ConjugateGradient(Solver):
+    """Conjugate gradients: exact in n steps, about √κ ones for a condition number κ; needs a symmetric positive H.
+
+    A direction of no positive curvature means that the point is no strict minimum; the sample is reported as DIVERGED.
+
+    Example:
+        >>> import torch
+        >>> from energynet import FPI_GD, ImplicitAdjoint
+        >>> layer = FPI_GD(lambda x, z: (x - z).square().sum(-1), 0.5, adjoint=ImplicitAdjoint(ConjugateGradient()))
+        >>> z = torch.ones(1, 2, requires_grad=True)
+        >>> torch.autograd.grad(layer(z, x0=torch.zeros(1, 2)).sum(), z)[0]
+        tensor([[1., 1.]])
+
+    Source: Hestenes and Stiefel (1952).
+    """
+
+    exact_residual: ClassVar[bool] = False
+
+    def check(self, linear: bool, symmetric: bool) -> None:
+        if not linear:
+            raise TypeError("ConjugateGradient solves the linear adjoint equation only. For the forward solve take Picard or Anderson.")
+        if not symmetric:
+            raise TypeError(
+                "ConjugateGradient needs a symmetric Jacobian, that of an energy's gradient; this step is a general map. "
+                "Use ImplicitAdjoint(Picard()) or ImplicitAdjoint(Anderson())."
+            )
+
+    def init(self, problem: Problem, x0: Tensor) -> ConjugateGradientState:
+        residual = problem.residual(x0)
+        none = torch.zeros_like(_dot(residual, residual))
+        return ConjugateGradientState(residual, -residual, none, none.bool())
+
+    def update(self, problem: Problem, x: Tensor, state: ConjugateGradientState) -> tuple[Tensor, ConjugateGradientState]:
+        assert problem.hvp is not None
+        residual, p = state.residual, state.direction
+        hp = problem.hvp(x, p)
+        before, along, length = _dot(residual, residual), _dot(p, hp), _dot(p, p)
+        curvature = torch.maximum(state.curvature, torch.where(length > 0, along / length, 0))
+        broken = (length > 0) & ~(along > torch.finfo(x.dtype).eps * curvature * length) & torch.isfinite(along)
+        alpha = torch.where(broken | (length == 0), 0, before / along)
+        x = x + alpha * p
+        residual = residual + alpha * hp
+        p = torch.where(before > 0, _dot(residual, residual) / before, 0) * p - residual
+        return x, ConjugateGradientState(residual, p, curvature, broken)
+
+    def breakdown(self, state: ConjugateGradientState) -> Tensor:
+        return state.broken.squeeze(-1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n), (*batch, n) -> (*batch, 1)
+    return (a * b).sum(-1, keepdim=True)

@@ -1,0 +1,144 @@
+"""The only loop of the package: moves, judges each sample, freezes the finished ones, and checks every claim.
+
+`body` is a pure function on a `LoopState` of fixed shapes. `loop` drives it eagerly; a compiled driver can run the same
+body. A sample that seems to have converged is frozen, and once no sample moves, `_verify` measures the optimality
+condition anew at the returned points: whatever a solver believes, a residual is what was seen there.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._autodiff import readable
+from energynet.problem import Problem
+from energynet.solution import Status
+from energynet.solvers.base import Solver
+from energynet.termination import Termination
+
+RUNNING = -1
+GROWTH = 1e6  # a distance this many times larger than where the sample began is called divergence
+
+
+class LoopState(NamedTuple):
+    """All that changes from one step to the next; every field keeps its shape."""
+
+    x: Tensor  # (*batch, n)
+    inner: Any  # the solver's own state
+    status: Tensor  # (*batch) int8
+    steps: Tensor  # (*batch) int32
+    distance: Tensor  # (*batch), the estimate that is compared with the tolerance
+    scale: Tensor  # (*batch), curvature by which ‖F‖ is divided
+    limit: Tensor  # (*batch), distance beyond which a sample has diverged
+
+
+def loop(problem: Problem, solver: Solver, termination: Termination, x0: Tensor) -> LoopState:
+    """Solve until every sample has converged, failed, or taken ``max_steps`` updates."""
+    state = _begin(problem, solver, termination, x0)
+    while True:
+        updates = 0
+        while updates < termination.max_steps and _any_running(state):
+            state = body(problem, solver, termination, state)
+            updates += 1
+        state = _verify(problem, solver, termination, state)
+        if not (readable(state.status) and _any_running(state)):
+            return _stop(state)
+
+
+def body(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> LoopState:
+    """One update of the samples that still run."""
+    running = state.status == RUNNING
+    moved, inner = solver.update(problem, state.x, state.inner)
+    with torch.no_grad():
+        steps = state.steps + running.to(torch.int32)
+        distance = _distance(problem, termination, moved, inner.residual, state.scale)
+        status = _judge(problem, solver, termination, state._replace(x=moved, inner=inner, steps=steps, distance=distance))
+        status = torch.where(running, status, state.status)
+        distance = torch.where(running, distance, state.distance)
+    x = torch.where(running.unsqueeze(-1), moved, state.x)
+    return state._replace(x=x, inner=inner, status=status, steps=steps, distance=distance)
+
+
+def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tensor) -> LoopState:
+    x = x0.clone()
+    inner = solver.init(problem, x)
+    with torch.no_grad():
+        size = termination.size(x)
+        scale = _first_scale(problem, size)
+        distance = _distance(problem, termination, x, inner.residual, scale)
+        limit = GROWTH * (1 + size + distance if problem.right is None else termination.size(problem.right))
+        steps = torch.zeros_like(size, dtype=torch.int32)
+        state = LoopState(x, inner, steps.to(torch.int8), steps, distance, scale, limit)
+        return state._replace(status=_judge(problem, solver, termination, state))
+
+
+def _first_scale(problem: Problem, size: Tensor) -> Tensor:
+    """A guess of the curvature that only decides when to look: 1/γ. What is reported comes from `_verify`."""
+    if problem.hvp is None or problem.right is not None:
+        return torch.ones_like(size)
+    step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
+    return torch.ones_like(size) / step_size
+
+
+def _distance(problem: Problem, termination: Termination, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+    size = termination.size(residual)
+    if problem.right is not None:
+        return size
+    # x itself is only known to its rounding unit: a low-precision step that rounds to no change has not arrived.
+    rounding = 0.5 * torch.finfo(x.dtype).eps * termination.size(x)
+    return torch.where(size == 0, size, size / scale) + rounding
+
+
+def _judge(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Tensor:
+    finite = torch.isfinite(state.x).all(-1) & torch.isfinite(state.inner.residual).all(-1)
+    status = torch.where(state.steps >= termination.max_steps, Status.MAX_STEPS, RUNNING)
+    status = torch.where((state.distance > state.limit) | solver.breakdown(state.inner), Status.DIVERGED, status)
+    status = torch.where(_within_tolerance(problem, termination, state), Status.CONVERGED, status)
+    return torch.where(finite, status, Status.NONFINITE).to(torch.int8)
+
+
+def _within_tolerance(problem: Problem, termination: Termination, state: LoopState) -> Tensor:
+    if problem.right is None:
+        return state.distance <= termination.tolerance(state.x)
+    relative = termination.relative(torch.finfo(state.x.dtype).eps)
+    return state.distance <= relative * termination.size(problem.right)
+
+
+def _verify(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> LoopState:
+    """Measure the condition at the returned points; samples that had stopped too early run again from there."""
+    curved = problem.hvp is not None and problem.right is None
+    if not curved and solver.exact_residual:
+        return state
+    with torch.no_grad():
+        claimed = state.status == Status.CONVERGED
+        residual = problem.residual(state.x)
+        scale = torch.where(claimed, _curvature(problem, termination, state.x, residual), state.scale) if curved else state.scale
+        distance = torch.where(claimed, _distance(problem, termination, state.x, residual, scale), state.distance)
+        state = state._replace(scale=scale, distance=distance)
+        reopened = claimed & ~_within_tolerance(problem, termination, state)
+        exhausted = torch.where(state.steps >= termination.max_steps, Status.MAX_STEPS, RUNNING)
+        # A gradient without any curvature along it: the energy falls for ever in this direction.
+        exhausted = torch.where(torch.isinf(distance), Status.DIVERGED, exhausted)
+        status = torch.where(reopened, exhausted, state.status).to(torch.int8)
+    state = state._replace(status=status)
+    if readable(status) and not _any_running(state):
+        return state
+    return state._replace(inner=solver.init(problem, state.x))
+
+
+def _curvature(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:
+    """‖H F‖ / ‖F‖: the curvature along the gradient. For F = 0 any value serves."""
+    assert problem.hvp is not None
+    size = termination.size(residual)
+    direction = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
+    return torch.where(size == 0, 1, termination.size(problem.hvp(x, direction)))
+
+
+def _any_running(state: LoopState) -> bool:
+    return not readable(state.status) or bool((state.status == RUNNING).any())
+
+
+def _stop(state: LoopState) -> LoopState:
+    """Under ``vmap`` no value can be read, so what still runs after the last step has run out of them."""
+    status = torch.where(state.status == RUNNING, Status.MAX_STEPS, state.status).to(torch.int8)
+    return state._replace(status=status)

@@ -1,0 +1,89 @@
+"""Failed samples, kept away from what samples share.
+
+A sample that failed has no derivative. Before F is differentiated it is replaced by a good one, because its NaN would reach
+shared gradients even with a zero cotangent (0 · NaN = NaN). Its own context then gets NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._autodiff import readable
+from energynet.equation import Equation
+from energynet.loop import LoopState
+from energynet.solution import Status
+
+
+def separable(equation: Equation, state: LoopState, inputs: tuple[Tensor, ...]) -> Tensor:
+    """``(len(inputs),)`` bool: which inputs hold one row a sample. Looked at only where a sample failed.
+
+    Shapes do not tell (a matrix shared by all may have as many rows as there are samples), so it is tried: replacing the
+    failed samples' rows leaves the others' residuals as they are.
+    """
+    own = torch.zeros(len(inputs), dtype=torch.bool, device=state.x.device)
+    failed = state.status != Status.CONVERGED
+    if not bool(failed.any()):
+        return own
+    donor = _donor(failed)
+    x = _replaced(state.x, failed, donor)
+    expected = equation.residual(x, *inputs)[~failed]
+    for k in range(equation.num_shared, len(inputs)):
+        if not inputs[k].is_floating_point() or inputs[k].shape[: failed.ndim] != failed.shape:
+            continue
+        trial = [_replaced(t, failed, donor) if j == k else t for j, t in enumerate(inputs)]
+        own[k] = torch.equal(equation.residual(x, *trial)[~failed], expected)
+    return own
+
+
+def _donor(failed: Tensor) -> Tensor:
+    """The flat index ``(1,)`` of the first sample that did not fail."""
+    return (~failed).reshape(-1).to(torch.int8).argmax().reshape(1)
+
+
+def _replaced(tensor: Tensor, failed: Tensor, donor: Tensor) -> Tensor:
+    """The tensor ``(*batch, ...)`` with the donor's row in place of the failed ones."""
+    rows = tensor.reshape(failed.numel(), *tensor.shape[failed.ndim :])
+    mask = failed.reshape(*failed.shape, *[1] * (tensor.ndim - failed.ndim))
+    return torch.where(mask, rows.index_select(0, donor)[0], tensor)
+
+
+class Quarantine(NamedTuple):
+    """Keeps failed samples away from what samples share; does nothing where none failed."""
+
+    failed: Tensor  # (*batch) bool
+    own: Tensor  # (len(inputs),) bool
+    values: tuple[Tensor, ...]
+    active: bool
+
+    @classmethod
+    def of(cls, failed: Tensor, own: Tensor, values: tuple[Tensor, ...], batch_dims: int) -> "Quarantine":
+        return cls(failed, own, values, not readable(failed) or bool(failed.any()))
+
+    def answer(self, y: Tensor) -> Tensor:
+        return _replaced(y, self.failed, _donor(self.failed)) if self.active else y
+
+    def silence(self, u: Tensor) -> Tensor:
+        return torch.where(self.failed.unsqueeze(-1), 0, u) if self.active else u
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        if not self.active:
+            return self.values
+        donor = _donor(self.failed)
+        return tuple(
+            torch.where(self.own[k], _replaced(t, self.failed, donor), t) if self._per_sample(t) else t
+            for k, t in enumerate(self.values)
+        )
+
+    def mark(self, k: int, gradient: Tensor | None) -> Tensor | None:
+        """NaN in the failed samples' own rows; nothing from them elsewhere."""
+        if gradient is None or not self.active:
+            return gradient
+        gradient = torch.where(self.failed.all(), 0, gradient)
+        if not self._per_sample(gradient):
+            return gradient
+        mask = self.failed.reshape(*self.failed.shape, *[1] * (gradient.ndim - self.failed.ndim))
+        return torch.where(mask & self.own[k], torch.nan, gradient)
+
+    def _per_sample(self, tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.shape[: self.failed.ndim] == self.failed.shape

@@ -1,0 +1,92 @@
+"""Anderson acceleration (type II), batched sample by sample."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet.problem import Problem
+from energynet.solvers.base import Solver
+
+
+class AndersonState(NamedTuple):
+    residual: Tensor  # F(x), (*batch, n)
+    move: Tensor  # g(x) − x, (*batch, n)
+    dx: Tensor  # differences of the iterates, (*batch, m, n); a zero row is not yet filled
+    dmove: Tensor  # differences of their moves, (*batch, m, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Anderson(Solver):
+    """Fixed-point iteration accelerated by the last ``memory`` moves, mixed so that their combination is smallest.
+
+    Example:
+        >>> import torch
+        >>> from energynet import fixed_point
+        >>> slow = lambda x: 0.99 * x + 0.01
+        >>> int(fixed_point(slow, torch.zeros(1, 1), solver=Anderson()).num_steps)
+        2
+
+    Args:
+        memory: m, how many differences are kept.
+        mixing: β in (0, 1], the part of the combined move that is taken.
+        regularisation: ridge of the least-squares problem, relative to its unit-length columns; default 10 ε of the
+            dtype. A singular system falls back to the map's own step.
+
+    Raises:
+        ValueError: if memory < 1, or mixing or regularisation is out of range.
+
+    Source: Anderson (1965); Walker and Ni (2011), Anderson acceleration for fixed-point iterations.
+    """
+
+    memory: int = 5
+    mixing: float = 1.0
+    regularisation: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory < 1 or not 0 < self.mixing <= 1 or (self.regularisation is not None and self.regularisation < 0):
+            raise ValueError(f"Anderson needs memory ≥ 1, 0 < mixing ≤ 1 and regularisation ≥ 0, got {self}.")
+
+    def init(self, problem: Problem, x0: Tensor) -> AndersonState:
+        residual = problem.residual(x0)
+        move = problem.move(x0, residual) - x0
+        empty = torch.zeros_like(x0).unsqueeze(-2).expand(*x0.shape[:-1], self.memory, x0.shape[-1])
+        return AndersonState(residual, move, empty, empty)
+
+    def update(self, problem: Problem, x: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
+        target = x + self._combined(state)
+        residual = problem.residual(target)
+        move = problem.move(target, residual) - target
+        dx = _push(state.dx, target - x)
+        dmove = _push(state.dmove, move - state.move)
+        return target, AndersonState(residual, move, dx, dmove)
+
+    def _combined(self, state: AndersonState) -> Tensor:
+        """The accelerated move; the plain one where the history does not help."""
+        weights = self._weights(state.dmove, state.move)  # (*batch, m)
+        correction = ((state.dx + self.mixing * state.dmove) * weights.unsqueeze(-1)).sum(-2)
+        plain = self.mixing * state.move
+        usable = torch.isfinite(correction).all(-1, keepdim=True)
+        return plain - torch.where(usable, correction, 0)
+
+    def _weights(self, dmove: Tensor, move: Tensor) -> Tensor:
+        """Least squares min ‖move − Σ w_i dmove_i‖ by normal equations on unit-length columns; empty rows get weight 0."""
+        working = torch.promote_types(move.dtype, torch.float32)  # no half-precision factorisations exist
+        dmove, move = dmove.to(working), move.to(working)
+        length = dmove.detach().square().sum(-1).sqrt()
+        empty = length == 0
+        inverse_length = torch.where(empty, 0, 1 / torch.where(empty, 1, length))
+        unit = dmove * inverse_length.unsqueeze(-1)
+        ridge = 10 * torch.finfo(working).eps if self.regularisation is None else self.regularisation
+        gram = unit @ unit.mT + torch.diag_embed(ridge + empty.to(working))
+        factor, info = torch.linalg.cholesky_ex(gram)
+        singular = (info != 0).unsqueeze(-1)
+        factor = torch.where(singular.unsqueeze(-1), torch.eye(self.memory, dtype=working, device=move.device), factor)
+        weights = torch.cholesky_solve(unit @ move.unsqueeze(-1), factor).squeeze(-1) * inverse_length
+        return torch.where(singular, 0, weights).to(dmove.dtype)
+
+
+def _push(history: Tensor, row: Tensor) -> Tensor:
+    """Drop the oldest row, append the newest."""
+    return torch.cat([history[..., 1:, :], row.unsqueeze(-2)], dim=-2)

@@ -1,0 +1,167 @@
+"""Steps: maps whose fixed point is the answer, each with the condition that holds there.
+
+Every step has the form g(x) = x − γ F(x). F is its *optimality condition*, zero at the answer and free of step size and
+damping: it is what residuals are measured on and what the implicit function theorem differentiates.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+from energynet._autodiff import gradient_of_sum
+from energynet.energy import EnergyLike, encode, evaluate
+
+
+class Step(ABC):
+    """A map x → g(x, \\*context) = x − γ F(x, \\*context) whose fixed point is the answer."""
+
+    symmetric: ClassVar[bool] = False
+    """Whether ∂F/∂x is symmetric, so that conjugate gradients may solve the adjoint equation."""
+    step_size: float | Tensor = 1.0
+
+    @abstractmethod
+    def optimality(self, x: Any, *code: Any) -> Any:
+        """F(x), like ``x``: zero at the answer."""
+
+    def encode(self, *context: Any) -> tuple[Any, ...]:
+        """What does not depend on ``x``, computed once a solve."""
+        return context
+
+    def probe(self, x: Any, *code: Any) -> Any:
+        """The user's own function, called once before a solve to see what it does."""
+        return self.optimality(x, *code)
+
+    @property
+    def energy_of(self) -> EnergyLike | None:
+        """The energy this step descends, if it descends one."""
+        return None
+
+    def __call__(self, x: Any, *context: Any) -> Any:
+        """One step from ``x``."""
+        residual = self.optimality(x, *self.encode(*context))
+        return _tree.map_structure(lambda x, r: x - per_sample(self.step_size, x.ndim) * r, x, residual)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapStep(Step):
+    """A function or network g(x, \\*context) -> like x, iterated as it is; F(x) = x − g(x).
+
+    Example:
+        >>> import torch
+        >>> MapStep(lambda x, z: 0.5 * x + z)(torch.ones(2, 1), torch.ones(2, 1)).flatten()
+        tensor([1.5000, 1.5000])
+
+    Args:
+        network: a contraction in its first argument.
+
+    Source: arXiv 2002.02868, FPI_NN.
+    """
+
+    network: Callable[..., Any]
+
+    def probe(self, x: Any, *code: Any) -> Any:
+        return self.network(x, *code)
+
+    def optimality(self, x: Any, *code: Any) -> Any:
+        return _tree.map_structure(torch.sub, x, self.network(x, *code))
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientStep(Step):
+    """One gradient step on an energy, x − γ ∇E(x); F(x) = ∇E(x).
+
+    Contracts for 0 < γ < 2/L where the Hessian of E lies in [μ, L], μ > 0; γ = 2/(L + μ) is the best constant.
+
+    Example:
+        >>> import torch
+        >>> step = GradientStep(lambda x, z: 0.5 * (x - z).square().sum(-1), step_size=0.5)
+        >>> step(torch.zeros(2, 1), torch.ones(2, 1)).flatten()
+        tensor([0.5000, 0.5000])
+
+    Args:
+        energy: E(x, \\*context) -> ``(B,)``.
+        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``.
+
+    Source: arXiv 2002.02868, FPI_GD.
+    """
+
+    energy: EnergyLike
+    step_size: float | Tensor
+    symmetric: ClassVar[bool] = True
+
+    def encode(self, *context: Any) -> tuple[Any, ...]:
+        return encode(self.energy, context)
+
+    def probe(self, x: Any, *code: Any) -> Tensor:
+        return evaluate(self.energy, x, code)
+
+    @property
+    def energy_of(self) -> EnergyLike:
+        return self.energy
+
+    def optimality(self, x: Any, *code: Any) -> Any:
+        return gradient_of_sum(lambda x: evaluate(self.energy, x, code), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class DampedStep(Step):
+    """A step taken in part, (1 − d) x + d g(x): the same fixed points, a calmer path.
+
+    Example:
+        >>> import torch
+        >>> DampedStep(MapStep(lambda x: -x), damping=0.5)(torch.ones(1, 1))
+        tensor([[0.]])
+
+    Args:
+        step: the step to damp; a plain callable is taken as a `MapStep`.
+        damping: d, in (0, 1].
+
+    Raises:
+        ValueError: if d is not in (0, 1].
+    """
+
+    step: Step
+    damping: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must lie in (0, 1], got {self.damping}: it is the part of the step that is taken.")
+        object.__setattr__(self, "step", as_step(self.step))
+
+    @property
+    def symmetric(self) -> bool:  # type: ignore[override]
+        return self.step.symmetric
+
+    @property
+    def step_size(self) -> float | Tensor:  # type: ignore[override]
+        return self.damping * self.step.step_size
+
+    @property
+    def energy_of(self) -> EnergyLike | None:
+        return self.step.energy_of
+
+    def encode(self, *context: Any) -> tuple[Any, ...]:
+        return self.step.encode(*context)
+
+    def probe(self, x: Any, *code: Any) -> Any:
+        return self.step.probe(x, *code)
+
+    def optimality(self, x: Any, *code: Any) -> Any:
+        return self.step.optimality(x, *code)
+
+
+def as_step(step: Step | Callable[..., Any]) -> Step:
+    """A plain function or network as a step."""
+    return step if isinstance(step, Step) else MapStep(step)
+
+
+def per_sample(value: float | Tensor, ndim: int) -> float | Tensor:
+    """A float, 0-d or ``(B,)`` value as a factor that broadcasts over samples of ``ndim`` dimensions in all."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    return value.reshape(value.shape[0], *[1] * (ndim - 1))

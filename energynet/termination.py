@@ -1,0 +1,73 @@
+"""When a solve may stop: the only tolerances, norms and step limits of the package."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Norm = Callable[[Tensor], Tensor]
+
+
+def l2_norm(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+    """Euclidean norm of each sample."""
+    return torch.linalg.vector_norm(x, dim=-1)
+
+
+def max_norm(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+    """Largest magnitude in each sample."""
+    return x.abs().amax(-1) if x.shape[-1] else x.sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Termination:
+    """Tolerances and step limit, judged sample by sample.
+
+    A sample has converged when its distance estimate is below ``atol + rtol·‖x‖``; the adjoint's when its residual is
+    below ``rtol·‖v‖``, v being the incoming gradient. The distance estimate is that of the optimality condition F at the
+    returned point, in the units of ``x``:
+
+    - of a map, ‖x − g(x)‖;
+    - of an energy, ‖∇E‖ divided by the curvature along it, ‖H ∇E‖ / ‖∇E‖. So it does not change when E is multiplied by
+      a constant, nor with the step size, nor with where the solve began; and it never exceeds ‖H⁻¹∇E‖, the Newton step.
+
+    Example:
+        >>> Termination(atol=0.0, rtol=1e-6, max_steps=50)
+        Termination(atol=0.0, rtol=1e-06, max_steps=50)
+
+    Args:
+        atol: absolute tolerance, in units of ``x``; default ε^¾ of the dtype (float32 6e-6, float64 2e-12).
+        rtol: relative tolerance; default √ε of the dtype (float32 3e-4, float64 1.5e-8).
+        max_steps: updates a sample may take.
+        norm: a norm over the last dimension, ``(*batch, n) -> (*batch)``.
+
+    Raises:
+        ValueError: on a negative tolerance or step limit.
+    """
+
+    atol: float | None = None
+    rtol: float | None = None
+    max_steps: int = 1000
+    norm: Norm = dataclasses.field(default=l2_norm, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("atol", "rtol"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number ≥ 0 or None, got {value}.")
+        if self.max_steps < 0:
+            raise ValueError(f"max_steps must be ≥ 0, got {self.max_steps}.")
+
+    def size(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+        """The norm of each sample, in float32 or better."""
+        return self.norm(x if x.dtype == torch.float64 else x.float())
+
+    def tolerance(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+        """``atol + rtol·‖x‖`` of each sample."""
+        eps = torch.finfo(x.dtype).eps
+        atol = eps**0.75 if self.atol is None else self.atol
+        return atol + self.relative(eps) * self.size(x)
+
+    def relative(self, eps: float) -> float:
+        """The relative tolerance for a dtype of rounding unit ``eps``."""
+        return float(eps**0.5) if self.rtol is None else self.rtol
