@@ -46,7 +46,7 @@ class Layout:
     def ravel(self, tree: Any) -> Tensor:  # -> (*batch, n)
         tensors = leaves(tree)
         batch = tensors[0].shape[: self.batch_dims]
-        parts = [t.reshape(*batch, shape.numel()) for t, shape in zip(tensors, self.shapes, strict=True)]
+        parts = [t.reshape((*batch, shape.numel())) for t, shape in zip(tensors, self.shapes, strict=True)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([part.to(self.dtype) for part in parts], dim=-1)
@@ -56,4 +56,4 @@ class Layout:
         sizes = [shape.numel() for shape in self.shapes]
         parts = [flat] if len(sizes) == 1 else flat.split(sizes, dim=-1)
         rows = zip(parts, self.shapes, self.dtypes, strict=True)
-        return unflatten([part.reshape(*batch, *shape).to(dtype) for part, shape, dtype in rows], self.spec)
+        return unflatten([part.reshape((*batch, *shape)).to(dtype) for part, shape, dtype in rows], self.spec)

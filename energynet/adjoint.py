@@ -71,6 +71,14 @@ class AdjointReport:
 # ------------------------------------------------------------------------------------------------- the function
 
 
+class Answer(NamedTuple):
+    """Of a linear equation."""
+
+    value: Tensor  # (*batch, n)
+    failed: Tensor  # (*batch) bool
+    own: Tensor  # of `separable`
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """An equation and how to solve and differentiate it: the first argument of `_Solve`."""
@@ -99,13 +107,13 @@ class Method:
         report(state.status, state.distance, state.steps, self.on_failure, adjoint=True)
         return state._replace(x=state.x * length)
 
-    def linear(self, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Solve the tangent equation (or its transpose) at the answer ``y``: the solution and its status."""
+    def linear(self, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
+        """Solve the tangent equation (or its transpose) at the answer ``y``."""
         root, flipped, arguments = self.equation.linearisation(y, inputs)
         linear = Linear(root, transposed != flipped)
         method = dataclasses.replace(self, equation=linear, **self.adjoint.linear_solve(self, root.symmetric))
-        answer, status, *_ = _Solve.apply(method, torch.zeros_like(right), right, *arguments)
-        return answer, status
+        answer, status, _, _, own = _Solve.apply(method, torch.zeros_like(right), right, *arguments)
+        return Answer(answer, status != Status.CONVERGED, own)
 
 
 class _Solve(torch.autograd.Function):
@@ -162,13 +170,13 @@ def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, st
               inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
     """Equation (1)."""
     failed = status != Status.CONVERGED
-    quarantine = Quarantine.of(failed, own, inputs, method.equation.batch_dims)
+    quarantine = Quarantine(failed, own, inputs)
     y, v, safe = quarantine.answer(y), quarantine.silence(v), quarantine.inputs()
-    u, adjoint_status = method.adjoint.pull(method, v, y, safe)
-    ill = failed | (adjoint_status != Status.CONVERGED)
-    quarantine = Quarantine.of(ill, own, inputs, method.equation.batch_dims)
+    u, adjoint_failed, adjoint_own = method.adjoint.pull(method, v, y, safe)
+    quarantine = Quarantine(failed | adjoint_failed, own | adjoint_own[:, adjoint_own.shape[1] - len(inputs) :], inputs)
     gradients = _input_gradients(method.equation, wanted, quarantine.silence(u), y, safe)
-    return [quarantine.mark(k, g) for k, g in enumerate(method.adjoint.guard(gradients))]
+    gradients = method.adjoint.guard(gradients, (y, *safe))
+    return [quarantine.mark(k, g, want) for k, (g, want) in enumerate(zip(gradients, wanted, strict=True))]
 
 
 def _input_gradients(equation: Equation, wanted: tuple[bool, ...], u: Tensor, y: Tensor,
@@ -192,7 +200,7 @@ def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, status:
          inputs: tuple[Tensor, ...]) -> Tensor:  # fmt: skip
     """dx = −A⁻¹ (∂F/∂inputs) dinputs."""
     failed = status != Status.CONVERGED
-    quarantine = Quarantine.of(failed, own, inputs, method.equation.batch_dims)
+    quarantine = Quarantine(failed, own, inputs)
     y, safe = quarantine.answer(y), quarantine.inputs()
     chosen = [k for k, t in enumerate(tangents) if t is not None]
 
@@ -203,8 +211,8 @@ def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, status:
         return method.equation.residual(y, *full)
 
     right = -pushforward(residual, [safe[k] for k in chosen], [t for t in tangents if t is not None])
-    dy, adjoint_status = method.adjoint.push(method, quarantine.silence(right), y, safe)
-    ill = failed | (adjoint_status != Status.CONVERGED)
+    dy, adjoint_failed, _ = method.adjoint.push(method, quarantine.silence(right), y, safe)
+    ill = failed | adjoint_failed
     if readable(ill) and not bool(ill.any()):
         return dy
     return torch.where(ill.unsqueeze(-1), torch.nan, dy)
@@ -227,16 +235,16 @@ class Adjoint(ABC):
     def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Solve so that gradients come back in this way: x, status, residual, steps."""
 
-    def pull(self, method: Method, v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """u of equation (1), and its status."""
+    def pull(self, method: Method, v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        """u of equation (1)."""
         return method.linear(True, v, y, inputs)
 
-    def push(self, method: Method, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The tangent A⁻¹ right, and its status."""
+    def push(self, method: Method, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        """The tangent A⁻¹ right."""
         return method.linear(False, right, y, inputs)
 
-    def guard(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Last look at the gradients of the inputs."""
+    def guard(self, gradients: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Last look at the gradients of the inputs, and at what they were made from."""
         return gradients
 
 
@@ -290,16 +298,18 @@ class OneStepAdjoint(Adjoint):
     def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return _Solve.apply(method, x0.detach(), *inputs)[:4]
 
-    def pull(self, method: Method, v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def pull(self, method: Method, v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        none = torch.zeros_like(v.sum(-1), dtype=torch.bool)
         step_size = method.equation.problem(inputs, y).step_size
-        return step_size * v, torch.zeros_like(v[..., 0], dtype=torch.int8)
+        return Answer(step_size * v, none, none.new_zeros(2, len(inputs)))
 
-    def push(self, method: Method, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        tangent, status = self.pull(method, right, y, inputs)
-        return _FirstOrderOnly.apply(tangent)[0], status
+    def push(self, method: Method, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        answer = self.pull(method, right, y, inputs)
+        return answer._replace(value=_FirstOrderOnly.apply(1, answer.value, y, *inputs)[0])
 
-    def guard(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        guarded = iter(_FirstOrderOnly.apply(*[g for g in gradients if g is not None]))
+    def guard(self, gradients: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
+        present = [g for g in gradients if g is not None]
+        guarded = iter(_FirstOrderOnly.apply(len(present), *present, *sources))
         return [None if g is None else next(guarded) for g in gradients]
 
 
@@ -323,13 +333,16 @@ class UnrolledAdjoint(Adjoint):
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """The identity on an inexact gradient, which would give wrong second derivatives in silence: so it gives none."""
+    """The identity on inexact gradients, which would give wrong second derivatives in silence: so it gives none.
+
+    What they were made from is an argument too: an approximation that does not depend on it has a wrong derivative 0.
+    """
 
     generate_vmap_rule: ClassVar[bool] = True
 
     @staticmethod
-    def forward(*gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.clone() for g in gradients)
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

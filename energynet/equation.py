@@ -29,13 +29,18 @@ class Constant(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Root:
-    """F(x; inputs) = 0 on flat tensors, x ``(*batch, n)``; inputs are the step's tensors, then those of its code."""
+    """F(x; inputs) = 0 on flat tensors, x ``(*batch, n)``.
+
+    The inputs are the step's tensors, those of its code, and, where the code is not the context itself, the context's: F
+    does not depend on these, but a failed sample's NaN goes to them and not through the encoder.
+    """
 
     binding: Binding
     layout: Layout
     batch_dims: int
     code_spec: Any
     code_leaves: tuple[Constant | None, ...]  # None where a tensor goes
+    encoded: bool
     vmaps: tuple[tuple[tuple[int | None, ...], str], ...] = ()
 
     @property
@@ -46,6 +51,11 @@ class Root:
     def num_shared(self) -> int:
         """Leading inputs that belong to no sample: the step's own tensors."""
         return len(self.binding.tensors)
+
+    @property
+    def num_code(self) -> int:
+        """How many inputs after those are tensors of the code."""
+        return sum(leaf is None for leaf in self.code_leaves)
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Root":
         """The same equation for every index of a new leading dimension of x and of the inputs with in_dim 0."""
@@ -100,7 +110,7 @@ class Root:
 
     def _step_size(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         """γ as ``(*batch, 1)``."""
-        return x[..., :1].detach() * 0 + per_sample(step.step_size, x.ndim)
+        return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + per_sample(step.step_size, x.ndim)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,6 +131,14 @@ class Linear:
     @property
     def num_shared(self) -> int:
         return self.root.num_shared + 2
+
+    @property
+    def num_code(self) -> int:
+        return self.root.num_code
+
+    @property
+    def encoded(self) -> bool:
+        return self.root.encoded
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Linear":
         return Linear(self.root.mapped(in_dims[2:], randomness), self.transposed)

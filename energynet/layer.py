@@ -149,12 +149,27 @@ class _Held(nn.Module):
 
     def __init__(self, tree: Any) -> None:
         super().__init__()
-        leaves, self.spec = _tree.flatten(tree)
+        leaves, spec = _tree.flatten(tree)
+        self.shown = repr(_tree.map_structure(_Shape, tree))
         for k, leaf in enumerate(leaves):
             self.register_buffer(str(k), leaf)
+        self.names = _tree.unflatten([str(k) for k in range(len(leaves))], spec)
 
     def forward(self, *_: Any) -> Any:
-        return _tree.unflatten(list(self.buffers()), self.spec)
+        return _tree.map_structure(self.get_buffer, self.names)
+
+    def __repr__(self) -> str:
+        return self.shown
+
+
+class _Shape:
+    """Prints as a tensor's shape."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tuple(tensor.shape)
+
+    def __repr__(self) -> str:
+        return f"Tensor{self.shape}"
 
 
 class _Starts(Protocol):
@@ -183,17 +198,17 @@ def _start(start: Start | None, default: _Starts | None, context: tuple[Any, ...
     return start(*context) if callable(start) else start
 
 
-def _value(value: float | Tensor) -> str:
-    return repr(value) if isinstance(value, float | int) else f"Tensor{tuple(value.shape)}"
+def _value(value: Any) -> str:
+    """A tensor by its shape, a function by its name, anything else as it prints itself."""
+    if isinstance(value, Tensor):
+        return repr(_Shape(value))
+    return repr(value) if isinstance(value, nn.Module) else getattr(value, "__name__", None) or repr(value)
 
 
 def _typed(layer: Any, function: Any, first: str) -> str:
     """The call that makes this layer, as far as it can be printed."""
-    name = getattr(function, "__name__", None) or repr(function)
-    options = {
-        "start": None if layer.start is None else getattr(layer.start, "__name__", None) or type(layer.start).__name__,
-        **{k: None if (v := getattr(layer, k)) is None else repr(v) for k in ("solver", "termination", "adjoint")},
-        "on_failure": None if layer.on_failure == "raise" else repr(layer.on_failure),
-    }
-    parts = [name, *([first] if first else []), *(f"{k}={v}" for k, v in options.items() if v is not None)]
-    return f"{type(layer).__name__}({', '.join(parts)})"
+    options = {name: getattr(layer, name) for name in ("start", "solver", "termination", "adjoint")}
+    parts = [_value(function), first, *(f"{name}={_value(v)}" for name, v in options.items() if v is not None)]
+    if layer.on_failure != "raise":
+        parts.append(f"on_failure={layer.on_failure!r}")
+    return f"{type(layer).__name__}({', '.join(filter(None, parts))})"

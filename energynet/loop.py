@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from energynet import _tree
 from energynet._autodiff import readable
 from energynet.problem import Problem
 from energynet.solution import Status
@@ -40,6 +41,8 @@ def loop(problem: Problem, solver: Solver, termination: Termination, x0: Tensor)
         while updates < termination.max_steps and _any_running(state):
             state = body(problem, solver, termination, state)
             updates += 1
+            if not readable(state.status):  # nobody sees the end coming, so every step is checked
+                state = _verify(problem, solver, termination, state)
         state = _verify(problem, solver, termination, state)
         if not (readable(state.status) and _any_running(state)):
             return _stop(state)
@@ -111,9 +114,10 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         return state
     with torch.no_grad():
         claimed = state.status == Status.CONVERGED
+        measured = claimed | (state.status == Status.MAX_STEPS)
         residual = problem.residual(state.x)
-        scale = torch.where(claimed, _curvature(problem, termination, state.x, residual), state.scale) if curved else state.scale
-        distance = torch.where(claimed, _distance(problem, termination, state.x, residual, scale), state.distance)
+        scale = torch.where(measured, _curvature(problem, termination, state.x, residual), state.scale) if curved else state.scale
+        distance = torch.where(measured, _distance(problem, termination, state.x, residual, scale), state.distance)
         state = state._replace(scale=scale, distance=distance)
         reopened = claimed & ~_within_tolerance(problem, termination, state)
         exhausted = torch.where(state.steps >= termination.max_steps, Status.MAX_STEPS, RUNNING)
@@ -123,7 +127,12 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
     state = state._replace(status=status)
     if readable(status) and not _any_running(state):
         return state
-    return state._replace(inner=solver.init(problem, state.x))
+    afresh = _tree.map_structure(lambda new, old: _where(reopened, new, old), solver.init(problem, state.x), state.inner)
+    return state._replace(inner=afresh)
+
+
+def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:  # (*batch), (*batch, ...)
+    return torch.where(mask.reshape((*mask.shape, *[1] * (new.ndim - mask.ndim))), new, old)
 
 
 def _curvature(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The evaluation runs on detached, unwrapped values, outside all ``torch.func`` tr
 a derivative has come in through a closure (or was made inside, which is told apart): it would be lost without a word.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,11 +40,11 @@ class ImpureFunctionError(RuntimeError):
     """The energy or map is no function of its arguments: random, stateful, mixing samples, or changing its input."""
 
 
-def probe(function: Callable[..., Any], name: str, inputs: Any) -> tuple[Any, Any]:
-    """Evaluate ``function(*inputs)`` once, watched, on the plain values of the inputs.
+def probe(function: Callable[..., Any], name: str, own: Any, arguments: Any) -> tuple[Any, Any, Any]:
+    """Evaluate ``function(own, *arguments)`` once, watched, on plain values; ``own`` are the function's own tensors.
 
     Returns:
-        The plain inputs, and what the function returned for them.
+        The plain values of ``own`` and ``arguments``, and what the function returned for them.
 
     Raises:
         LostGradientError: on a captured tensor that carries a derivative.
@@ -52,15 +53,15 @@ def probe(function: Callable[..., Any], name: str, inputs: Any) -> tuple[Any, An
     grad_enabled, level = torch.is_grad_enabled(), _depth()
     random_state = torch.get_rng_state()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
-        values = _tree.map_structure(_plain, inputs)
-        with _Watch(name, _tree.leaves(values), grad_enabled, level):
-            output = function(*values)
+        own, arguments = _tree.map_structure(_plain, (own, arguments))
+        with _Watch(name, _tree.leaves(own), _tree.leaves(arguments), grad_enabled, level):
+            output = function(own, *arguments)
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ImpureFunctionError(
             f"{name} draws random numbers, so it is not one function from step to step. Draw them outside and pass them as "
             "context, or draw them in Energy.encode, which runs once a solve."
         )
-    return values, output
+    return own, arguments, output
 
 
 def _plain(tensor: Any) -> Any:
@@ -83,14 +84,26 @@ def _depth() -> int:
     return 0 if stack is None else int(stack.level())
 
 
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """A solve inside an energy has probed its own function: what its transforms wrap is no concern of the outer probe's."""
+    with contextlib.ExitStack() as stack:
+        while isinstance(torch.overrides._get_current_function_mode(), _Watch):
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        yield
+
+
 class _Watch(TorchFunctionMode):
-    def __init__(self, name: str, inputs: list[Any], grad_enabled: bool, level: int) -> None:
+    def __init__(self, name: str, own: list[Any], arguments: list[Any], grad_enabled: bool, level: int) -> None:
         super().__init__()
         self.name, self.grad_enabled, self.level = name, grad_enabled, level
-        tensors = [t for t in inputs if isinstance(t, Tensor)]
-        self.inputs = {_storage(t) for t in tensors}
+        tensors = [t for t in (*own, *arguments) if isinstance(t, Tensor)]
+        self.own = {_storage(t) for t in own}
+        self.arguments = {_storage(t) for t in arguments if isinstance(t, Tensor)}
         self.dual = forward_ad._current_level >= 0
         # Tensors made inside that could be mistaken for captures; under a transform, all of them.
+        # Memory that was there before, and memory that was allocated inside (as of an nn.Parameter made there).
+        self.old, self.fresh = self.own | self.arguments, set[int]()
         self.made: dict[int, Tensor] = {id(t): t for t in tensors} if level else {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,10 +112,14 @@ class _Watch(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             for tensor in tensors:
                 self._check_capture(tensor, func)
+                if (storage := _storage(tensor)) not in self.fresh:
+                    self.old.add(storage)
             self._check_purity(func, args, kwargs)
         output = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            for tensor in (*tensors, *(t for t in _tree.leaves(output) if isinstance(t, Tensor))):
+            results = [t for t in _tree.leaves(output) if isinstance(t, Tensor)]
+            self.fresh.update(storage for storage in map(_storage, results) if storage not in self.old)
+            for tensor in (*tensors, *results):
                 if self.level or tensor.requires_grad:
                     self.made[id(tensor)] = tensor
         return output
@@ -139,7 +156,7 @@ class _Watch(TorchFunctionMode):
     def _from_outside(self, tensor: Tensor) -> bool:
         """A tensor that left a nested ``torch.func`` call is a new object; its graph tells where it comes from."""
         if tensor.grad_fn is None:
-            return True
+            return _storage(tensor) not in self.fresh
         variables = _leaf_variables(tensor.grad_fn)
         return not variables or any(id(v) not in self.made for v in variables)
 
@@ -153,7 +170,13 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
         targets = [t for t in (args[0] if in_place and args else None, kwargs.get("out")) if isinstance(t, Tensor)]
-        if any(_storage(t) in self.inputs for t in targets):
+        if any(_storage(t) in self.own for t in targets):
+            raise ImpureFunctionError(
+                f"{self.name} changes its own parameter or buffer in place ({name}, shape {tuple(targets[0].shape)}): a running "
+                "statistic, as of BatchNorm in training mode. So it is not one function from step to step. Call .eval() on that "
+                "part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once a solve."
+            )
+        if any(_storage(t) in self.arguments for t in targets):
             raise ImpureFunctionError(
                 f"{self.name} changes its input in place ({name}, shape {tuple(targets[0].shape)}). The iteration and the "
                 "caller would see the changed values. Use the out-of-place operation, or clone first."

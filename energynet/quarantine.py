@@ -16,12 +16,12 @@ from energynet.solution import Status
 
 
 def separable(equation: Equation, state: LoopState, inputs: tuple[Tensor, ...]) -> Tensor:
-    """``(len(inputs),)`` bool: which inputs hold one row a sample. Looked at only where a sample failed.
+    """``(2, len(inputs))`` bool: which inputs hold one row a sample to replace, and to mark with NaN.
 
-    Shapes do not tell (a matrix shared by all may have as many rows as there are samples), so it is tried: replacing the
-    failed samples' rows leaves the others' residuals as they are.
+    Looked at only where a sample failed. Shapes do not tell (a matrix shared by all may have as many rows as there are
+    samples), so it is tried: replacing the failed samples' rows leaves the others' residuals as they are.
     """
-    own = torch.zeros(len(inputs), dtype=torch.bool, device=state.x.device)
+    own = torch.zeros(2, len(inputs), dtype=torch.bool, device=state.x.device)
     failed = state.status != Status.CONVERGED
     if not bool(failed.any()):
         return own
@@ -32,7 +32,10 @@ def separable(equation: Equation, state: LoopState, inputs: tuple[Tensor, ...]) 
         if not inputs[k].is_floating_point() or inputs[k].shape[: failed.ndim] != failed.shape:
             continue
         trial = [_replaced(t, failed, donor) if j == k else t for j, t in enumerate(inputs)]
-        own[k] = torch.equal(equation.residual(x, *trial)[~failed], expected)
+        is_code = k < equation.num_shared + equation.num_code
+        alike = torch.equal(equation.residual(x, *trial)[~failed], expected)
+        own[0, k] = is_code and alike
+        own[1, k] = alike and is_code != equation.encoded
     return own
 
 
@@ -43,8 +46,8 @@ def _donor(failed: Tensor) -> Tensor:
 
 def _replaced(tensor: Tensor, failed: Tensor, donor: Tensor) -> Tensor:
     """The tensor ``(*batch, ...)`` with the donor's row in place of the failed ones."""
-    rows = tensor.reshape(failed.numel(), *tensor.shape[failed.ndim :])
-    mask = failed.reshape(*failed.shape, *[1] * (tensor.ndim - failed.ndim))
+    rows = tensor.reshape((failed.numel(), *tensor.shape[failed.ndim :]))
+    mask = failed.reshape((*failed.shape, *[1] * (tensor.ndim - failed.ndim)))
     return torch.where(mask, rows.index_select(0, donor)[0], tensor)
 
 
@@ -52,13 +55,12 @@ class Quarantine(NamedTuple):
     """Keeps failed samples away from what samples share; does nothing where none failed."""
 
     failed: Tensor  # (*batch) bool
-    own: Tensor  # (len(inputs),) bool
+    own: Tensor  # (2, len(inputs)) bool
     values: tuple[Tensor, ...]
-    active: bool
 
-    @classmethod
-    def of(cls, failed: Tensor, own: Tensor, values: tuple[Tensor, ...], batch_dims: int) -> "Quarantine":
-        return cls(failed, own, values, not readable(failed) or bool(failed.any()))
+    @property
+    def active(self) -> bool:
+        return not readable(self.failed) or bool(self.failed.any())
 
     def answer(self, y: Tensor) -> Tensor:
         return _replaced(y, self.failed, _donor(self.failed)) if self.active else y
@@ -71,19 +73,19 @@ class Quarantine(NamedTuple):
             return self.values
         donor = _donor(self.failed)
         return tuple(
-            torch.where(self.own[k], _replaced(t, self.failed, donor), t) if self._per_sample(t) else t
+            torch.where(self.own[0, k], _replaced(t, self.failed, donor), t) if self._per_sample(t) else t
             for k, t in enumerate(self.values)
         )
 
-    def mark(self, k: int, gradient: Tensor | None) -> Tensor | None:
+    def mark(self, k: int, gradient: Tensor | None, wanted: bool) -> Tensor | None:
         """NaN in the failed samples' own rows; nothing from them elsewhere."""
-        if gradient is None or not self.active:
+        if not self.active or not wanted:
             return gradient
-        gradient = torch.where(self.failed.all(), 0, gradient)
+        gradient = torch.zeros_like(self.values[k]) if gradient is None else torch.where(self.failed.all(), 0, gradient)
         if not self._per_sample(gradient):
             return gradient
-        mask = self.failed.reshape(*self.failed.shape, *[1] * (gradient.ndim - self.failed.ndim))
-        return torch.where(mask & self.own[k], torch.nan, gradient)
+        mask = self.failed.reshape((*self.failed.shape, *[1] * (gradient.ndim - self.failed.ndim)))
+        return torch.where(mask & self.own[1, k], torch.nan, gradient)
 
     def _per_sample(self, tensor: Tensor) -> bool:
         return tensor.is_floating_point() and tensor.shape[: self.failed.ndim] == self.failed.shape

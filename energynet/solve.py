@@ -13,7 +13,7 @@ from energynet.adjoint import Adjoint, ImplicitAdjoint, Method
 from energynet.binding import Binding
 from energynet.energy import Energy, EnergyLike
 from energynet.equation import Constant, Root
-from energynet.probe import probe
+from energynet.probe import probe, unwatched
 from energynet.solution import POLICIES, OnFailure, Solution
 from energynet.solvers import Picard, Solver
 from energynet.step import GradientStep, Step, as_step
@@ -123,9 +123,13 @@ def _solve(step: Step, x0: Any, context: tuple[Any, ...], batch_dims: int | None
     flat = layout.ravel(x0)
     leaves, spec = _tree.flatten(code)
     constants = tuple(None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves)
-    root = Root(binding, layout, batch_dims, spec, constants)
-    inputs = (*binding.tensors, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-    x, status, residual, steps = adjoint.run(Method(root, solver, termination, on_failure, adjoint), flat, inputs)
+    given = _tree.leaves(context)
+    encoded = [id(leaf) for leaf in given] != [id(leaf) for leaf in leaves]
+    root = Root(binding, layout, batch_dims, spec, constants, encoded)
+    witnesses = given if encoded else []
+    inputs = (*binding.tensors, *(t for t in (*leaves, *witnesses) if isinstance(t, Tensor)))
+    with unwatched():
+        x, status, residual, steps = adjoint.run(Method(root, solver, termination, on_failure, adjoint), flat, inputs)
     return Solution(layout.unravel(x), status, residual, steps)
 
 
@@ -172,7 +176,7 @@ def _examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> in
         return binding.attach(tensors).probe(x, *code)
 
     step = binding.step
-    (tensors, x, *_), output = probe(function, _name(step), (list(binding.tensors), x0, *code))
+    tensors, (x, *_), output = probe(function, _name(step), list(binding.tensors), (x0, *code))
     step = binding.attach(tensors)
     if step.energy_of is None:
         batch_dims = 1 if batch_dims is None else batch_dims

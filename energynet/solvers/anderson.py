@@ -65,7 +65,7 @@ class Anderson(Solver):
     def _combined(self, state: AndersonState) -> Tensor:
         """The accelerated move; the plain one where the history does not help."""
         weights = self._weights(state.dmove, state.move)  # (*batch, m)
-        correction = ((state.dx + self.mixing * state.dmove) * weights.unsqueeze(-1)).sum(-2)
+        correction = ((state.dx + self.mixing * state.dmove) * weights.to(state.dx.dtype).unsqueeze(-1)).sum(-2)
         plain = self.mixing * state.move
         usable = torch.isfinite(correction).all(-1, keepdim=True)
         return plain - torch.where(usable, correction, 0)
@@ -84,7 +84,7 @@ class Anderson(Solver):
         singular = (info != 0).unsqueeze(-1)
         factor = torch.where(singular.unsqueeze(-1), torch.eye(self.memory, dtype=working, device=move.device), factor)
         weights = torch.cholesky_solve(unit @ move.unsqueeze(-1), factor).squeeze(-1) * inverse_length
-        return torch.where(singular, 0, weights).to(dmove.dtype)
+        return torch.where(singular, 0, weights)
 
 
 def _push(history: Tensor, row: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Solver(ABC):
 
     def breakdown(self, state: Any) -> Tensor:
         """``(*batch)`` bool: samples for which the solver cannot go on."""
-        return torch.zeros_like(state.residual[..., :1], dtype=torch.bool).squeeze(-1)
+        return torch.zeros(state.residual.shape[:-1], dtype=torch.bool, device=state.residual.device)
 
     def check(self, linear: bool, symmetric: bool) -> None:
         """Raise TypeError if such a problem lacks what this solver needs."""

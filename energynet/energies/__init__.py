@@ -1,0 +1,5 @@
+"""Ready-made energies."""
+
+from energynet.energies.multilabel import BoundedNorm, LabelContraction, LabelFeatures, MultiLabelEnergy
+
+__all__ = ["BoundedNorm", "LabelContraction", "LabelFeatures", "MultiLabelEnergy"]

@@ -1,0 +1,348 @@
+"""`check_layer`: is the answer of a layer well defined, and are its gradients right?"""
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+from energynet._tree import Layout
+from energynet.adjoint import Adjoint, ImplicitAdjoint
+from energynet.layer import FPI_GD, FPI_NN
+from energynet.solution import ConvergenceError, Solution
+from energynet.solvers import Picard
+from energynet.termination import Termination
+from energynet.testing.measure import (
+    CheckError,
+    Report,
+    check_derivatives,
+    check_independent,
+    copied,
+    equal,
+    floating,
+    largest,
+    own_random_numbers,
+    replaced,
+)
+from energynet.testing.subject import refuse
+
+Layer = FPI_GD | FPI_NN
+NOISE = 1e-11  # relative accuracy of the float64 solves below
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LayerReport(Report):
+    """What `check_layer` measured; all changes and errors are relative.
+
+    Args:
+        samples: B, or 0 for one problem without a batch dimension.
+        steps: most updates a sample took, as the layer is configured.
+        start_change: of the answer, when the solve begins elsewhere.
+        batch_leak: of the answer, when batch-mates change; None if there is but one sample.
+        gradient_error: against central differences.
+        second_derivative_error: of the gradient's derivatives against central differences.
+        adjoint_change: of the gradient by the backward fixed-point iteration; None where that does not converge.
+        vmap_change: of the answer under ``torch.func.vmap``; None where each sample has its own step size.
+        float32_error: of a float32 solve.
+        pickles: whether the layer can be pickled; one with a lambda cannot.
+    """
+
+    samples: int
+    steps: int
+    start_change: float
+    batch_leak: float | None
+    gradient_error: float
+    second_derivative_error: float
+    adjoint_change: float | None
+    vmap_change: float | None
+    float32_error: float
+    pickles: bool
+
+
+def check_layer(layer: Layer, *context: Any, x0: Any = None) -> LayerReport:
+    """Check that a layer has one answer for each sample, and the right gradients of it.
+
+    ============================================================  =====================================================
+    checked                                                       what it says on failure
+    ============================================================  =====================================================
+    it converges as it is configured, and tightly in float64      the solve's own sentence
+    two calls agree                                               by how much they differ
+    parameters, attributes and context stay as they are           which do not
+    a copy and an unpickled layer answer the same                 which does not
+    the answer does not depend on the start (1 % away)            by how much it changes
+    a sample does not depend on its batch-mates                   which samples, by how much, after which change
+    gradients in context and parameters, and their derivatives,   both numbers, and in which tensor
+    against central differences
+    the backward fixed-point iteration gives the same gradient    by how much they differ
+    ``torch.func.vmap`` over samples gives the batch's answers    by how much they differ
+    float32 is within √ε of float64                               the error
+    ============================================================  =====================================================
+
+    Accuracy is measured on a float64 copy at relative tolerance 1e-12. An adjoint that is inexact by design, such as
+    `OneStepAdjoint`, fails. Put a layer with dropout in `Energy.encode` in ``eval()`` mode first.
+
+    Example:
+        >>> import torch
+        >>> from energynet import FPI_GD
+        >>> layer = FPI_GD(lambda x, z: torch.cosh(x - z).sum(-1) + x.square().sum(-1), 0.25, start=torch.zeros_like)
+        >>> check_layer(layer, torch.ones(3, 2)).samples
+        3
+
+    Args:
+        layer: an `FPI_GD` or `FPI_NN`.
+        context: what the layer is called with; take B ≥ 3, and not the size of another dimension.
+        x0: where to begin; default: the layer's own start.
+
+    Returns:
+        `LayerReport`.
+
+    Raises:
+        CheckError: on the first check that fails.
+    """
+    with own_random_numbers():
+        solution = _check_repeatable(layer, context, x0)
+        pickles = _check_copies(layer, context, x0, solution.value)
+        trial, change = Trial.of(layer, context, x0, solution)
+        leak = trial.check_batch()
+        gradient_error, second_error = trial.check_gradients()
+        return LayerReport(
+            trial.batch, int(solution.num_steps.max()), change, leak, gradient_error, second_error,
+            trial.check_adjoint(), trial.check_vmap(), trial.check_float32(), pickles,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- as it is configured
+
+
+def _solve(layer: Layer, context: tuple[Any, ...], x0: Any) -> Solution:
+    return refuse(lambda: layer.solve(*context, x0=x0).raise_for_status())
+
+
+def _attributes(layer: Layer) -> dict[str, list[str]]:
+    return {name: sorted(vars(module)) for name, module in layer.named_modules()}
+
+
+def _check_repeatable(layer: Layer, context: tuple[Any, ...], x0: Any) -> Solution:
+    given = (dict(layer.named_parameters()), context, x0)
+    before, attributes = copied(given), _attributes(layer)
+    solution, again = _solve(layer, context, x0), _solve(layer, context, x0)
+    if not equal(given, before):
+        raise CheckError("A call changed the layer's parameters, its context or x0 in place. Use out-of-place operations.")
+    if _attributes(layer) != attributes:
+        new = {n: sorted(set(a) ^ set(attributes.get(n, []))) for n, a in _attributes(layer).items()}
+        raise CheckError(
+            f"A call added or removed attributes: { ({n: a for n, a in new.items() if a}) }. Likely cause: a result kept on the "
+            "module. Return it instead; a layer that keeps results cannot be shared between threads."
+        )
+    change = _change(_flat(again), _flat(solution))
+    if not change <= 1e-6:
+        raise CheckError(
+            f"Two calls with the same arguments differ by {change:.2g} (relative). Likely cause: random numbers in Energy.encode "
+            "or start, such as dropout in training mode. Call layer.eval() before this check."
+        )
+    return solution
+
+
+def _check_copies(layer: Layer, context: tuple[Any, ...], x0: Any, value: Any) -> bool:
+    """Copies answer the same; whether it can be pickled."""
+    copies = {"deepcopy": copy.deepcopy(layer)}
+    try:
+        copies["pickle"] = pickle.loads(pickle.dumps(layer))
+    except (pickle.PicklingError, AttributeError, TypeError):
+        pass  # a lambda or a local class: Python's limit, not the layer's
+    for name, other in copies.items():
+        if not equal(_tree.leaves(_solve(other, context, x0).value), _tree.leaves(value)):
+            raise CheckError(
+                f"After {name} the layer answers differently. Likely cause: a tensor or state that lives outside of the module. "
+                "Hold it as a parameter or buffer."
+            )
+    return "pickle" in copies
+
+
+def _flat(solution: Solution) -> Tensor:  # (*batch, n)
+    return Layout.of(solution.value, solution.status.ndim).ravel(solution.value)
+
+
+def _change(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the size of b; Inf if not finite."""
+    return largest(a - b) / (largest(b) or 1.0)
+
+
+# ------------------------------------------------------------------------------------------------- in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A float64 copy of a layer that solves tightly, from a start near its answer ``(B, n)``."""
+
+    layer: Layer
+    context: tuple[Any, ...]
+    x0: Any
+    answer: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, context: tuple[Any, ...], x0: Any, solution: Solution) -> tuple["Trial", float]:
+        tight = _tightened(layer, torch.float64, 20 * int(solution.num_steps.max()) + 1000)
+        context = copied(context, torch.float64)
+        there = _solve(tight, context, copied(x0, torch.float64))
+        answer = _flat(there).detach()
+        near = answer + 0.01 * torch.randn_like(answer) * (1 + answer.abs())
+        start = Layout.of(there.value, there.status.ndim).unravel(near)
+        again = _flat(_solve(tight, context, start))
+        change = _change(again, answer)
+        if not change <= 1e-7:
+            raise CheckError(
+                f"The answer changes by {change:.2g} (relative) when the solve begins elsewhere, 1 % away. Likely cause: a flat "
+                "direction or several minimisers, or a map that is no contraction. Add a ridge in x, or bound the network's norm."
+            )
+        return cls(tight, context, start, answer), change
+
+    @property
+    def batch(self) -> int:
+        return self.answer.shape[0] if self.answer.ndim > 1 else 0
+
+    @property
+    def own_step_sizes(self) -> bool:
+        """Whether γ is ``(B,)``."""
+        step_size = getattr(self.layer, "step_size", None)
+        return isinstance(step_size, Tensor) and step_size.ndim > 0
+
+    def check_batch(self) -> float | None:
+        inputs = (self.context, self.x0, self.layer.step_size if self.own_step_sizes else None)
+
+        def function(inputs: Any) -> Tensor:
+            context, x0, step_size = inputs
+            layer = self.layer
+            if self.own_step_sizes:
+                layer = copy.deepcopy(layer)
+                vars(layer).pop("step_size", None)
+                layer._parameters.pop("step_size", None)
+                layer._buffers["step_size"] = step_size.detach()
+            return _flat(_solve(layer, context, x0)).detach()
+
+        return check_independent(function, inputs, self.batch, 1e-7, "The answer")
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The context and the parameters by name."""
+        named = {f"context {k}": c for k, c in enumerate(self.context)}
+        return floating({**named, **{f"parameter {n}": p for n, p in self.layer.named_parameters() if p.requires_grad}})
+
+    def loss(self, values: list[Tensor]) -> Tensor:
+        """A fixed scalar function of the answer."""
+        old = list(self.inputs().values())
+        parameters, context = replaced((dict(self.layer.named_parameters()), self.context), old, values)
+        x = torch.func.functional_call(self.layer, parameters, context, {"x0": self.x0})
+        flat = Layout.of(x, int(self.batch > 0)).ravel(x)
+        weights = torch.linspace(-1, 1.5, flat.numel(), dtype=flat.dtype, device=flat.device).reshape(flat.shape)
+        return (weights * flat + 0.5 * (flat - self.answer).square()).sum()
+
+    def gradients(self) -> list[Tensor]:
+        values = [t.detach().requires_grad_() for t in self.inputs().values()]
+        return self._gradients(values, create_graph=False)
+
+    def _gradients(self, values: list[Tensor], create_graph: bool) -> list[Tensor]:
+        loss = self.loss(values)
+        if not loss.requires_grad:
+            return [torch.zeros_like(t) for t in values]
+        found = torch.autograd.grad(loss, values, create_graph=create_graph, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(values, found)]
+
+    def check_gradients(self) -> tuple[float, float]:
+        inputs = self.inputs()
+        weights = [torch.randn_like(t) for t in inputs.values()]
+
+        def slope(values: list[Tensor]) -> Tensor:
+            values = [t if t.requires_grad else t.detach().requires_grad_() for t in values]
+            gradients = self._gradients(values, create_graph=True)
+            return torch.stack([(w * g).sum() for w, g in zip(weights, gradients)]).sum()
+
+        if not inputs:
+            return 0.0, 0.0
+        first = check_derivatives(self.loss, inputs, 1e-5, NOISE, "The gradient of a loss of the answer")
+        return first, check_derivatives(slope, inputs, 1e-4, NOISE, "The second derivative of a loss of the answer")
+
+    def check_adjoint(self) -> float | None:
+        """By the paper's backward iteration, where it contracts."""
+        expected = self.gradients()
+        try:
+            found = dataclasses.replace(self, layer=_with_adjoint(self.layer, ImplicitAdjoint(Picard()))).gradients()
+        except ConvergenceError:
+            return None
+        change = max((_change(a, b) for a, b in zip(found, expected)), default=0.0)
+        if not change <= 1e-6:
+            raise CheckError(
+                f"The layer's adjoint and the backward fixed-point iteration differ by {change:.2g} (relative) in a gradient. Likely "
+                "cause: a gradient of the energy that is no gradient (a custom backward), so that its Hessian is not symmetric, or "
+                "a nearly singular problem. Run check_energy; add a ridge in x."
+            )
+        return change
+
+    def check_vmap(self) -> float | None:
+        if self.own_step_sizes:
+            return None
+        batch = self.batch
+
+        def dim(t: Any) -> int | None:
+            return 0 if isinstance(t, Tensor) and batch and t.shape[:1] == (batch,) else None
+
+        def lane(context: tuple[Any, ...], x0: Any) -> Tensor:  # -> (n,)
+            context, x0 = _tree.map_structure(lambda t, d: t if d is None else t.unsqueeze(0), (context, x0), dims)
+            x = self.layer(*context, x0=x0)
+            return Layout.of(x, int(batch > 0)).ravel(x).flatten()
+
+        starts = self.x0 if batch else _tree.map_structure(lambda t: torch.stack([t, t]), self.x0)
+        dims = (_tree.map_structure(dim, self.context), _tree.map_structure(dim, self.x0))
+        in_dims = (dims[0], _tree.map_structure(lambda _: 0, self.x0))
+        if not self.answer.numel():
+            return 0.0
+        try:
+            change = _change(torch.func.vmap(lane, in_dims=in_dims)(self.context, starts), self.answer)
+        except (RuntimeError, ValueError) as error:
+            raise CheckError(f"Under torch.func.vmap the layer raised {type(error).__name__}: {error} {_VMAP}") from error
+        if not change <= 1e-7:
+            raise CheckError(f"Under torch.func.vmap the answer changes by {change:.2g} (relative). {_VMAP}")
+        return change
+
+    def check_float32(self) -> float:
+        """Solved as far as float32 goes; whether it says CONVERGED at this tolerance does not matter."""
+        layer = _tightened(self.layer, torch.float32, 2 * self.layer.termination.max_steps)  # type: ignore[union-attr]
+        layer.termination, layer.on_failure = Termination(atol=0.0, rtol=1e-6, max_steps=_budget(self)), "ignore"
+        with torch.no_grad():
+            found = _flat(layer.solve(*copied(self.context, torch.float32), x0=copied(self.x0, torch.float32)))
+        error, limit = _change(found.double(), self.answer), float(torch.finfo(torch.float32).eps ** 0.5)
+        if not error <= limit:
+            raise CheckError(
+                f"Solved in float32 the answer is wrong by {error:.2g} (relative; √ε is {limit:.1e}). Likely cause: a condition number "
+                "above 1/√ε, or large terms that cancel. Scale the variables, add a ridge in x, or solve in float64."
+            )
+        return error
+
+
+_VMAP = (
+    "Likely cause: an operation without a batching rule, a value read by Python (.item(), if), or a shape fixed outside. Use "
+    "tensor operations (torch.where), and take shapes from x."
+)
+
+
+def _budget(trial: Trial) -> int:
+    """Steps the float64 solve needs from here."""
+    return int(_solve(trial.layer, trial.context, trial.x0).num_steps.max()) + 10
+
+
+def _with_adjoint(layer: Layer, adjoint: Adjoint) -> Layer:
+    other = copy.deepcopy(layer)
+    other.adjoint = adjoint
+    return other
+
+
+def _tightened(layer: Layer, dtype: torch.dtype, max_steps: int) -> Layer:
+    adjoint = layer.adjoint
+    if isinstance(adjoint, ImplicitAdjoint):
+        adjoint = dataclasses.replace(adjoint, termination=None, report=None)
+    tight = _with_adjoint(layer, adjoint or ImplicitAdjoint()).to(dtype)
+    tight.termination = Termination(atol=1e-12, rtol=1e-12, max_steps=max_steps)
+    tight.on_failure = "raise"
+    return tight

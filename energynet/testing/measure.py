@@ -1,0 +1,231 @@
+"""What all checks measure with: finite differences, maps of the batch's rows, power iterations."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+
+Product = Callable[[Tensor], Tensor]
+
+
+class CheckError(AssertionError):
+    """A check failed; the message says what was seen, the likely cause and the remedy."""
+
+
+class Report:
+    """What a check measured: one line a figure."""
+
+    def __repr__(self) -> str:
+        assert dataclasses.is_dataclass(self)
+        rows = [f"  {f.name} = {_figure(getattr(self, f.name))}" for f in dataclasses.fields(self)]
+        return "\n".join([f"{type(self).__name__}: passed", *rows])
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_figure, value)) + ")"
+    return f"{value:.3g}" if isinstance(value, float) else "not tested" if value is None else str(value)
+
+
+@contextlib.contextmanager
+def own_random_numbers(seed: int = 0) -> Iterator[None]:
+    """A check draws from its own seed and leaves the caller's generators as they were."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        yield
+
+
+def copied(tree: Any, dtype: torch.dtype | None = None) -> Any:
+    """The pytree with its tensors detached and cloned, those of floating point as ``dtype``."""
+
+    def leaf(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        t = t.detach().clone()
+        return t.to(dtype) if dtype is not None and t.is_floating_point() else t
+
+    return _tree.map_structure(leaf, tree)
+
+
+def floating(named: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of floating point in the named pytrees, under a name that tells where it was."""
+    found = {}
+    for name, tree in named.items():
+        leaves = _tree.leaves(tree)
+        for k, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                found[name if len(leaves) == 1 else f"{name}, leaf {k}"] = leaf
+    return found
+
+
+def replaced(tree: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
+    """The pytree with the ``new`` tensors where the ``old`` ones are."""
+    chosen = {id(a): b for a, b in zip(old, new, strict=True)}
+    return _tree.map_structure(lambda t: chosen.get(id(t), t), tree)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two pytrees hold the same values, NaN being equal to itself."""
+    pairs = zip(_tree.leaves(a), _tree.leaves(b), strict=True)
+    return all(torch.equal(torch.nan_to_num(s), torch.nan_to_num(t)) if isinstance(s, Tensor) else True for s, t in pairs)
+
+
+def largest(values: Tensor) -> float:
+    """The largest magnitude; 0 of nothing, Inf if one is not finite."""
+    found = float(values.detach().abs().max()) if values.numel() else 0.0
+    return found if found == found else float("inf")
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+def take(tree: Any, rows: Tensor, batch: int) -> Any:
+    """These rows of every tensor whose leading dimension counts samples: ``(batch, ...) -> (len(rows), ...)``."""
+    return _tree.map_structure(lambda t: t[rows] if isinstance(t, Tensor) and t.shape[:1] == (batch,) else t, tree)
+
+
+def check_independent(function: Callable[[Any], Tensor], inputs: Any, batch: int, limit: float, what: str) -> float | None:
+    """Whether a function of batched inputs commutes with maps of the rows: reversed, halved, all but one replaced.
+
+    Args:
+        function: pytree with tensors ``(B, ...)`` -> ``(B, n)``.
+
+    Returns:
+        The largest change seen, relative to the size of the values; None if there is but one sample.
+    """
+    if batch < 2:
+        return None
+    half = (batch + 1) // 2
+    first, last = torch.arange(batch), torch.arange(batch)
+    first[half:], last[: batch - 1] = 0, batch - 1
+    maps = {
+        "the order of the batch is reversed": torch.arange(batch).flip(0),
+        "the other half of the batch is left out": torch.arange(half),
+        "their batch-mates are replaced": first,
+        "all their batch-mates are replaced": last,
+    }
+    values = function(inputs)
+    worst = 0.0
+    for action, rows in maps.items():
+        change = _change(function, inputs, batch, rows, values)
+        if not bool((change <= limit).all()):
+            seen = sorted(set(rows[~(change <= limit)].tolist()))
+            raise CheckError(
+                f"{what} of sample {_some(seen)} changes by {float(change.max()):.2g} (relative) when {action}. Likely cause: a "
+                "mean, sum, norm or softmax over the batch dimension, or BatchNorm. Reduce over all dimensions but the first, as "
+                f"in .flatten(1).sum(-1). (Every tensor with leading dimension {batch} was taken to hold one row a sample; if "
+                "one is shared by all samples, repeat the check with another batch size.)"
+            )
+        worst = max(worst, float(change.max()))
+    return worst
+
+
+def _change(function: Callable[[Any], Tensor], inputs: Any, batch: int, rows: Tensor, values: Tensor) -> Tensor:
+    try:
+        mapped = function(take(inputs, rows, batch))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CheckError(
+            f"Evaluating rows {rows.tolist()} of a batch of {batch} raised {type(error).__name__}: {error} Likely cause: the "
+            f"batch size is fixed inside, or a tensor shared by all samples has leading dimension {batch} by chance. Take the "
+            "batch size from x.shape[0], or repeat the check with another batch size."
+        ) from error
+    size = values.abs().amax()
+    return (mapped - values[rows]).abs().flatten(1).amax(-1) / torch.where(size > 0, size, 1)
+
+
+def _some(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+
+
+# ------------------------------------------------------------------------------------------------- derivatives
+
+
+def check_derivatives(function: Callable[[list[Tensor]], Tensor], tensors: dict[str, Tensor], limit: float, noise: float,
+                      what: str) -> float:  # fmt: skip
+    """Hold the derivative of a scalar in each tensor, along a random direction, against central differences.
+
+    Args:
+        noise: the relative accuracy to which the function is evaluated.
+
+    Returns:
+        The largest relative error seen.
+    """
+    names, values = list(tensors), [t.detach().requires_grad_() for t in tensors.values()]
+    output = function(values)
+    gradients: Sequence[Tensor | None] = [None] * len(values)
+    if output.requires_grad:
+        gradients = torch.autograd.grad(output, values, allow_unused=True)
+    worst = 0.0
+    for k, name in enumerate(names):
+        found = gradients[k]
+        gradient = torch.zeros_like(values[k]) if found is None else found
+        error, slope, difference = _directional_error(function, values, k, gradient, limit, noise)
+        if not error <= limit:
+            raise CheckError(
+                f"{what} in {name} is {slope:.6g} along a random direction, but finite differences give {difference:.6g} "
+                f"(relative error {error:.1e}). Likely cause: detach, .data, .item(), no_grad or NumPy inside, an inexact custom "
+                "backward or adjoint, or a kink (ReLU) at this point. Keep every operation differentiable; for a kink take a "
+                "smooth function (softplus) or another point."
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _directional_error(function: Callable[[list[Tensor]], Tensor], values: list[Tensor], k: int, gradient: Tensor,
+                       limit: float, noise: float) -> tuple[float, float, float]:  # fmt: skip
+    """The smallest relative error over a few lengths of the difference, the derivative, and the difference quotient."""
+    direction = torch.randn_like(values[k]) * (1 + values[k].detach().abs())
+    slope = float((gradient * direction).sum())
+    typical = float(gradient.norm() * direction.norm()) / max(1, direction.numel()) ** 0.5
+    best = (float("inf"), slope, float("nan"))
+    for h in (1e-4, 1e-5, 1e-3):
+        ends = [
+            float(function([*values[:k], values[k].detach() + s * h * direction, *values[k + 1 :]]).detach()) for s in (1, -1)
+        ]
+        difference = (ends[0] - ends[1]) / (2 * h)
+        rounding = noise * (abs(ends[0]) + abs(ends[1])) / h  # what lies below cannot be told from zero
+        error = abs(difference - slope) / max(typical, abs(slope), abs(difference), rounding / limit, 1e-300)
+        best = min(best, (error if error == error else float("inf"), slope, difference))
+        if best[0] <= 0.01 * limit:
+            break
+    return best
+
+
+# ------------------------------------------------------------------------------------------------- spectra
+
+
+def dominant(product: Product, like: Tensor, steps: int = 60) -> Tensor:  # -> (*batch)
+    """Rayleigh quotient of a symmetric matrix after a power iteration: the eigenvalue of largest magnitude, sign included."""
+    v = unit(torch.randn_like(like))
+    for _ in range(steps):
+        v = unit(product(v))
+    return (v * product(v)).sum(-1)
+
+
+def extreme_eigenvalues(product: Product, like: Tensor) -> tuple[Tensor, Tensor]:  # -> (*batch), (*batch)
+    """Estimates of the smallest and the largest eigenvalue of a symmetric matrix, sample by sample."""
+    one = dominant(product, like)
+    other = one + dominant(lambda v: product(v) - one.unsqueeze(-1) * v, like)
+    return torch.minimum(one, other), torch.maximum(one, other)
+
+
+def spectral_radius(product: Product, like: Tensor, steps: int = 60) -> Tensor:  # -> (*batch)
+    """Mean growth of a vector over the last powers of a matrix that need not be symmetric."""
+    v, growth = unit(torch.randn_like(like)), torch.zeros_like(like[..., 0])
+    for k in range(2 * steps):
+        v = product(v)
+        length = torch.linalg.vector_norm(v, dim=-1)
+        growth = growth + (torch.log(length) if k >= steps else 0)
+        v = unit(v)
+    return torch.exp(growth / steps)
+
+
+def unit(v: Tensor) -> Tensor:
+    """Each sample at length 1; zero stays zero."""
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return v / torch.where(length > 0, length, 1)

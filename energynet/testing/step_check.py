@@ -1,0 +1,163 @@
+"""`check_step`: is this a map the solvers can iterate, and differentiate?"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+from energynet._autodiff import linearise
+from energynet.solve import fixed_point
+from energynet.step import Step, as_step, per_sample
+from energynet.termination import Termination
+from energynet.testing.measure import (
+    CheckError,
+    Product,
+    Report,
+    copied,
+    dominant,
+    largest,
+    own_random_numbers,
+    spectral_radius,
+    unit,
+)
+from energynet.testing.subject import Subject, check_repeatable, check_samples, check_smooth, refuse
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class StepReport(Report):
+    """What `check_step` measured, in float64.
+
+    Args:
+        samples: B, or 0 for one problem without a batch dimension.
+        batch_leak: largest relative change of a value when batch-mates change; None if there is but one sample.
+        derivative_error: relative, of the derivatives of F in x, the context and the parameters.
+        asymmetry: largest ``|⟨u, Jv⟩ − ⟨Ju, v⟩|`` for unit vectors, relative to J = ∂F/∂x.
+        norm: largest singular value of ∂g/∂x at x over all samples; below 1 the map contracts there.
+        rate: spectral radius of ∂g/∂x at x; below 1, at the fixed point, `Picard` converges in the end.
+    """
+
+    samples: int
+    batch_leak: float | None
+    derivative_error: float
+    asymmetry: float
+    norm: float
+    rate: float
+
+
+def check_step(step: Step | Callable[..., Any], x: Any, *context: Any, batch_dims: int = 1) -> StepReport:
+    """Check that g(x, \\*context) is a map that can be iterated to a fixed point.
+
+    =================================================================  ===============================================
+    checked                                                            what it says on failure
+    =================================================================  ===============================================
+    structure, shapes and dtype are those of x                         both
+    no tensor with a derivative in a closure                           its shape and the operation that used it
+    no BatchNorm in training mode, dropout or other random numbers     which of them
+    x and context unchanged, values finite                             what was changed, which samples
+    two evaluations equal                                              by how much they differ
+    a sample does not depend on its batch-mates                        which samples, by how much, after which change
+    ``step(x)`` is x − step_size · ``optimality(x)``, so F is zero at  by how much they differ
+    fixed points and nowhere else
+    derivatives of F in x, context and parameters                      both numbers, and in which tensor
+    F depends on x (of g(x) = x every point is a fixed point)          that it does not
+    a step that claims a symmetric ∂F/∂x has one                       the asymmetry
+    =================================================================  ===============================================
+
+    Whether g contracts is reported and is no failure: x is not the fixed point, and `Anderson` and `DampedStep` solve maps
+    that do not contract.
+
+    Example:
+        >>> import torch
+        >>> report = check_step(lambda x, z: 0.5 * x + z, torch.zeros(3, 2), torch.ones(3, 2))
+        >>> round(report.norm, 6), round(report.rate, 6)
+        (0.5, 0.5)
+        >>> check_step(lambda x: x[:, :1], torch.zeros(3, 2))
+        Traceback (most recent call last):
+        ...
+        energynet.testing.measure.CheckError: The map <lambda> must return the structure and shapes of x, ...
+
+    Args:
+        step: a `Step`, or a function or network g(x, \\*context) -> like x.
+        x: a point, a tensor ``(B, ...)`` or a pytree of such; take B ≥ 3, and not the size of another dimension.
+        context: what the step takes besides x.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
+
+    Returns:
+        `StepReport`, with estimates of how g contracts.
+
+    Raises:
+        CheckError: on the first check that fails.
+    """
+    step = as_step(step)
+    with own_random_numbers():
+        nothing = Termination(max_steps=0)
+        here, there = copied(x), copied(context)
+        refuse(lambda: fixed_point(step, here, *there, batch_dims=batch_dims, termination=nothing, on_failure="ignore"))
+        mine = Subject.of(step, x, context, batch_dims)
+        _check_dtype(mine)
+        check_repeatable(mine)
+        subject = Subject.of(step, x, context, batch_dims, torch.float64)
+        leak = check_samples(subject)
+        _check_optimality(subject)
+        error = check_smooth(subject)
+        asymmetry, norm, rate = _check_jacobian(subject)
+        return StepReport(subject.batch, leak, error, asymmetry, norm, rate)
+
+
+def _check_dtype(subject: Subject) -> None:
+    moved = subject.step(subject.x, *subject.context)
+    for t, s in zip(_tree.leaves(subject.x), _tree.leaves(moved), strict=True):
+        if t.dtype != s.dtype:
+            raise CheckError(
+                f"g(x) is {s.dtype} for x of {t.dtype}; each step would be rounded to x's. Likely cause: parameters or a constant "
+                "of another dtype. Convert the network, or x0, so that both are the same."
+            )
+
+
+def _check_optimality(subject: Subject) -> None:
+    """g(x) = x − γ F(x): what is iterated and what is differentiated are the same equation."""
+    step, layout, flat = subject.step, subject.layout, subject.layout.ravel(subject.x)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # the numbers that `Subject.code` draws
+        moved = layout.ravel(step(subject.x, *subject.context))
+    expected = flat - per_sample(step.step_size, flat.ndim) * subject.optimality(subject.code())(flat)
+    change = largest(moved - expected)
+    if not change <= 1e-10 * (1 + largest(moved)):
+        raise CheckError(
+            f"step(x) and x − step_size · optimality(x) differ by {change:.2g}. Likely cause: a Step that overrides __call__ or "
+            "step_size. The solver would find a point at which optimality is not zero, and differentiate the wrong equation; "
+            "define optimality and step_size alone."
+        )
+
+
+def _check_jacobian(subject: Subject) -> tuple[float, float, float]:
+    """Asymmetry of ∂F/∂x, and norm and spectral radius of ∂g/∂x."""
+    step, flat = subject.step, subject.layout.ravel(subject.x)
+    function = subject.optimality(subject.code())
+    product, transposed = linearise(function, flat, transposed=False), linearise(function, flat, transposed=True)
+    u, v = unit(torch.randn_like(flat)), unit(torch.randn_like(flat))
+    size = torch.linalg.vector_norm(product(v), dim=-1)
+    if bool((size <= 1e-14).all()):
+        raise CheckError(
+            "x − g(x) does not depend on x: every point is a fixed point, or none. Likely cause: g(x) = x + constant, or an "
+            "energy linear in x. Give g a part that pulls x towards its answer."
+        )
+    gap = ((u * product(v)).sum(-1) - (product(u) * v).sum(-1)).abs()
+    asymmetry = largest(gap / torch.where(size > 0, size, 1))
+    if step.symmetric and not asymmetry <= 1e-8:
+        raise CheckError(
+            f"The step claims a symmetric ∂F/∂x, but ⟨u, Jv⟩ and ⟨Ju, v⟩ differ by {asymmetry:.2g} of its size: conjugate gradients "
+            "would give wrong gradients. Set symmetric = False, or correct the gradient."
+        )
+    move, back = _of_map(product, step, flat), _of_map(transposed, step, flat)
+    norm = dominant(lambda v: back(move(v)), flat).clamp(min=0).sqrt()
+    return asymmetry, float(norm.max()), float(spectral_radius(move, flat).max())
+
+
+def _of_map(product: Product, step: Step, flat: Tensor) -> Product:
+    """The Jacobian of g(x) = x − γ F(x), or its transpose, given that of F."""
+    step_size = per_sample(step.step_size, flat.ndim)
+    return lambda v: v - step_size * product(v)

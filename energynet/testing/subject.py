@@ -1,0 +1,143 @@
+"""A step under examination, with every tensor it depends on as an explicit input, and the checks all steps share."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+from energynet._tree import Layout
+from energynet.binding import Binding
+from energynet.probe import ImpureFunctionError, LostGradientError
+from energynet.solution import ConvergenceError
+from energynet.step import Step
+from energynet.testing.measure import CheckError, check_derivatives, check_independent, copied, equal, floating, largest, replaced
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A step, a point and a context: copies, so that no check touches what is the caller's."""
+
+    binding: Binding
+    tensors: tuple[Tensor, ...]
+    x: Any
+    context: tuple[Any, ...]
+    batch_dims: int
+    name: str
+
+    @classmethod
+    def of(cls, step: Step, x: Any, context: tuple[Any, ...], batch_dims: int, dtype: torch.dtype | None = None) -> "Subject":
+        binding = Binding.of(step)
+        tensors = tuple(copied(list(binding.tensors), dtype))
+        name = "E" if step.energy_of is not None else "g(x)"
+        return cls(binding, tensors, copied(x, dtype), copied(context, dtype), batch_dims, name)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples; 0 for one problem without a batch dimension."""
+        return int(_tree.leaves(self.x)[0].shape[0]) if self.batch_dims else 0
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.x, self.batch_dims)
+
+    @property
+    def step(self) -> Step:
+        return self.binding.attach(self.tensors)
+
+    def code(self) -> tuple[Any, ...]:
+        """What the context is encoded to. `Energy.encode` may draw random numbers: always the same ones here."""
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return self.step.encode(*self.context)
+
+    def flat(self, output: Any) -> Tensor:
+        """The values ``(B,)`` of an energy, or the pytree of a map, as ``(B, n)``."""
+        if isinstance(output, Tensor) and output.ndim == self.batch_dims:
+            return output.unsqueeze(-1)
+        return Layout.of(output, self.batch_dims).ravel(output)
+
+    def value(self, x: Any, code: tuple[Any, ...]) -> Tensor:
+        return self.flat(self.step.probe(x, *code))
+
+    def optimality(self, code: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+        """x ``(B, n)`` -> F(x) ``(B, n)``."""
+        step, layout = self.step, self.layout
+        return lambda flat: layout.ravel(step.optimality(layout.unravel(flat), *code))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """x, the context and the parameters, by name: what derivatives are taken in."""
+        named = {"x": self.x, **{f"context {k}": c for k, c in enumerate(self.context)}}
+        parameters = zip(self.tensors, self.binding.tensors, strict=True)
+        trained = [t for t, original in parameters if original.requires_grad]
+        return floating({**named, **{f"parameter {k} of shape {tuple(t.shape)}": t for k, t in enumerate(trained)}})
+
+    def with_inputs(self, values: Sequence[Tensor]) -> "Subject":
+        tensors, x, context = replaced((self.tensors, self.x, self.context), list(self.inputs().values()), values)
+        return dataclasses.replace(self, tensors=tensors, x=x, context=context)
+
+
+def refuse(call: Callable[[], Result]) -> Result:
+    """Run a solve; what it refuses (shapes, dtypes, lost captures, randomness, in-place changes) or fails at is the finding."""
+    try:
+        return call()
+    except (LostGradientError, ImpureFunctionError, ConvergenceError, TypeError, ValueError) as error:
+        raise CheckError(str(error)) from error
+
+
+def check_repeatable(subject: Subject) -> None:
+    """Two evaluations agree, and leave x and the context as they are."""
+    code = subject.code()
+    given = (subject.x, code, subject.context)
+    before = copied(given)
+    first, second = subject.value(subject.x, code).detach(), subject.value(subject.x, code).detach()
+    if not equal(given, before):
+        raise CheckError(
+            f"{subject.name} changed x or its context in place. The iteration and the caller would see the changed values. Use "
+            "out-of-place operations, or clone first."
+        )
+    if not bool(torch.isfinite(first).all()):
+        where = sorted({i[0] for i in torch.nonzero(~torch.isfinite(first)).tolist()})
+        raise CheckError(
+            f"{subject.name} is NaN or Inf for sample {where[:8]}. Likely cause: NaN in x or the context, or a point outside the "
+            "domain (log or sqrt of a negative number). Check at a point where it is finite."
+        )
+    eps = torch.finfo(first.dtype).eps
+    change = largest(first - second)
+    if change > 10 * eps * largest(first):
+        raise CheckError(
+            f"Two evaluations of {subject.name} at the same point differ by {change:.2g}. Likely cause: it draws random numbers or "
+            "keeps state between calls (a counter, a cache). Draw and keep outside and pass as context, or in Energy.encode, "
+            "which runs once a solve."
+        )
+
+
+def check_samples(subject: Subject) -> float | None:
+    """No sample's value depends on its batch-mates."""
+    try:
+        code = subject.code()
+        subject.value(subject.x, code)
+    except RuntimeError as error:
+        raise CheckError(
+            f"{subject.name} cannot be evaluated in float64: {error} Likely cause: a dtype written into the code, or a float32 "
+            "tensor in a closure. Make tensors with dtype=x.dtype, and hold constants as buffers of a module."
+        ) from error
+    function = lambda inputs: subject.value(*inputs).detach()  # noqa: E731
+    return check_independent(function, (subject.x, code), subject.batch, 1e-9, subject.name)
+
+
+def check_smooth(subject: Subject) -> float:
+    """F is differentiable in x, the context and the parameters, and its derivatives are right."""
+    layout = subject.layout
+    weights = torch.randn_like(layout.ravel(subject.x))
+
+    def projected(values: list[Tensor]) -> Tensor:
+        there = subject.with_inputs(values)
+        return (weights * there.optimality(there.code())(layout.ravel(there.x))).sum()
+
+    what = "The second derivative of E" if subject.step.energy_of is not None else "The derivative of x − g(x)"
+    return check_derivatives(projected, subject.inputs(), 1e-6, 1e-14, what)

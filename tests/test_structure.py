@@ -1,0 +1,124 @@
+"""The shape of the package: the straight line of imports, what the core depends on, what is documented."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import energynet
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "energynet"
+
+# From right to left of the straight line: a file imports only from files above it. The parts of a folder count as one.
+ORDER = [
+    "_tree",
+    "_autodiff",
+    "energy",
+    "step",
+    "problem",
+    "termination",
+    "solution",
+    "solvers",
+    "linear",
+    "loop",
+    "binding",
+    "equation",
+    "quarantine",
+    "adjoint",
+    "probe",
+    "solve",
+    "layer",
+    "__init__",
+]
+ON_TOP = {"__main__", "energies", "experiments", "testing"}  # they import the core, and the core none of them
+CORE = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0].removesuffix(".py") not in ON_TOP)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def part_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions and under TYPE_CHECKING."""
+    found = set()
+    package = name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = PACKAGE.parent.joinpath(*module.split("."), alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                found.add(f"{module}.{alias.name}" if is_module else module)
+    return found
+
+
+def own(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] == "energynet"}
+
+
+def test_order_names_every_file() -> None:
+    assert {part_of(name_of(path)) for path in CORE} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_no_file_imports_one_to_its_left(path: Path) -> None:
+    here = part_of(name_of(path))
+    for name in own(path):
+        there = part_of(name)
+        assert there not in ON_TOP, f"{name_of(path)} imports {name}"
+        inside_folder = here == there and here in {"solvers", "linear"}
+        assert inside_folder or ORDER.index(there) < ORDER.index(here), f"{name_of(path)} imports {name}"
+
+
+def test_no_cycles() -> None:
+    graph = {name_of(path).removesuffix(".__init__"): own(path) for path in PACKAGE.rglob("*.py")}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path, name))
+        if name in done:
+            return
+        for other in graph.get(name, ()):
+            visit(other, (*path, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_core_needs_torch_only(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(path)} - {"torch", "energynet"}
+    assert outside <= sys.stdlib_module_names, outside - sys.stdlib_module_names
+
+
+def test_pytrees_are_touched_in_one_file() -> None:
+    assert [path.name for path in PACKAGE.rglob("*.py") if any("_pytree" in name for name in imports(path))] == ["_tree.py"]
+
+
+def test_one_loop() -> None:
+    """The only solving ``while`` is in loop.py; the two that unwrap tensors or walk a graph solve nothing."""
+    having = {p.name for p in CORE if any(isinstance(node, ast.While) for node in ast.walk(ast.parse(p.read_text())))}
+    assert having <= {"loop.py", "_autodiff.py", "probe.py"}
+
+
+@pytest.mark.parametrize("name", energynet.__all__)
+def test_public_name_has_docstring_and_page(name: str) -> None:
+    thing = getattr(energynet, name)
+    assert inspect.getdoc(thing), f"{name} has no docstring"
+    is_error = inspect.isclass(thing) and issubclass(thing, Exception)
+    if not is_error and not inspect.isabstract(thing):
+        assert ">>>" in (thing.__doc__ or ""), f"{name} has no example"
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert f"energynet.{name}\n" in page, f"{name} is not in docs/api.md"
