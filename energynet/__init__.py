@@ -1,7 +1,8 @@
 """energynet: define an energy, get a differentiable solver."""
 
-from energynet.adjoint import Adjoint, AdjointRecord, AdjointReport, ImplicitAdjoint, OneStepAdjoint, UnrolledAdjoint
+from energynet.adjoint import ImplicitAdjoint, OneStepAdjoint, UnrolledAdjoint
 from energynet.energy import Energy, gradient
+from energynet.implicit import Adjoint, AdjointRecord, AdjointReport
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.linear import ConjugateGradient
 from energynet.probe import ImpureFunctionError, LostGradientError

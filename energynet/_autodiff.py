@@ -51,7 +51,7 @@ def inside_jvp(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def is_grads_batched(tensor: Tensor) -> bool:
     """Whether ``autograd.grad(is_grads_batched=True)`` is at work: an older vmap that no Function rule knows of."""
-    return torch._C._dispatch_keys(tensor).has(torch._C._parse_dispatch_key("Batched"))
+    return torch._C._dispatch_keys(tensor).has("Batched")
 
 
 def with_grads_batched(function: Callable[[Tensor], Sequence[Tensor | None]], tensor: Tensor) -> list[Tensor | None]:

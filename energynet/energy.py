@@ -56,7 +56,7 @@ class Energy(nn.Module, ABC):
             f"define {type(self).__name__}.start(*context)."
         )
 
-    @final
+    @final  # type: ignore[misc]
     def forward(self, x: Any, *context: Any) -> Tensor:  # -> (B,)
         return self.evaluate(x, *encode(self, context))
 

@@ -26,7 +26,6 @@ class Constant(NamedTuple):
     value: Any
 
 
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Root:
     """F(x; inputs) = 0 on flat tensors, x ``(*batch, n)``.

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from energynet import _tree
-from energynet.adjoint import Adjoint
 from energynet.energy import Energy, EnergyLike
+from energynet.implicit import Adjoint
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
 from energynet.solvers import Solver

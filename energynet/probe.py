@@ -139,11 +139,10 @@ class _Watch(TorchFunctionMode):
     def _derivative_of(self, tensor: Tensor) -> str | None:
         layers = wrappers(tensor)
         outer = torch._C._functorch.maybe_get_level(tensor)
-        if 0 < outer <= self.level:
-            # The energy may use torch.func itself; its levels count from 1 again, so a wrapper of an open level is its own
-            # if what it wraps is known.
-            if outer > _depth() or not any(id(t) in self.made for t in layers):
-                return f"belongs to a torch.func transform around the solve (level {outer})"
+        # The energy may use torch.func itself; its levels count from 1 again, so a wrapper of an open level is its own if
+        # what it wraps is known.
+        if 0 < outer <= self.level and (outer > _depth() or not any(id(t) in self.made for t in layers)):
+            return f"belongs to a torch.func transform around the solve (level {outer})"
         value = layers[-1]
         if id(value) in self.made:
             return None

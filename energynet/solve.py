@@ -9,10 +9,11 @@ from torch import Tensor
 from energynet import _tree
 from energynet._autodiff import readable
 from energynet._tree import Layout
-from energynet.adjoint import Adjoint, ImplicitAdjoint, Method
+from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
 from energynet.energy import Energy, EnergyLike
 from energynet.equation import Constant, Root
+from energynet.implicit import Adjoint, Method, RootAdjoint
 from energynet.probe import probe, unwatched
 from energynet.solution import POLICIES, OnFailure, Solution
 from energynet.solvers import Picard, Solver
@@ -128,8 +129,9 @@ def _solve(step: Step, x0: Any, context: tuple[Any, ...], batch_dims: int | None
     root = Root(binding, layout, batch_dims, spec, constants, encoded)
     witnesses = given if encoded else []
     inputs = (*binding.tensors, *(t for t in (*leaves, *witnesses) if isinstance(t, Tensor)))
+    method = Method(root, solver, termination, on_failure, adjoint if isinstance(adjoint, RootAdjoint) else None)
     with unwatched():
-        x, status, residual, steps = adjoint.run(Method(root, solver, termination, on_failure, adjoint), flat, inputs)
+        x, status, residual, steps = adjoint.run(method, flat, inputs)
     return Solution(layout.unravel(x), status, residual, steps)
 
 
@@ -222,7 +224,7 @@ def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None)
         raise TypeError(f"{name} returned {output.dtype}, which has no gradient; it must be floating point.")
     expected = 0 if output.ndim == 0 else 1
     sizes = {leaf.shape[:1] for leaf in _tree.leaves(x)}
-    if batch_dims is not None and batch_dims != expected or (expected and sizes != {output.shape}):
+    if (batch_dims is not None and batch_dims != expected) or (expected and sizes != {output.shape}):
         raise ValueError(
             f"{name} returned shape {tuple(output.shape)} for x of shape {_shapes(x)}; it must return one scalar a sample, "
             "(B,) with B the leading dimension of x, or a 0-d tensor for one problem without a batch dimension. Sum over all "

@@ -75,7 +75,7 @@ def test_captures_of_a_map_and_of_nested_functions() -> None:
 
         return deeper(x)
 
-    with pytest.raises(LostGradientError, match="The map .*inner uses a tensor of shape \\(3,\\)"):
+    with pytest.raises(LostGradientError, match=r"The map .*inner uses a tensor of shape \(3,\)"):
         fixed_point(inner, X0)
     with pytest.raises(LostGradientError):
         FPI_NN(inner, start=X0)()
@@ -355,7 +355,10 @@ Pair = namedtuple("Pair", "a b")
 
 def test_pytrees_of_every_kind() -> None:
     target = {"u": torch.randn(2, 3, dtype=F64), "v": (torch.randn(2, dtype=F64), Pair(torch.randn(2, 2, 2, dtype=F64), 1.5))}
-    x0 = {"u": torch.zeros(2, 3, dtype=F64), "v": (torch.zeros(2, dtype=F64), Pair(torch.zeros(2, 2, 2, dtype=F64), torch.zeros(2, 0, dtype=F64)))}
+    x0 = {
+        "u": torch.zeros(2, 3, dtype=F64),
+        "v": (torch.zeros(2, dtype=F64), Pair(torch.zeros(2, 2, 2, dtype=F64), torch.zeros(2, 0, dtype=F64))),
+    }
     for leaf in (target["u"], target["v"][0], target["v"][1].a):
         leaf.requires_grad_()
 

@@ -177,7 +177,7 @@ def test_encode_changes_no_derivative() -> None:
     results = []
     for energy in (LogCosh(), EncodedLogCosh()):
         layer = FPI_GD(energy, energy.step_size, termination=TIGHT)
-        results.append(third_order(lambda z, A, W, layer=layer: scalar(layer(z)), z, energy.A, energy.W))  # noqa: B023
+        results.append(third_order(lambda z, A, W, layer=layer: scalar(layer(z)), z, energy.A, energy.W))
     for plain, encoded in zip(*results, strict=True):
         close(encoded, plain, 1e-9)
 

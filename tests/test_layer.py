@@ -20,6 +20,7 @@ from energynet import (
     ImplicitAdjoint,
     MapStep,
     Picard,
+    Solution,
     Termination,
     fixed_point,
     gradient,
@@ -76,9 +77,12 @@ def test_repr_prints_what_was_typed() -> None:
     assert repr(FPI_GD(torch.sum, 0.5)) == "FPI_GD(sum, step_size=0.5)"
     layer = FPI_NN(torch.cos, start=torch.zeros_like, solver=Anderson(memory=3), on_failure="warn", batch_dims=0)
     assert repr(layer) == (
-        "FPI_NN(cos, batch_dims=0, start=zeros_like, solver=Anderson(memory=3, mixing=1.0, regularisation=None), on_failure='warn')"
+        "FPI_NN(cos, batch_dims=0, start=zeros_like, solver=Anderson(memory=3, mixing=1.0, regularisation=None), "
+        "on_failure='warn')"
     )
-    assert "LogCosh()" in repr(FPI_GD(LogCosh(), 0.5)) and "start=Tensor(2, 3)" in repr(FPI_GD(torch.sum, 1.0, start=torch.zeros(2, 3)))
+    assert "LogCosh()" in repr(FPI_GD(LogCosh(), 0.5)) and "start=Tensor(2, 3)" in repr(
+        FPI_GD(torch.sum, 1.0, start=torch.zeros(2, 3))
+    )
 
 
 def test_layers_in_a_model_and_a_learned_start() -> None:
@@ -135,15 +139,18 @@ def test_minimum_agrees_with_scipy() -> None:
         x = torch.as_tensor(x, dtype=torch.float64)[None]
         return float(energy(x, z).detach()), gradient(energy, x, z)[0].detach().numpy()
 
-    found = scipy_minimize(value_and_slope, torch.zeros(4, dtype=torch.float64).numpy(), jac=True, method="BFGS", options={"gtol": 1e-10})
+    found = scipy_minimize(
+        value_and_slope, torch.zeros(4, dtype=torch.float64).numpy(), jac=True, method="BFGS", options={"gtol": 1e-10}
+    )
     ours = minimize(energy, None, z, step_size=energy.step_size, termination=TIGHT).value
     torch.testing.assert_close(ours[0].detach(), torch.as_tensor(found.x), rtol=1e-8, atol=1e-10)
 
 
 def test_steps_have_the_form_x_minus_gamma_f() -> None:
     x, z, energy = torch.randn(2, 4, dtype=torch.float64), some_context(), LogCosh()
-    for step in (GradientStep(energy, 0.2), GradientStep(energy, torch.tensor([0.1, 0.2], dtype=torch.float64)), MapStep(Contraction()),
-                 DampedStep(GradientStep(energy, 0.2), 0.5), DampedStep(MapStep(Contraction()), 0.3)):  # fmt: skip
+    per_sample = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    steps = [GradientStep(energy, 0.2), GradientStep(energy, per_sample), MapStep(Contraction())]
+    for step in (*steps, DampedStep(steps[0], 0.5), DampedStep(steps[1], 0.5), DampedStep(steps[2], 0.3)):
         size = step.step_size
         size = size[:, None] if isinstance(size, Tensor) else size
         torch.testing.assert_close(step(x, z), x - size * step.optimality(x, z))
@@ -154,8 +161,11 @@ def test_steps_have_the_form_x_minus_gamma_f() -> None:
 
 
 def test_every_option_of_termination_is_obeyed() -> None:
-    run = lambda t: minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(1, 4, dtype=torch.float64), step_size=0.1,
-                             termination=t, on_failure="ignore")  # noqa: E731  # fmt: skip
+    def run(termination: Termination) -> Solution:
+        x0 = torch.zeros(1, 4, dtype=torch.float64)
+        energy = lambda x: (x - 3).square().sum(-1)  # noqa: E731
+        return minimize(energy, x0, step_size=0.1, termination=termination, on_failure="ignore")
+
     assert run(Termination(max_steps=5)).num_steps.item() == 5
     assert run(Termination(atol=1e-2, rtol=0.0)).residual.item() <= 1e-2
     assert run(Termination(atol=0.0, rtol=1e-8)).num_steps > run(Termination(atol=0.0, rtol=1e-2)).num_steps

@@ -11,7 +11,17 @@ import torch
 from problems import LogCosh, some_context
 from torch import Tensor
 
-from energynet import FPI_GD, FPI_NN, Adjoint, AdjointReport, Anderson, ImplicitAdjoint, OneStepAdjoint, Picard, Termination, UnrolledAdjoint
+from energynet import (
+    FPI_GD,
+    FPI_NN,
+    Adjoint,
+    AdjointReport,
+    Anderson,
+    ImplicitAdjoint,
+    OneStepAdjoint,
+    Picard,
+    Termination,
+)
 
 N = 256
 
@@ -25,7 +35,9 @@ def forward_and_backward(steps: int, adjoint: Adjoint) -> tuple[int, int]:
     """Live tensors that the graph holds after the forward, and how many more after the backward."""
     z = torch.randn(8, N, requires_grad=True)
     fixed = Termination(atol=0.0, rtol=0.0, max_steps=steps)
-    layer = FPI_NN(lambda x, z: 0.9 * torch.tanh(x) + z, start=torch.zeros_like, termination=fixed, adjoint=adjoint, on_failure="ignore")
+    layer = FPI_NN(
+        lambda x, z: 0.9 * torch.tanh(x) + z, start=torch.zeros_like, termination=fixed, adjoint=adjoint, on_failure="ignore"
+    )
     before = live_tensors()
     x = layer(z)
     held = live_tensors() - before

@@ -27,6 +27,7 @@ ORDER = [
     "binding",
     "equation",
     "quarantine",
+    "implicit",
     "adjoint",
     "probe",
     "solve",

@@ -38,7 +38,9 @@ class ConjugateGradient(Solver):
 
     def check(self, linear: bool, symmetric: bool) -> None:
         if not linear:
-            raise TypeError("ConjugateGradient solves the linear adjoint equation only. For the forward solve take Picard or Anderson.")
+            raise TypeError(
+                "ConjugateGradient solves the linear adjoint equation only. For the forward solve take Picard or Anderson."
+            )
         if not symmetric:
             raise TypeError(
                 "ConjugateGradient needs a symmetric Jacobian, that of an energy's gradient; this step is a general map. "

@@ -1,5 +1,6 @@
 """`check_layer`: is the answer of a layer well defined, and are its gradients right?"""
 
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -149,10 +150,8 @@ def _check_repeatable(layer: Layer, context: tuple[Any, ...], x0: Any) -> Soluti
 def _check_copies(layer: Layer, context: tuple[Any, ...], x0: Any, value: Any) -> bool:
     """Copies answer the same; whether it can be pickled."""
     copies = {"deepcopy": copy.deepcopy(layer)}
-    try:
+    with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):  # a lambda: Python's limit, not the layer's
         copies["pickle"] = pickle.loads(pickle.dumps(layer))
-    except (pickle.PicklingError, AttributeError, TypeError):
-        pass  # a lambda or a local class: Python's limit, not the layer's
     for name, other in copies.items():
         if not equal(_tree.leaves(_solve(other, context, x0).value), _tree.leaves(value)):
             raise CheckError(
@@ -274,9 +273,9 @@ class Trial:
         change = max((_change(a, b) for a, b in zip(found, expected)), default=0.0)
         if not change <= 1e-6:
             raise CheckError(
-                f"The layer's adjoint and the backward fixed-point iteration differ by {change:.2g} (relative) in a gradient. Likely "
-                "cause: a gradient of the energy that is no gradient (a custom backward), so that its Hessian is not symmetric, or "
-                "a nearly singular problem. Run check_energy; add a ridge in x."
+                f"The layer's adjoint and the backward fixed-point iteration differ by {change:.2g} (relative) in a gradient. "
+                "Likely cause: a gradient of the energy that is no gradient (a custom backward), so that its Hessian is not "
+                "symmetric, or a nearly singular problem. Run check_energy; add a ridge in x."
             )
         return change
 
@@ -315,8 +314,8 @@ class Trial:
         error, limit = _change(found.double(), self.answer), float(torch.finfo(torch.float32).eps ** 0.5)
         if not error <= limit:
             raise CheckError(
-                f"Solved in float32 the answer is wrong by {error:.2g} (relative; √ε is {limit:.1e}). Likely cause: a condition number "
-                "above 1/√ε, or large terms that cancel. Scale the variables, add a ridge in x, or solve in float64."
+                f"Solved in float32 the answer is wrong by {error:.2g} (relative; √ε is {limit:.1e}). Likely cause: a condition "
+                "number above 1/√ε, or large terms that cancel. Scale the variables, add a ridge in x, or solve in float64."
             )
         return error
 

@@ -112,8 +112,8 @@ def _check_dtype(subject: Subject) -> None:
     for t, s in zip(_tree.leaves(subject.x), _tree.leaves(moved), strict=True):
         if t.dtype != s.dtype:
             raise CheckError(
-                f"g(x) is {s.dtype} for x of {t.dtype}; each step would be rounded to x's. Likely cause: parameters or a constant "
-                "of another dtype. Convert the network, or x0, so that both are the same."
+                f"g(x) is {s.dtype} for x of {t.dtype}; each step would be rounded to x's. Likely cause: parameters or a "
+                "constant of another dtype. Convert the network, or x0, so that both are the same."
             )
 
 
@@ -149,8 +149,8 @@ def _check_jacobian(subject: Subject) -> tuple[float, float, float]:
     asymmetry = largest(gap / torch.where(size > 0, size, 1))
     if step.symmetric and not asymmetry <= 1e-8:
         raise CheckError(
-            f"The step claims a symmetric ∂F/∂x, but ⟨u, Jv⟩ and ⟨Ju, v⟩ differ by {asymmetry:.2g} of its size: conjugate gradients "
-            "would give wrong gradients. Set symmetric = False, or correct the gradient."
+            f"The step claims a symmetric ∂F/∂x, but ⟨u, Jv⟩ and ⟨Ju, v⟩ differ by {asymmetry:.2g} of its size: conjugate "
+            "gradients would give wrong gradients. Set symmetric = False, or correct the gradient."
         )
     move, back = _of_map(product, step, flat), _of_map(transposed, step, flat)
     norm = dominant(lambda v: back(move(v)), flat).clamp(min=0).sqrt()
