@@ -112,17 +112,38 @@ def linearise(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool)
     return torch.zeros_like if product is None else lambda u: _replay(product, dummy, u)
 
 
+def leaf_variables(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a graph begins with."""
+    seen: set[Any] = set()
+    stack, found = [tensor.grad_fn], []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
 def _replay(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     (product,) = torch.autograd.grad(output, x, cotangent, retain_graph=True, allow_unused=True)
     return torch.zeros_like(x) if product is None else product
 
 
 def _pull(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor | None) -> Sequence[Tensor | None]:
-    create_graph = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     with torch.enable_grad():
         # An alias cuts the paths on which one primal depends on another: partial derivatives are asked for.
-        aliases = [p.view_as(p) if create_graph and p.requires_grad else p.detach().requires_grad_() for p in primals]
+        aliases = [p.view_as(p) if grad_enabled and p.requires_grad else p.detach().requires_grad_() for p in primals]
         output = function(*aliases)
     if not output.requires_grad:
         return [None] * len(aliases)
+    # No graph where none is asked for: only the aliases may have asked.
+    create_graph = grad_enabled and (any(p.requires_grad for p in primals) or _others_ask(output, aliases))
     return torch.autograd.grad(output, aliases, cotangent, create_graph=create_graph, allow_unused=True)
+
+
+def _others_ask(output: Tensor, aliases: Sequence[Tensor]) -> bool:
+    return any(all(v is not a for a in aliases) for v in leaf_variables(output))

@@ -49,7 +49,8 @@ def _copy(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) 
     if isinstance(value, Tensor):
         result: Any = tensor(value)
     elif isinstance(value, nn.Module):
-        return _copy_module(value, tensor, memo)
+        # What torch.compile wraps around a module holds the original in a closure, out of reach: take that one.
+        return _copy_module(value._modules.get("_orig_mod") or value, tensor, memo)
     elif isinstance(value, types.MethodType):
         result = types.MethodType(value.__func__, _copy(value.__self__, tensor, memo))
     elif isinstance(value, functools.partial):

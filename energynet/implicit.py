@@ -37,7 +37,13 @@ from energynet.termination import Termination
 
 
 class AdjointRecord(NamedTuple):
-    """How one adjoint solve went, sample by sample; refers to no graph."""
+    """How one adjoint solve went, sample by sample; refers to no graph.
+
+    Example:
+        >>> record = AdjointRecord(torch.tensor([0, 1]), torch.tensor([1e-6, 1e-2]), torch.tensor([7, 1000]))
+        >>> record.status == Status.CONVERGED
+        tensor([ True, False])
+    """
 
     status: Tensor  # (*batch) int8
     residual: Tensor  # (*batch), ‖Aᵀu − v‖ / ‖v‖
@@ -157,6 +163,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_forward(y, status, own, *tensors)
 
     @staticmethod
+    @torch.compiler.disable  # a compiled training step calls this from outside its graphs, where Dynamo listens still
     def backward(ctx: Any, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
         y, status, own, *inputs = alive(ctx.saved_tensors)
         if v is None:
@@ -168,6 +175,7 @@ class _Solve(torch.autograd.Function):
         return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
 
     @staticmethod
+    @torch.compiler.disable
     def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         with inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
             return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), None, None, None, None

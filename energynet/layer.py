@@ -22,6 +22,7 @@ class FPI_GD(nn.Module):
     """The minimiser of an energy as a layer: one gradient step, iterated to its fixed point.
 
     Example:
+        >>> import torch
         >>> layer = FPI_GD(lambda x, z: 0.5 * (x - z).square().sum(-1), step_size=0.5, start=torch.zeros_like)
         >>> layer(torch.ones(2, 3)).shape
         torch.Size([2, 3])
@@ -86,7 +87,8 @@ class FPI_NN(nn.Module):
     """The fixed point of a network as a layer, x = g(x, \\*context).
 
     Example:
-        >>> class Cell(nn.Module):
+        >>> import torch
+        >>> class Cell(torch.nn.Module):
         ...     def forward(self, x, z):
         ...         return 0.5 * torch.tanh(x) + z
         >>> layer = FPI_NN(Cell(), start=torch.zeros_like)

@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from energynet import _tree
-from energynet._autodiff import wrappers
+from energynet._autodiff import leaf_variables, wrappers
 
 _RANDOM_OR_STATEFUL = {
     torch.nn.functional.batch_norm: "normalises over the batch (BatchNorm in training mode), which ties the samples together",
@@ -156,7 +156,7 @@ class _Watch(TorchFunctionMode):
         """A tensor that left a nested ``torch.func`` call is a new object; its graph tells where it comes from."""
         if tensor.grad_fn is None:
             return _storage(tensor) not in self.fresh
-        variables = _leaf_variables(tensor.grad_fn)
+        variables = leaf_variables(tensor)
         return not variables or any(id(v) not in self.made for v in variables)
 
     def _check_purity(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -191,19 +191,6 @@ def _training(func: Any, args: Any, kwargs: Any) -> bool:
     position, default = (2, False) if "alpha" in func.__name__ else (2, True)
     chance = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     return bool(kwargs.get("training", args[position] if len(args) > position else default)) and chance > 0
-
-
-def _leaf_variables(node: Any) -> list[Tensor]:
-    seen, stack, found = set(), [node], []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return found
 
 
 def _storage(tensor: Tensor) -> int:

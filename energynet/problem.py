@@ -10,6 +10,11 @@ from torch import Tensor
 class Problem:
     """Find x, ``(*batch, n)``, with residual(x) = 0.
 
+    Example:
+        >>> import torch
+        >>> Problem(residual=lambda x: 2 * (x - 3), step_size=0.5).map(torch.zeros(1, 2))
+        tensor([[3., 3.]])
+
     Args:
         residual: the optimality condition F, ``(*batch, n) -> (*batch, n)``.
         step_size: γ of the map g(x) = x − γ F(x), a float or ``(*batch, 1)``.
@@ -36,5 +41,5 @@ class Problem:
 
     @property
     def gradient(self) -> Callable[[Tensor], Tensor] | None:
-        """∇E of a minimisation: its optimality condition."""
+        """The optimality condition of a minimisation, ∇E; None for any other problem."""
         return self.residual if self.hvp is not None else None

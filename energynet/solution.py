@@ -85,7 +85,7 @@ class Solution:
     Example:
         >>> import torch
         >>> from energynet import minimize
-        >>> solution = minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 1), step_size=0.4)
+        >>> solution = minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 1), step_size=0.5)
         >>> solution.value.flatten(), solution.converged.all()
         (tensor([3., 3.]), tensor(True))
 

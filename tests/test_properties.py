@@ -294,6 +294,21 @@ def test_float32_is_within_sqrt_eps_of_float64(case):
     assert error(found, gradients(layer_of(case), case)) <= 3 * limit
 
 
+@forall(20)
+def test_a_loose_answer_and_its_steps_depend_on_no_batch_mate_either(case):
+    """A finished sample is frozen: it stops where it would alone, however long the others take."""
+    loose = Termination(atol=1e-3, rtol=1e-3)
+
+    def solved(case):
+        solution = layer_of(case, termination=loose).solve(*case.context, x0=case.x0)
+        return Layout.of(solution.value, 1).ravel(solution.value).detach(), solution.num_steps
+
+    (x, count), rows = solved(case), torch.arange(case.context[0].shape[0])
+    for k in rows:
+        alone, alone_count = solved(with_rows(case, rows[k : k + 1]))
+        assert error(alone, x[k : k + 1]) <= 1e-12 and torch.equal(alone_count, count[k : k + 1])
+
+
 # ------------------------------------------------------------------------------------------------- strategies and checks
 
 
