@@ -33,7 +33,7 @@ from energynet.quarantine import Quarantine, separable
 from energynet.solution import OnFailure, Status, report
 from energynet.solvers import Solver
 from energynet.step import Step
-from energynet.termination import Termination
+from energynet.termination import Termination, max_norm
 
 
 class AdjointRecord(NamedTuple):
@@ -133,7 +133,7 @@ class Method:
             return state
         # A linear equation is solved for v of unit length: no tiny or huge loss under- or overflows.
         v = inputs[0]
-        length = self.termination.size(v).to(v.dtype).unsqueeze(-1)
+        length = max_norm(v).unsqueeze(-1)  # no squares
         length = torch.where((length > 0) & torch.isfinite(length), length, 1)
         problem = self.equation.problem((v / length, *inputs[1:]), y0)
         state = loop(problem, self.solver, self.termination, y0)

@@ -335,3 +335,28 @@ def test_no_graph_is_kept_and_inference_mode_works() -> None:
         assert torch.isfinite(layer(z)).all()
     network = FPI_NN(lambda x, z: 0.5 * x + z, start=torch.zeros_like)
     assert not network(z).requires_grad
+
+
+def test_an_iterate_that_overflowed_reaches_no_shared_gradient() -> None:
+    w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    energy = lambda x, w: (0.25 * w * x**4 + 0.5 * x.square()).sum(-1)  # noqa: E731
+    x0 = torch.tensor([[0.1, 0.2], [1e80, 0.1], [0.3, 0.1]], dtype=torch.float64)
+    shifted = lambda x, w, z: energy(x, w) - (x * z).sum(-1)  # noqa: E731
+    z = torch.ones(3, 2, dtype=torch.float64)
+
+    def gradient(rows: list[int]) -> Tensor:
+        solution = minimize(shifted, x0[rows], w, z[rows], step_size=0.2, termination=TIGHT, on_failure="ignore")
+        assert solution.converged.tolist() == [row != 1 for row in rows]
+        return torch.autograd.grad(solution.value[solution.converged].square().sum(), w)[0]
+
+    torch.testing.assert_close(gradient([0, 1, 2]), gradient([0, 2]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_tiny_and_huge_losses_have_gradients_too(scale: float) -> None:
+    z = torch.ones(2, 3, requires_grad=True)
+    energy = lambda x, z: torch.cosh(x - z).sum(-1) + x.square().sum(-1)  # noqa: E731
+    for adjoint in (ImplicitAdjoint(), ImplicitAdjoint(Picard()), ImplicitAdjoint(Anderson(2))):
+        x = minimize(energy, torch.zeros(2, 3), z, step_size=0.3, adjoint=adjoint).value
+        (expected,) = torch.autograd.grad(x.sum(), z, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(scale * x.sum(), z)[0] / scale, expected, rtol=1e-4, atol=0)

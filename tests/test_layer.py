@@ -115,6 +115,9 @@ def test_anderson_survives_singular_histories() -> None:
     for x0 in (torch.zeros(2, 3), torch.ones(2, 3)):
         constant = fixed_point(lambda x: torch.ones_like(x), x0, solver=Anderson(5))  # every difference is parallel or zero
         assert torch.equal(constant.value, torch.ones(2, 3)) and bool(constant.converged.all())
+    parallel = Anderson(memory=3, regularisation=0.0)  # two columns of one direction: no Cholesky factor
+    line = fixed_point(lambda x: 0.5 * x + 0.1 * x.square() + 0.1, torch.zeros(2, 1), solver=parallel)
+    torch.testing.assert_close(line.value, torch.full((2, 1), 2.5 - 5.25**0.5), rtol=1e-3, atol=0)
     one = fixed_point(lambda x: 0.5 * x + 1, torch.zeros(1, 1, dtype=torch.float64), solver=Anderson(5), termination=TIGHT)
     torch.testing.assert_close(one.value, torch.full((1, 1), 2.0, dtype=torch.float64))
 

@@ -166,6 +166,7 @@ def test_batched_gradients_of_autograd() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, about what it cannot trace
 def test_compile_around_a_training_step() -> None:
     layer, _ = _minimum()
     head = nn.Linear(N, 1).double()
