@@ -33,6 +33,16 @@ def wrappers(tensor: Tensor) -> list[Tensor]:
     return found
 
 
+@contextlib.contextmanager
+def recording(tree: Any) -> Iterator[Any]:
+    """The tensors of a pytree where graphs can be recorded: inference mode is left, its tensors become ordinary ones."""
+    if not torch.is_inference_mode_enabled():
+        yield tree
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield _tree.map_structure(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, tree)
+
+
 def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Saved tensors without the wrappers of transforms that have ended, as when ``torch.func.vjp``'s result is called."""
     return [torch._C._functorch.unwrap_if_dead(t) for t in tensors]

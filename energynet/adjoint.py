@@ -66,7 +66,7 @@ class OneStepAdjoint(RootAdjoint):
 
     def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
         none = torch.zeros_like(right.sum(-1), dtype=torch.bool)
-        step_size = method.equation.problem(inputs, y).step_size
+        step_size = method.equation.step_size(inputs, y)
         return Answer(step_size * right, none, none.new_zeros(2, len(inputs)))
 
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:

@@ -6,7 +6,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from energynet._autodiff import gradient_of_sum
+from energynet._autodiff import gradient_of_sum, recording
 
 EnergyLike = Callable[..., Tensor]
 """Any callable or module ``E(x, *context) -> (B,)``; a 0-d value means one problem without a batch dimension."""
@@ -91,4 +91,5 @@ def gradient(energy: EnergyLike, x: Any, *context: Any) -> Any:
     Returns:
         Like ``x``; differentiable again under autograd and ``torch.func``.
     """
-    return gradient_of_sum(lambda x: energy(x, *context), x)
+    with recording((x, context)) as (x, context):
+        return gradient_of_sum(lambda x: energy(x, *context), x)

@@ -70,12 +70,21 @@ class Root:
 
     def problem(self, inputs: tuple[Tensor, ...], batch: Tensor) -> Problem:
         residual = self.function(inputs)
-        energy = self._mapped(self._energy, inputs) if self.binding.step.energy_of is not None else None
-        hvp = (lambda x, p: _jacobian_product(residual, x, p)) if energy is not None else None
-        step_size: float | Tensor = self.binding.step.step_size
-        if isinstance(step_size, Tensor):
-            step_size = self._mapped(self._step_size, inputs)(batch)
-        return Problem(residual, step_size, self.batch_dims, energy, hvp)
+        step_size = self.step_size(inputs, batch)
+        if self.binding.step.energy_of is None:
+            return Problem(residual, step_size, self.batch_dims)
+        return Problem(
+            residual,
+            step_size,
+            self.batch_dims,
+            energy=lambda x: self._mapped(self._energy, inputs)(x),
+            hvp=lambda x, p: _jacobian_product(residual, x, p),
+        )
+
+    def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor:
+        """γ as a float or ``(*batch, 1)``."""
+        step_size = self.binding.step.step_size
+        return self._mapped(self._step_size, inputs)(like) if isinstance(step_size, Tensor) else step_size
 
     def linearisation(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple["Root", bool, tuple[Tensor, ...]]:
         """What the tangent equation at the answer x is made of: a root, whether its Jacobian is transposed, and inputs."""
@@ -151,8 +160,12 @@ class Linear:
     def problem(self, inputs: tuple[Tensor, ...], batch: Tensor) -> Problem:
         v, x, *rest = inputs
         product = linearise(self.root.function(tuple(rest)), x, transposed=self.transposed or self.symmetric)
-        step_size = self.root.problem(tuple(rest), x).step_size
+        step_size = self.step_size(inputs, x)
         return Problem(lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _, p: product(p), right=v)
+
+    def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor:
+        """That of the root."""
+        return self.root.step_size(inputs[2:], like)
 
     def linearisation(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
         return self.root, self.transposed, inputs[1:]

@@ -131,16 +131,17 @@ class Method:
             state = loop(self.equation.problem(inputs, y0), self.solver, self.termination, y0)
             report(state.status, state.distance, state.steps, self.on_failure)
             return state
-        # A linear equation is solved for v of unit length: no tiny or huge loss under- or overflows.
-        v = inputs[0]
-        length = max_norm(v).unsqueeze(-1)  # no squares
-        length = torch.where((length > 0) & torch.isfinite(length), length, 1)
-        problem = self.equation.problem((v / length, *inputs[1:]), y0)
-        state = loop(problem, self.solver, self.termination, y0)
+        # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
+        largest = max_norm(inputs[0]).unsqueeze(-1)
+        largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+        v = inputs[0] / largest
+        state = loop(self.equation.problem((v, *inputs[1:]), y0), self.solver, self.termination, y0)
+        size = self.termination.size(v)
+        relative = state.distance / torch.where(size > 0, size, 1)
         if self.report is not None:
-            self.report.records.append(AdjointRecord(*(t.detach() for t in (state.status, state.distance, state.steps))))
-        report(state.status, state.distance, state.steps, self.on_failure, adjoint=True)
-        return state._replace(x=state.x * length)
+            self.report.records.append(AdjointRecord(*(t.detach() for t in (state.status, relative, state.steps))))
+        report(state.status, relative, state.steps, self.on_failure, adjoint=True)
+        return state._replace(x=state.x * largest, distance=relative)
 
 
 class _Solve(torch.autograd.Function):

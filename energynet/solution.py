@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
+from energynet._autodiff import readable
 
 OnFailure = Literal["raise", "warn", "ignore"]
 POLICIES = ("raise", "warn", "ignore")
@@ -117,6 +118,8 @@ class Solution:
 
     def __repr__(self) -> str:
         value = _tree.map_structure(lambda t: f"Tensor{tuple(t.shape)}", self.value)
+        if not readable(self.status):
+            return f"Solution(value={value}, under vmap)"
         counts = {s.name: int((self.status == s).sum()) for s in Status}
         told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         return f"Solution(value={value}, status=({told}), steps≤{int(self.num_steps.amax()) if told else 0})"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
-from energynet._autodiff import readable
+from energynet._autodiff import readable, recording
 from energynet._tree import Layout
 from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
@@ -61,7 +61,8 @@ def fixed_point(
 
     Source: arXiv 2002.02868.
     """
-    return _solve(as_step(step), x0, inputs, batch_dims, solver, termination, adjoint, on_failure)
+    with recording((x0, inputs)) as (x0, inputs):
+        return _solve(as_step(step), x0, inputs, batch_dims, solver, termination, adjoint, on_failure)
 
 
 def minimize(
@@ -107,7 +108,8 @@ def minimize(
     """
     if x0 is None and isinstance(energy, Energy):
         x0 = energy.start(*context)
-    return _solve(GradientStep(energy, step_size), x0, context, None, solver, termination, adjoint, on_failure)
+    with recording((x0, context, step_size)) as (x0, context, step_size):
+        return _solve(GradientStep(energy, step_size), x0, context, None, solver, termination, adjoint, on_failure)
 
 
 @torch.compiler.disable  # Dynamo would unroll the loop
@@ -175,7 +177,8 @@ def _examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> in
     """Evaluate the user's function once and hold its result against x0; the number of batch dimensions."""
 
     def function(tensors: list[Tensor], x: Any, *code: Any) -> Any:
-        return binding.attach(tensors).probe(x, *code)
+        leaves = _tree.map_structure(lambda t: t.detach().requires_grad_(), x)  # to see that the energy's graph reaches x
+        return binding.attach(tensors).probe(leaves, *code)
 
     step = binding.step
     tensors, (x, *_), output = probe(function, _name(step), list(binding.tensors), (x0, *code))
@@ -222,6 +225,11 @@ def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None)
         raise TypeError(f"{name} must return a tensor (B,), one scalar a sample, but returned {type(output).__name__}.")
     if not output.is_floating_point():
         raise TypeError(f"{name} returned {output.dtype}, which has no gradient; it must be floating point.")
+    if not output.requires_grad:
+        raise ValueError(
+            f"{name} does not depend on x by operations that can be differentiated, so its gradient would be zero everywhere. "
+            "Likely cause: .detach(), .item(), NumPy or torch.no_grad() inside, or x is not used."
+        )
     expected = 0 if output.ndim == 0 else 1
     sizes = {leaf.shape[:1] for leaf in _tree.leaves(x)}
     if (batch_dims is not None and batch_dims != expected) or (expected and sizes != {output.shape}):

@@ -316,6 +316,8 @@ def test_random_stateful_and_in_place_functions_are_told() -> None:
     (lambda x: x.square().sum(-1, keepdim=True), r"one scalar a sample"),
     (lambda x: x.square().sum(-1).long(), "no gradient"),
     (lambda x: 3.0, "must return a tensor"),
+    (lambda x: x.detach().square().sum(-1), "does not depend on x"),
+    (lambda x: torch.ones(2), "does not depend on x"),
 ])  # fmt: skip
 def test_wrong_energies_are_told_with_shapes(wrong: Callable[[Tensor], Any], words: str | None) -> None:
     if words is None:

@@ -23,6 +23,7 @@ from energynet import (
     Termination,
     UnrolledAdjoint,
     fixed_point,
+    gradient,
     minimize,
 )
 
@@ -331,8 +332,13 @@ def test_no_graph_is_kept_and_inference_mode_works() -> None:
     layer = FPI_GD(energy, energy.step_size)
     with torch.no_grad():
         assert not layer(z).requires_grad
+    expected = layer(z).detach()
     with torch.inference_mode():
-        assert torch.isfinite(layer(z)).all()
+        assert torch.equal(layer(z), expected)
+        born_inside = 2 * (0.5 * z)
+        assert torch.equal(layer(born_inside), expected)
+        slope = gradient(energy, expected, born_inside)
+    assert torch.equal(slope, gradient(energy, expected, z).detach())
     network = FPI_NN(lambda x, z: 0.5 * x + z, start=torch.zeros_like)
     assert not network(z).requires_grad
 
