@@ -42,6 +42,15 @@ class Binding:
         return _copy(self.step, lambda t: chosen[id(t)], {})
 
 
+def modules_in(value: Any) -> list[nn.Module]:
+    """The outermost modules that a step, bound method, partial or callable object holds."""
+    memo: dict[int, Any] = {}
+    _copy(value, lambda t: t, memo)
+    found = [original for _, original in memo.values() if isinstance(original, nn.Module)]
+    inner = {id(child) for module in found for child in module.modules() if child is not module}
+    return [module for module in found if id(module) not in inner]
+
+
 def _copy(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
     """A structural copy with ``tensor`` applied to each tensor; what holds no tensors is shared."""
     if id(value) in memo:

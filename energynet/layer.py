@@ -1,11 +1,13 @@
 """Layers: `FPI_GD` and `FPI_NN` hold configuration and no result of a call."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from energynet import _tree
+from energynet.binding import modules_in
 from energynet.energy import Energy, EnergyLike
 from energynet.implicit import Adjoint
 from energynet.solution import OnFailure, Solution
@@ -18,7 +20,37 @@ Start = Tensor | Callable[..., Any] | dict[str, Any] | tuple[Any, ...] | list[An
 """A tensor, a pytree of tensors, or a callable of the context."""
 
 
-class FPI_GD(nn.Module):
+class _Layer(nn.Module, ABC):
+    """What both layers share: configuration, and the value of a solve as the result of a call."""
+
+    start: Any
+
+    def _configure(self, solver: Solver | None, termination: Termination | None, adjoint: Adjoint | None,
+                   on_failure: OnFailure) -> None:  # fmt: skip
+        self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
+
+    def _register(self, function: Any) -> None:
+        """Parameters inside a step, bound method or callable object are the layer's, as those of a module are."""
+        if not isinstance(function, nn.Module) and (modules := modules_in(function)):
+            self.held = nn.ModuleList(modules)
+
+    @abstractmethod
+    def solve(self, *context: Any, x0: Any = None) -> Solution:
+        """The answer and how the solve went."""
+
+    def forward(self, *context: Any, x0: Any = None) -> Any:  # -> like x0
+        return self.solve(*context, x0=x0).value
+
+    def _typed(self, *arguments: str) -> str:
+        """The call that makes this layer, as far as it can be printed."""
+        options = {name: getattr(self, name) for name in ("start", "solver", "termination", "adjoint")}
+        parts = [*arguments, *(f"{name}={_value(v)}" for name, v in options.items() if v is not None)]
+        if self.on_failure != "raise":
+            parts.append(f"on_failure={self.on_failure!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class FPI_GD(_Layer):
     """The minimiser of an energy as a layer: one gradient step, iterated to its fixed point.
 
     Example:
@@ -57,9 +89,10 @@ class FPI_GD(nn.Module):
     ) -> None:
         super().__init__()
         self.energy = energy
+        self._register(energy)
         _hold(self, "step_size", step_size)
         _hold(self, "start", start)
-        self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
+        self._configure(solver, termination, adjoint, on_failure)
 
     def solve(self, *context: Any, x0: Any = None) -> Solution:
         """The minimiser and how the solve went.
@@ -76,14 +109,11 @@ class FPI_GD(nn.Module):
             adjoint=self.adjoint, on_failure=self.on_failure,
         )  # fmt: skip
 
-    def forward(self, *context: Any, x0: Any = None) -> Any:  # -> like x0
-        return self.solve(*context, x0=x0).value
-
     def __repr__(self) -> str:
-        return _typed(self, self.energy, f"step_size={_value(self.step_size)}")
+        return self._typed(_value(self.energy), f"step_size={_value(self.step_size)}")
 
 
-class FPI_NN(nn.Module):
+class FPI_NN(_Layer):
     """The fixed point of a network as a layer, x = g(x, \\*context).
 
     Example:
@@ -120,9 +150,10 @@ class FPI_NN(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
+        self._register(network)
         _hold(self, "start", start)
         self.batch_dims = batch_dims
-        self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
+        self._configure(solver, termination, adjoint, on_failure)
 
     def solve(self, *context: Any, x0: Any = None) -> Solution:
         """The fixed point and how the solve went.
@@ -138,11 +169,8 @@ class FPI_NN(nn.Module):
             adjoint=self.adjoint, on_failure=self.on_failure,
         )  # fmt: skip
 
-    def forward(self, *context: Any, x0: Any = None) -> Any:  # -> like x0
-        return self.solve(*context, x0=x0).value
-
     def __repr__(self) -> str:
-        return _typed(self, self.network, "" if self.batch_dims == 1 else f"batch_dims={self.batch_dims}")
+        return self._typed(_value(self.network), *([f"batch_dims={self.batch_dims}"] if self.batch_dims != 1 else []))
 
 
 class _Held(nn.Module):
@@ -204,12 +232,3 @@ def _value(value: Any) -> str:
     if isinstance(value, Tensor):
         return repr(_Shape(value))
     return repr(value) if isinstance(value, nn.Module) else getattr(value, "__name__", None) or repr(value)
-
-
-def _typed(layer: Any, function: Any, first: str) -> str:
-    """The call that makes this layer, as far as it can be printed."""
-    options = {name: getattr(layer, name) for name in ("start", "solver", "termination", "adjoint")}
-    parts = [_value(function), first, *(f"{name}={_value(v)}" for name, v in options.items() if v is not None)]
-    if layer.on_failure != "raise":
-        parts.append(f"on_failure={layer.on_failure!r}")
-    return f"{type(layer).__name__}({', '.join(filter(None, parts))})"

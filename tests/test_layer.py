@@ -85,6 +85,23 @@ def test_repr_prints_what_was_typed() -> None:
     )
 
 
+def test_modules_inside_steps_and_methods_belong_to_the_layer() -> None:
+    network, energy = Contraction(), LogCosh()
+    damped = FPI_NN(DampedStep(MapStep(network), 0.5), start=Zeros(), termination=TIGHT)
+    method = FPI_GD(energy.forward, 0.2, start=energy.start, termination=TIGHT)
+    for layer, module in ((damped, network), (method, energy)):
+        assert {id(p) for p in layer.parameters()} == {id(p) for p in module.parameters()}
+        twin = copy.deepcopy(layer)
+        for p in twin.parameters():
+            p.data.mul_(0.5)
+        assert not torch.equal(twin(some_context()), layer(some_context()))
+        twin.load_state_dict(layer.state_dict())
+        assert torch.equal(twin(some_context()), layer(some_context()))
+    damped.termination = None
+    assert damped.float()(some_context().float()).dtype == torch.float32
+    assert not list(FPI_GD(torch.sum, 1.0).parameters())
+
+
 def test_layers_in_a_model_and_a_learned_start() -> None:
     predictor = nn.Linear(3, 4, dtype=torch.float64)
     model = nn.Sequential(FPI_GD(LogCosh(), 0.2, start=predictor, termination=TIGHT), nn.Linear(4, 1, dtype=torch.float64))
