@@ -175,7 +175,7 @@ BROKEN_ENERGIES = {
     "in place, NumPy, context": (hidden_write_of_context, "changed x or its context in place"),
     "one column": (lambda x, z: bowl(x, z)[:, None], r"returned shape \(4, 1\) for x of shape \(4, 2\)"),
     "one a number": (lambda x, z: (x - z).square(), r"returned shape \(4, 2\) for x of shape \(4, 2\).*flatten\(1\)"),
-    "a float": (lambda x, z: float(bowl(x, z).sum()), "but returned float"),
+    "a float": (lambda x, z: bowl(x, z).sum().item(), "but returned float"),
     "integers": (lambda x, z: bowl(x, z).long(), "returned torch.int64, which has no gradient"),
     "booleans": (lambda x, z: bowl(x, z) > 0, "returned torch.bool"),
     "linear": (lambda x, z: (x * z).sum(-1), "E has no curvature in x for sample 0, 1, 2, 3: .* a ridge"),
