@@ -36,7 +36,6 @@ class Root:
 
     binding: Binding
     layout: Layout
-    batch_dims: int
     code_spec: Any
     code_leaves: tuple[Constant | None, ...]  # None where a tensor goes
     encoded: bool
@@ -45,6 +44,11 @@ class Root:
     @property
     def symmetric(self) -> bool:
         return self.binding.step.symmetric
+
+    @property
+    def batch_dims(self) -> int:
+        """The caller's, and one for each vmap around."""
+        return self.layout.batch_dims + len(self.vmaps)
 
     @property
     def num_shared(self) -> int:
@@ -58,8 +62,7 @@ class Root:
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Root":
         """The same equation for every index of a new leading dimension of x and of the inputs with in_dim 0."""
-        vmaps = (*self.vmaps, (in_dims, randomness))
-        return dataclasses.replace(self, vmaps=vmaps, batch_dims=self.batch_dims + 1)
+        return dataclasses.replace(self, vmaps=(*self.vmaps, (in_dims, randomness)))
 
     def residual(self, x: Tensor, *inputs: Tensor) -> Tensor:
         return self.function(inputs)(x)

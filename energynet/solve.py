@@ -61,8 +61,7 @@ def fixed_point(
 
     Source: arXiv 2002.02868.
     """
-    with recording((x0, inputs)) as (x0, inputs):
-        return _solve(as_step(step), x0, inputs, batch_dims, solver, termination, adjoint, on_failure)
+    return _solve(as_step, (step,), x0, inputs, batch_dims, solver, termination, adjoint, on_failure)
 
 
 def minimize(
@@ -108,33 +107,45 @@ def minimize(
     """
     if x0 is None and isinstance(energy, Energy):
         x0 = energy.start(*context)
-    with recording((x0, context, step_size)) as (x0, context, step_size):
-        return _solve(GradientStep(energy, step_size), x0, context, None, solver, termination, adjoint, on_failure)
+    return _solve(GradientStep, (energy, step_size), x0, context, None, solver, termination, adjoint, on_failure)
 
 
 @torch.compiler.disable  # Dynamo would unroll the loop
-def _solve(step: Step, x0: Any, context: tuple[Any, ...], batch_dims: int | None, solver: Solver | None,
-           termination: Termination | None, adjoint: Adjoint | None, on_failure: OnFailure) -> Solution:  # fmt: skip
+def _solve(
+    make_step: Callable[..., Step],
+    arguments: tuple[Any, ...],
+    x0: Any,
+    context: tuple[Any, ...],
+    batch_dims: int | None,
+    solver: Solver | None,
+    termination: Termination | None,
+    adjoint: Adjoint | None,
+    on_failure: OnFailure,
+) -> Solution:
     solver, termination = solver or Picard(), termination or Termination()
     adjoint = adjoint or ImplicitAdjoint()
-    _check_options(step, solver, adjoint, on_failure)
-    _check_start(x0)
-    binding = Binding.of(step)
-    code = binding.step.encode(*context)
-    batch_dims = _examine(binding, x0, code, batch_dims)
-    layout = Layout.of(x0, batch_dims)
-    flat = layout.ravel(x0)
+    with recording((arguments, x0, context)) as (arguments, x0, context):
+        step = make_step(*arguments)
+        _check_options(step, solver, adjoint, on_failure)
+        _check_start(x0)
+        binding = Binding.of(step)
+        code = binding.step.encode(*context)
+        layout = Layout.of(x0, _examine(binding, x0, code, batch_dims))
+        root, inputs = _equation(binding, layout, code, context)
+        method = Method(root, solver, termination, on_failure, adjoint if isinstance(adjoint, RootAdjoint) else None)
+        with unwatched():
+            x, status, residual, steps = adjoint.run(method, layout.ravel(x0), inputs)
+        return Solution(layout.unravel(x), status, residual, steps)
+
+
+def _equation(binding: Binding, layout: Layout, code: Any, context: Any) -> tuple[Root, tuple[Tensor, ...]]:
+    """What is to be solved, and the tensors that it depends on."""
     leaves, spec = _tree.flatten(code)
-    constants = tuple(None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves)
     given = _tree.leaves(context)
     encoded = [id(leaf) for leaf in given] != [id(leaf) for leaf in leaves]
-    root = Root(binding, layout, batch_dims, spec, constants, encoded)
-    witnesses = given if encoded else []
-    inputs = (*binding.tensors, *(t for t in (*leaves, *witnesses) if isinstance(t, Tensor)))
-    method = Method(root, solver, termination, on_failure, adjoint if isinstance(adjoint, RootAdjoint) else None)
-    with unwatched():
-        x, status, residual, steps = adjoint.run(method, flat, inputs)
-    return Solution(layout.unravel(x), status, residual, steps)
+    constants = tuple(None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves)
+    inputs = (t for t in (*leaves, *(given if encoded else ())) if isinstance(t, Tensor))
+    return Root(binding, layout, spec, constants, encoded), (*binding.tensors, *inputs)
 
 
 # ------------------------------------------------------------------------------------------------- checks
@@ -170,7 +181,10 @@ def _check_start(x0: Any) -> None:
         )
     wrong = [leaf.dtype for leaf in leaves if not leaf.is_floating_point()]
     if wrong:
-        raise TypeError(f"x0 must be floating point, got {wrong[0]}: an iterate moves by less than one. Use x0.float().")
+        raise TypeError(
+            f"x0 must be floating point, got {wrong[0]}: an iterate moves by fractions. Convert it, as by x0.float(); a complex "
+            "one by torch.view_as_real."
+        )
 
 
 def _examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int:
