@@ -77,7 +77,7 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
 
 def _first_scale(problem: Problem, size: Tensor) -> Tensor:
     """A guess of the curvature that only decides when to look: 1/γ. What is reported comes from `_verify`."""
-    if problem.hvp is None or problem.right is not None:
+    if not _curved(problem):
         return torch.ones_like(size)
     step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
     return torch.ones_like(size) / step_size
@@ -109,26 +109,33 @@ def _within_tolerance(problem: Problem, termination: Termination, state: LoopSta
 
 def _verify(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> LoopState:
     """Measure the condition at the returned points; samples that had stopped too early run again from there."""
-    curved = problem.hvp is not None and problem.right is None
-    if not curved and solver.exact_residual:
+    if not _curved(problem) and solver.exact_residual:
         return state
     with torch.no_grad():
         claimed = state.status == Status.CONVERGED
         measured = claimed | (state.status == Status.MAX_STEPS)
         residual = problem.residual(state.x)
-        scale = torch.where(measured, _curvature(problem, termination, state.x, residual), state.scale) if curved else state.scale
+        scale = _curvature(problem, termination, state.x, residual) if _curved(problem) else state.scale
         distance = torch.where(measured, _distance(problem, termination, state.x, residual, scale), state.distance)
-        state = state._replace(scale=scale, distance=distance)
-        reopened = claimed & ~_within_tolerance(problem, termination, state)
-        exhausted = torch.where(state.steps >= termination.max_steps, Status.MAX_STEPS, RUNNING)
-        # A gradient without any curvature along it: the energy falls for ever in this direction.
-        exhausted = torch.where(torch.isinf(distance), Status.DIVERGED, exhausted)
-        status = torch.where(reopened, exhausted, state.status).to(torch.int8)
-    state = state._replace(status=status)
+        arrived = _within_tolerance(problem, termination, state._replace(distance=distance))
+        reopened = claimed & ~arrived & (state.steps < termination.max_steps)
+        # A gradient without any curvature along it, to the last: the energy falls for ever in this direction.
+        exhausted = torch.where(torch.isinf(distance), Status.DIVERGED, Status.MAX_STEPS)
+        ended = torch.where(arrived, Status.CONVERGED, torch.where(reopened, RUNNING, exhausted))
+        status = torch.where(measured, ended, state.status).to(torch.int8)
+        # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.
+        scale = torch.where(reopened, torch.where(scale > 0, scale, 0.1 * state.scale), state.scale)
+        limit = torch.where(reopened, torch.maximum(state.limit, GROWTH * distance.nan_to_num(0, 0, 0)), state.limit)
+    state = state._replace(status=status, distance=distance, scale=scale, limit=limit)
     if readable(status) and not _any_running(state):
         return state
     afresh = _tree.map_structure(lambda new, old: _where(reopened, new, old), solver.init(problem, state.x), state.inner)
     return state._replace(inner=afresh)
+
+
+def _curved(problem: Problem) -> bool:
+    """Whether distances are measured by a curvature, as those of a minimisation are."""
+    return problem.hvp is not None and problem.right is None
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:  # (*batch), (*batch, ...)

@@ -50,6 +50,17 @@ def test_step_ten_times_too_large() -> None:
         FPI_GD(energy, 10 * energy.step_size)(some_context())
 
 
+def test_a_start_on_a_part_without_curvature_is_no_failure() -> None:
+    huber = lambda x, z: torch.nn.functional.huber_loss(x, z.expand_as(x), reduction="none").sum(-1)  # noqa: E731
+    x0 = torch.tensor([[3e3], [-40.0]])
+    solution = minimize(huber, x0, torch.ones(2, 1), step_size=0.9, termination=Termination(rtol=1e-3, max_steps=5000))
+    torch.testing.assert_close(solution.value, torch.ones(2, 1), rtol=1e-3, atol=0)
+    far = minimize(
+        lambda x: (x - 1e9).square().sum(-1), torch.zeros(1, 1, dtype=torch.float64), step_size=1e-9, on_failure="ignore"
+    )
+    assert far.status.item() == Status.MAX_STEPS  # slow, not diverging
+
+
 @pytest.mark.parametrize("gamma", [1e-4, 1e-9, 1e-13])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tiny_step_is_not_convergence(gamma: float, dtype: torch.dtype) -> None:
