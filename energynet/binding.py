@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -58,6 +59,11 @@ def _copy(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) 
     if isinstance(value, Tensor):
         result: Any = tensor(value)
     elif isinstance(value, nn.Module):
+        if isinstance(value, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{type(value).__name__} {getattr(value, 'original_name', '')} is scripted: its tensors cannot be bound as inputs, "
+                "and their gradients would be lost. Pass the module that torch.jit.script was given."
+            )
         # What torch.compile wraps around a module holds the original in a closure, out of reach: take that one.
         return _copy_module(value._modules.get("_orig_mod") or value, tensor, memo)
     elif isinstance(value, types.MethodType):
