@@ -61,8 +61,8 @@ def _copy(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) 
     elif isinstance(value, nn.Module):
         if isinstance(value, torch.jit.ScriptModule):
             raise TypeError(
-                f"{type(value).__name__} {getattr(value, 'original_name', '')} is scripted: its tensors cannot be bound as inputs, "
-                "and their gradients would be lost. Pass the module that torch.jit.script was given."
+                f"{getattr(value, 'original_name', type(value).__name__)} is scripted: its tensors cannot be bound as inputs, and their "
+                " gradients would be lost. Pass the module that torch.jit.script was given."
             )
         # What torch.compile wraps around a module holds the original in a closure, out of reach: take that one.
         return _copy_module(value._modules.get("_orig_mod") or value, tensor, memo)
