@@ -60,9 +60,10 @@ def _copy(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) 
         result: Any = tensor(value)
     elif isinstance(value, nn.Module):
         if isinstance(value, torch.jit.ScriptModule):
+            name = getattr(value, "original_name", type(value).__name__)
             raise TypeError(
-                f"{getattr(value, 'original_name', type(value).__name__)} is scripted: its tensors cannot be bound as inputs, and their "
-                " gradients would be lost. Pass the module that torch.jit.script was given."
+                f"{name} is scripted: its tensors cannot be bound as inputs, and their gradients would be lost. Pass the module "
+                "that torch.jit.script was given."
             )
         # What torch.compile wraps around a module holds the original in a closure, out of reach: take that one.
         return _copy_module(value._modules.get("_orig_mod") or value, tensor, memo)

@@ -39,6 +39,11 @@ def separable(equation: Equation, state: LoopState, inputs: tuple[Tensor, ...]) 
     return own
 
 
+def replaced_by_good(tensor: Tensor, failed: Tensor) -> Tensor:
+    """The tensor ``(*batch, ...)`` with the row of a good sample in place of the failed ones'."""
+    return _replaced(tensor, failed, _donor(failed))
+
+
 def _donor(failed: Tensor) -> Tensor:
     """The flat index ``(1,)`` of the first sample that did not fail."""
     return (~failed).reshape(-1).to(torch.int8).argmax().reshape(1)

@@ -15,6 +15,7 @@ from energynet.energy import Energy, EnergyLike
 from energynet.equation import Constant, Root
 from energynet.implicit import Adjoint, Method, RootAdjoint
 from energynet.probe import probe, unwatched
+from energynet.quarantine import replaced_by_good
 from energynet.solution import POLICIES, OnFailure, Solution
 from energynet.solvers import Picard, Solver
 from energynet.step import GradientStep, Step, as_step
@@ -130,12 +131,38 @@ def _solve(
         _check_start(x0)
         binding = Binding.of(step)
         code = binding.step.encode(*context)
+        if on_failure != "raise":
+            x0, code = _without_nonfinite(binding.step, x0, context, code)
         layout = Layout.of(x0, _examine(binding, x0, code, batch_dims))
         root, inputs = _equation(binding, layout, code, context)
         method = Method(root, solver, termination, on_failure, adjoint if isinstance(adjoint, RootAdjoint) else None)
         with unwatched():
             x, status, residual, steps = adjoint.run(method, layout.ravel(x0), inputs)
         return Solution(layout.unravel(x), status, residual, steps)
+
+
+def _without_nonfinite(step: Step, x0: Any, context: Any, code: Any) -> tuple[Any, Any]:
+    """Keep a sample whose context is not finite from the weights of an encoder, where 0 · NaN = NaN.
+
+    It is encoded as if it were the first good sample, and starts at NaN, so that it fails. Only where the other samples'
+    code is finite: elsewhere the NaN was in something shared.
+    """
+    rows = {leaf.shape[:1] for leaf in _tree.leaves(x0)}
+    leaves, spec = _tree.flatten(context)
+    size = next(iter(rows))
+    own = [
+        isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 0 and t.shape[:1] == size and t.numel() > 0 for t in leaves
+    ]
+    if len(rows) != 1 or not any(own) or not all(readable(t) for t in _tree.leaves((x0, context)) if isinstance(t, Tensor)):
+        return x0, code
+    bad = torch.stack([~torch.isfinite(t).reshape(len(t), -1).all(1) for t, yes in zip(leaves, own) if yes]).any(0)
+    given = {id(leaf) for leaf in leaves}
+    made = [t for t in _tree.leaves(code) if isinstance(t, Tensor) and t.shape[:1] == size and id(t) not in given]
+    if not bad.any() or bad.all() or not made or not all(torch.isfinite(t[~bad]).all() for t in made):
+        return x0, code
+    replaced = [replaced_by_good(t, bad) if yes else t for t, yes in zip(leaves, own)]
+    started = _tree.map_structure(lambda t: torch.where(bad.reshape(-1, *[1] * (t.ndim - 1)), torch.nan, t), x0)
+    return started, step.encode(*_tree.unflatten(replaced, spec))
 
 
 def _equation(binding: Binding, layout: Layout, code: Any, context: Any) -> tuple[Root, tuple[Tensor, ...]]:

@@ -179,6 +179,21 @@ def test_shared_encoder_is_untouched_by_a_failed_sample() -> None:
     assert got[1][2].isnan().all()
 
 
+def test_shared_encoder_is_untouched_by_a_context_that_is_not_finite() -> None:
+    energy, z = Encoded(), some_context(6).abs() + 0.1
+    z[2, 1] = torch.nan
+    z.requires_grad_()
+    good = [0, 1, 3, 4, 5]
+    layer = FPI_GD(energy, 0.5, termination=TIGHT, on_failure="ignore")
+    solution = layer.solve(z)
+    assert solution.status.tolist() == [0, 0, Status.NONFINITE, 0, 0, 0]
+    got = torch.autograd.grad(solution.value[good].square().sum(), (energy.encoder.weight, z))
+    want = torch.autograd.grad(layer(z[good]).square().sum(), (energy.encoder.weight, z))
+    torch.testing.assert_close(got[0], want[0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(got[1][good], want[1][good])
+    assert got[1][2].isnan().all()
+
+
 def test_a_shared_matrix_with_as_many_rows_as_samples_is_not_taken_for_samples() -> None:
     A = (torch.eye(4, dtype=torch.float64) * 0.2 + 0.1).requires_grad_()
     z = torch.ones(4, 4, dtype=torch.float64)
