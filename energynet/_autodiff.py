@@ -88,6 +88,27 @@ def gradient_of_sum(function: Callable[[Any], Tensor], x: Any) -> Any:
     return _tree.unflatten([torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients)], spec)
 
 
+def value_and_gradient_of_sum(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``function(x)`` and the gradient of its sum, from one evaluation; differentiable where a graph is being built."""
+    if transform_active():
+
+        def with_value(x: Tensor) -> tuple[Tensor, Tensor]:
+            value = function(x)
+            return value.sum(), value
+
+        gradient, value = torch.func.grad(with_value, has_aux=True)(x)
+        return value, gradient
+    values: list[Tensor] = []
+
+    def total(x: Tensor) -> Tensor:
+        values.append(function(x))
+        return values[0].sum()
+
+    (found,) = _pull(total, [x], None)
+    value = values[0] if found is not None and found.requires_grad else values[0].detach()
+    return value, torch.zeros_like(x) if found is None else found
+
+
 def pullback(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
     """Vector-Jacobian products of ``function`` at ``primals``; None where it does not depend on one of them."""
     if transform_active():

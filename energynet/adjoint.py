@@ -11,7 +11,7 @@ from energynet.linear import ConjugateGradient
 from energynet.loop import loop
 from energynet.solution import OnFailure, report
 from energynet.solvers import Picard, Solver
-from energynet.step import Step
+from energynet.step import Kind, Step
 from energynet.termination import Termination
 
 
@@ -39,7 +39,7 @@ class ImplicitAdjoint(RootAdjoint):
 
     def check(self, step: Step) -> None:
         if self.solver is not None:
-            self.solver.check(linear=True, symmetric=step.symmetric)
+            self.solver.check(Kind.SYMMETRIC if step.symmetric else Kind.LINEAR)
 
     def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
         solver = self.solver or (ConjugateGradient() if method.equation.symmetric else Picard())
@@ -66,8 +66,8 @@ class OneStepAdjoint(RootAdjoint):
 
     def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
         none = torch.zeros_like(right.sum(-1), dtype=torch.bool)
-        step_size = method.equation.step_size(inputs, y)
-        return Answer(step_size * right, none, none.new_zeros(2, len(inputs)))
+        gamma = method.equation.problem(inputs, y).gamma
+        return Answer(gamma * right, none, none.new_zeros(2, len(inputs)))
 
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
         present = [d for d in derivatives if d is not None]

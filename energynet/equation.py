@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
-from energynet._autodiff import linearise, pullback, pushforward, transform_active
+from energynet._autodiff import linearise, pullback, pushforward, transform_active, value_and_gradient_of_sum
 from energynet._tree import Layout
 from energynet.binding import Binding
 from energynet.energy import evaluate
 from energynet.problem import Problem
-from energynet.step import Step, per_sample
+from energynet.step import Kind, Step, per_sample
 
 
 class Constant(NamedTuple):
@@ -46,6 +46,10 @@ class Root:
         return self.binding.step.symmetric
 
     @property
+    def kind(self) -> Kind:
+        return self.binding.step.kind
+
+    @property
     def batch_dims(self) -> int:
         """The caller's, and one for each vmap around."""
         return self.layout.batch_dims + len(self.vmaps)
@@ -71,21 +75,21 @@ class Root:
         """x -> F(x), with the inputs bound once."""
         return self._mapped(self._optimality, inputs)
 
-    def problem(self, inputs: tuple[Tensor, ...], batch: Tensor) -> Problem:
+    def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
+        """On plain tensors, for a solve that begins at ``start``, ``(*batch, n)``."""
         residual = self.function(inputs)
-        step_size = self.step_size(inputs, batch)
-        if self.binding.step.energy_of is None:
-            return Problem(residual, step_size, self.batch_dims)
+        energy = self._mapped(self._energy, inputs) if self.kind is Kind.ENERGY else None
         return Problem(
             residual,
-            step_size,
+            self.step_size(inputs, start),
             self.batch_dims,
-            energy=lambda x: self._mapped(self._energy, inputs)(x),
-            hvp=lambda x, p: _jacobian_product(residual, x, p),
+            value_and_gradient=None if energy is None else lambda x: value_and_gradient_of_sum(energy, x),
+            jacobian=None if self.binding.step.normalised else lambda x: _jacobian(residual, x, self.symmetric),
+            start=start,
         )
 
-    def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor:
-        """γ as a float or ``(*batch, 1)``."""
+    def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor | None:
+        """γ as a float or ``(*batch, 1)``, if it is given."""
         step_size = self.binding.step.step_size
         return self._mapped(self._step_size, inputs)(like) if isinstance(step_size, Tensor) else step_size
 
@@ -121,6 +125,7 @@ class Root:
 
     def _step_size(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         """γ as ``(*batch, 1)``."""
+        assert step.step_size is not None
         return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + per_sample(step.step_size, x.ndim)
 
 
@@ -134,6 +139,10 @@ class Linear:
     @property
     def symmetric(self) -> bool:
         return self.root.symmetric
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.SYMMETRIC if self.symmetric else Kind.LINEAR
 
     @property
     def batch_dims(self) -> int:
@@ -160,24 +169,26 @@ class Linear:
             return _or_zero(pullback(function, [x], u)[0], x) - v
         return pushforward(function, [x], [u]) - v
 
-    def problem(self, inputs: tuple[Tensor, ...], batch: Tensor) -> Problem:
+    def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
         v, x, *rest = inputs
         product = linearise(self.root.function(tuple(rest)), x, transposed=self.transposed or self.symmetric)
-        step_size = self.step_size(inputs, x)
-        return Problem(lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _, p: product(p), right=v)
-
-    def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor:
-        """That of the root."""
-        return self.root.step_size(inputs[2:], like)
+        step_size = self.root.step_size(tuple(rest), x)
+        return Problem(lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _: product, right=v, start=start)
 
     def linearisation(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
         return self.root, self.transposed, inputs[1:]
 
 
-def _jacobian_product(residual: Callable[[Tensor], Tensor], x: Tensor, p: Tensor) -> Tensor:
-    """Hessian-vector product: the Jacobian of a gradient is symmetric, so one vector-Jacobian product serves."""
-    with torch.no_grad():
-        return _or_zero(pullback(residual, [x], p)[0], x) if transform_active() else linearise(residual, x, transposed=True)(p)
+def _jacobian(residual: Callable[[Tensor], Tensor], x: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
+    """p -> ∂F/∂x p. That of a gradient is symmetric, so one vector-Jacobian product serves."""
+    if not transform_active():
+        return linearise(residual, x, transposed=symmetric)
+
+    def product(p: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _or_zero(pullback(residual, [x], p)[0], x) if symmetric else pushforward(residual, [x], [p])
+
+    return product
 
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
 """The problem: a frozen value that says what is being solved, and nothing of how."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from energynet._autodiff import readable
+from energynet.spectrum import ritz_values, some_direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +22,21 @@ class Problem:
 
     Args:
         residual: the optimality condition F, ``(*batch, n) -> (*batch, n)``.
-        step_size: γ of the map g(x) = x − γ F(x), a float or ``(*batch, 1)``.
+        step_size: γ of the map g(x) = x − γ F(x), a float or ``(*batch, 1)``; None: `gamma` estimates it.
         batch_dims: number of leading dimensions that count samples.
-        energy: ``(*batch, n) -> (*batch)``, of a minimisation.
-        hvp: ``x, p ->`` product of the Jacobian of F at x with p, of a minimisation: Hessian-vector products.
+        value_and_gradient: of a minimisation, x -> the energy ``(*batch)`` and its gradient F(x), evaluated together.
+        jacobian: x -> (p -> ∂F/∂x p), linearised once and replayed for each p; where F is not in units of x already.
         right: of a linear problem F(u) = A u − v, the right-hand side v.
+        start: where the solve begins, which is where γ is estimated.
     """
 
     residual: Callable[[Tensor], Tensor]
-    step_size: float | Tensor = 1.0
+    step_size: float | Tensor | None = 1.0
     batch_dims: int = 1
-    energy: Callable[[Tensor], Tensor] | None = None
-    hvp: Callable[[Tensor, Tensor], Tensor] | None = None
+    value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    jacobian: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
     right: Tensor | None = None
+    start: Tensor | None = None
 
     def map(self, x: Tensor) -> Tensor:
         """The fixed-point map g(x) = x − γ F(x)."""
@@ -37,9 +44,60 @@ class Problem:
 
     def move(self, x: Tensor, residual: Tensor) -> Tensor:
         """g(x), given F(x)."""
-        return x - self.step_size * residual
+        return x - self.gamma * residual
 
-    @property
-    def gradient(self) -> Callable[[Tensor], Tensor] | None:
-        """The optimality condition of a minimisation, ∇E; None for any other problem."""
-        return self.residual if self.hvp is not None else None
+    def energy(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+        """The energy of a minimisation."""
+        assert self.value_and_gradient is not None
+        return self.value_and_gradient(x)[0]
+
+    def hvp(self, x: Tensor, p: Tensor) -> Tensor:
+        """∂F/∂x p: of a minimisation, the Hessian-vector product."""
+        assert self.jacobian is not None
+        return self.jacobian(x)(p)
+
+    @functools.cached_property
+    def gamma(self) -> float | Tensor:
+        """γ as given, or a safe one from the curvature where the solve begins, ``(*batch, 1)``."""
+        if self.step_size is not None:
+            return self.step_size
+        assert self.start is not None and self.jacobian is not None
+        with torch.no_grad():
+            return self._guarded(self.start, safe_step_size(self.jacobian(self.start), self.residual(self.start)))
+
+    def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """Backtracking: halve γ until the first step lowers the energy by half of what its slope promises."""
+        if self.value_and_gradient is None:
+            return gamma
+        energy, gradient = self.value_and_gradient(x)
+        slope = gradient.square().sum(-1)
+        for _ in range(HALVINGS):
+            trial = self.energy(x - gamma * gradient)
+            # A difference of energies is known to their rounding unit only.
+            noise = 8 * torch.finfo(energy.dtype).eps * energy.abs()
+            enough = trial <= energy - 0.25 * gamma.squeeze(-1) * slope + noise
+            if readable(enough) and bool(enough.all()):
+                break
+            gamma = torch.where(enough.unsqueeze(-1), gamma, 0.5 * gamma)
+        return gamma
+
+
+HALVINGS = 20
+
+
+def safe_step_size(product: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:  # -> (*batch, 1)
+    """1/L for the largest curvature L, by a power iteration on products with the Hessian; 1 where there is no curvature.
+
+    Example:
+        >>> import torch
+        >>> safe_step_size(lambda p: torch.tensor([1.0, 10.0]) * p, torch.ones(1, 2)).round(decimals=3)
+        tensor([[0.0950]])
+
+    Source: Lanczos (1950): the same products as the power method, combined to the best estimate that they contain.
+    """
+    largest = ritz_values(product, some_direction(gradient), steps=10).abs().amax(-1, keepdim=True)
+    usable = (largest > 0) & torch.isfinite(largest)
+    return torch.where(usable, 1 / (SAFETY * torch.where(usable, largest, 1)), 1).to(gradient.dtype)
+
+
+SAFETY = 1.05  # ten products find the largest curvature to a few per cent, from below

@@ -185,9 +185,11 @@ def _check_options(step: Step, solver: Solver, adjoint: Adjoint, on_failure: OnF
         if not isinstance(option, kind):
             hint = f" Did you mean {option.__name__}()?" if isinstance(option, type) else ""
             raise TypeError(f"Expected a {kind.__name__}, got {option!r}.{hint}")
-    solver.check(linear=False, symmetric=step.symmetric)
+    solver.check(step.kind)
     adjoint.check(step)
     size = step.step_size
+    if size is None:
+        return
     if isinstance(size, Tensor):
         if not size.is_floating_point():
             raise TypeError(f"step_size must be floating point, got a tensor of {size.dtype}.")
@@ -282,7 +284,7 @@ def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None)
     return expected
 
 
-def _check_batch(x: Any, step_size: float | Tensor) -> None:
+def _check_batch(x: Any, step_size: float | Tensor | None) -> None:
     leaves = _tree.leaves(x)
     if any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
         raise ValueError(

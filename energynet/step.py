@@ -5,6 +5,7 @@ damping: it is what residuals are measured on and what the implicit function the
 """
 
 import dataclasses
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,12 +18,24 @@ from energynet._autodiff import gradient_of_sum
 from energynet.energy import EnergyLike, encode, evaluate
 
 
+class Kind(enum.Enum):
+    """What a solver may be asked to solve; the value is the name in error messages."""
+
+    MAP = "a fixed point x = g(x) of a general map"
+    ENERGY = "the minimum of a smooth energy"
+    LINEAR = "a linear equation with a general matrix (the adjoint of a map)"
+    SYMMETRIC = "a linear equation with a symmetric matrix (the adjoint of an energy)"
+
+
 class Step(ABC):
     """A map x → g(x, \\*context) = x − γ F(x, \\*context) whose fixed point is the answer."""
 
     symmetric: ClassVar[bool] = False
     """Whether ∂F/∂x is symmetric, so that conjugate gradients may solve the adjoint equation."""
-    step_size: float | Tensor = 1.0
+    normalised: ClassVar[bool] = True
+    """Whether F is in units of ``x``, as x − g(x) is; otherwise residuals are divided by its derivative, as ∇E by a curvature."""
+    step_size: float | Tensor | None = 1.0
+    """γ; None where it is not known, so that solvers which need one estimate it."""
 
     @abstractmethod
     def optimality(self, x: Any, *code: Any) -> Any:
@@ -37,12 +50,19 @@ class Step(ABC):
         return self.optimality(x, *code)
 
     @property
+    def kind(self) -> Kind:
+        """What a solver is asked to solve."""
+        return Kind.MAP
+
+    @property
     def energy_of(self) -> EnergyLike | None:
-        """The energy this step descends, if it descends one."""
+        """The energy whose gradient the step takes, if it takes one."""
         return None
 
     def __call__(self, x: Any, *context: Any) -> Any:
         """One step from ``x``."""
+        if self.step_size is None:
+            raise ValueError(f"{type(self).__name__} has no step_size, so it is no map yet. Give it one to call it.")
         residual = self.optimality(x, *self.encode(*context))
         return _tree.map_structure(lambda x, r: x - per_sample(self.step_size, x.ndim) * r, x, residual)
 
@@ -85,14 +105,19 @@ class GradientStep(Step):
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``.
-        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``.
+        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None: estimated where a solver needs it.
 
     Source: arXiv 2002.02868, FPI_GD.
     """
 
     energy: EnergyLike
-    step_size: float | Tensor
+    step_size: float | Tensor | None = None
     symmetric: ClassVar[bool] = True
+    normalised: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.ENERGY
 
     def encode(self, *context: Any) -> tuple[Any, ...]:
         return encode(self.energy, context)
@@ -138,8 +163,16 @@ class DampedStep(Step):
         return self.step.symmetric
 
     @property
-    def step_size(self) -> float | Tensor:  # type: ignore[override]
-        return self.damping * self.step.step_size
+    def normalised(self) -> bool:  # type: ignore[override]
+        return self.step.normalised
+
+    @property
+    def kind(self) -> Kind:
+        return self.step.kind
+
+    @property
+    def step_size(self) -> float | Tensor | None:  # type: ignore[override]
+        return None if self.step.step_size is None else self.damping * self.step.step_size
 
     @property
     def energy_of(self) -> EnergyLike | None:

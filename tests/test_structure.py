@@ -16,6 +16,7 @@ PACKAGE = ROOT / "energynet"
 ORDER = [
     "_tree",
     "_autodiff",
+    "spectrum",
     "energy",
     "step",
     "problem",

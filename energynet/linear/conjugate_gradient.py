@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from energynet.problem import Problem
+from energynet.step import Kind
 from energynet.solvers.base import Solver
 
 
@@ -34,18 +35,8 @@ class ConjugateGradient(Solver):
     Source: Hestenes and Stiefel (1952).
     """
 
+    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
-
-    def check(self, linear: bool, symmetric: bool) -> None:
-        if not linear:
-            raise TypeError(
-                "ConjugateGradient solves the linear adjoint equation only. For the forward solve take Picard or Anderson."
-            )
-        if not symmetric:
-            raise TypeError(
-                "ConjugateGradient needs a symmetric Jacobian, that of an energy's gradient; this step is a general map. "
-                "Use ImplicitAdjoint(Picard()) or ImplicitAdjoint(Anderson())."
-            )
 
     def init(self, problem: Problem, x0: Tensor) -> ConjugateGradientState:
         residual = problem.residual(x0)
@@ -53,7 +44,6 @@ class ConjugateGradient(Solver):
         return ConjugateGradientState(residual, -residual, none, none.bool())
 
     def update(self, problem: Problem, x: Tensor, state: ConjugateGradientState) -> tuple[Tensor, ConjugateGradientState]:
-        assert problem.hvp is not None
         residual, p = state.residual, state.direction
         hp = problem.hvp(x, p)
         before, along, length = _dot(residual, residual), _dot(p, hp), _dot(p, p)

@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 from energynet.problem import Problem
+from energynet.step import Kind
+
+_REMEDY = {
+    Kind.MAP: "Picard, Anderson, Broyden or Nesterov",
+    Kind.ENERGY: "LBFGS, NewtonCG, GradientDescent, Nesterov, Anderson, Broyden or Picard",
+    Kind.LINEAR: "GMRES, BiCGSTAB, Dense, Picard, Anderson or Broyden",
+    Kind.SYMMETRIC: "ConjugateGradient, MINRES, GMRES, BiCGSTAB, Dense, Picard, Anderson or Broyden",
+}
 
 
 class Solver(ABC):
@@ -15,6 +23,7 @@ class Solver(ABC):
     A state is a named tuple with at least ``residual``, the optimality condition at the current point.
     """
 
+    solves: ClassVar[frozenset[Kind]] = frozenset(Kind)
     exact_residual: ClassVar[bool] = True
     """Whether ``state.residual`` was evaluated at the current point and not carried along by a recurrence."""
 
@@ -26,9 +35,19 @@ class Solver(ABC):
     def update(self, problem: Problem, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next point and its state."""
 
+    def merit(self, state: Any, size: Tensor) -> Tensor:
+        """What tells the best of the iterates, ``(*batch)``: the smaller, the better. ``size`` is the residual's norm."""
+        return size
+
     def breakdown(self, state: Any) -> Tensor:
         """``(*batch)`` bool: samples for which the solver cannot go on."""
         return torch.zeros(state.residual.shape[:-1], dtype=torch.bool, device=state.residual.device)
 
-    def check(self, linear: bool, symmetric: bool) -> None:
-        """Raise TypeError if such a problem lacks what this solver needs."""
+    def check(self, kind: Kind) -> None:
+        """Refuse what this solver cannot solve, before its first step.
+
+        Raises:
+            TypeError: naming the solvers that can.
+        """
+        if kind not in self.solves:
+            raise TypeError(f"{type(self).__name__} cannot solve {kind.value}. Use {_REMEDY[kind]}.")
