@@ -173,7 +173,9 @@ class Linear:
         v, x, *rest = inputs
         product = linearise(self.root.function(tuple(rest)), x, transposed=self.transposed or self.symmetric)
         step_size = self.root.step_size(tuple(rest), x)
-        return Problem(lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _: product, right=v, start=start)
+        return Problem(
+            lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _: product, v, start, self.symmetric
+        )
 
     def linearisation(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
         return self.root, self.transposed, inputs[1:]

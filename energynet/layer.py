@@ -12,7 +12,7 @@ from energynet.energy import Energy, EnergyLike
 from energynet.implicit import Adjoint
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
-from energynet.solvers import Solver
+from energynet.solvers import Picard, Solver
 from energynet.step import Step
 from energynet.termination import Termination
 
@@ -62,10 +62,10 @@ class FPI_GD(_Layer):
     Args:
         energy: E(x, \\*context) -> ``(B,)``, an `Energy`, a module or any callable.
         step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; a `torch.nn.Parameter` is registered, a tensor
-            becomes a buffer.
+            becomes a buffer. None: solvers that need one estimate it, sample by sample.
         start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context; default:
             ``energy.start``.
-        solver: default `Picard`.
+        solver: default `Picard` with the ``step_size`` given, else that of `minimize`.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients; ``ImplicitAdjoint(Picard())`` is the paper's backward
             fixed-point iteration.
@@ -74,12 +74,12 @@ class FPI_GD(_Layer):
     Source: arXiv 2002.02868, FPI_GD.
     """
 
-    step_size: float | Tensor
+    step_size: float | Tensor | None
 
     def __init__(
         self,
         energy: EnergyLike,
-        step_size: float | Tensor,
+        step_size: float | Tensor | None = None,
         *,
         start: Start | None = None,
         solver: Solver | None = None,
@@ -104,13 +104,15 @@ class FPI_GD(_Layer):
         if x0 is None:
             default = self.energy.start if isinstance(self.energy, Energy) else None
             x0 = _start(self.start, default, context, self)
+        solver = self.solver or (None if self.step_size is None else Picard())
         return minimize(
-            self.energy, x0, *context, step_size=self.step_size, solver=self.solver, termination=self.termination,
+            self.energy, x0, *context, step_size=self.step_size, solver=solver, termination=self.termination,
             adjoint=self.adjoint, on_failure=self.on_failure,
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        return self._typed(_value(self.energy), f"step_size={_value(self.step_size)}")
+        step_size = [] if self.step_size is None else [f"step_size={_value(self.step_size)}"]
+        return self._typed(_value(self.energy), *step_size)
 
 
 class FPI_NN(_Layer):

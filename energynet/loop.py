@@ -14,6 +14,8 @@ from torch import Tensor
 
 from energynet import _tree
 from energynet._autodiff import readable
+from energynet.distance import distance as estimate
+from energynet.distance import first_scale, is_scaled, scale_at
 from energynet.problem import Problem
 from energynet.solution import Status
 from energynet.solvers.base import Solver
@@ -21,6 +23,7 @@ from energynet.termination import Termination
 
 RUNNING = -1
 GROWTH = 1e6  # a distance this many times larger than where the sample began is called divergence
+LOOK = 64  # updates after which all running samples are measured: the scale that they are judged by may have become wrong
 
 
 class LoopState(NamedTuple):
@@ -32,7 +35,7 @@ class LoopState(NamedTuple):
     steps: Tensor  # (*batch) int32
     distance: Tensor  # (*batch), the estimate that is compared with the tolerance
     scale: Tensor  # (*batch), curvature by which ‖F‖ is divided
-    limit: Tensor  # (*batch), distance beyond which a sample has diverged
+    limit: Tensor  # (*batch), distance, or ‖x‖ of a solver that descends, beyond which a sample has diverged
     best: Tensor  # (*batch, n), the iterate of least merit
     merit: Tensor  # (*batch)
 
@@ -75,6 +78,8 @@ def loop(
                 observe(state)
             if not readable(state.status):  # nobody sees the end coming, so every step is checked
                 state = _verify(problem, solver, termination, state)
+            elif updates % LOOK == 0 and is_scaled(problem):
+                state = _verify(problem, solver, termination, state, state.status == RUNNING)
         state = _verify(problem, solver, termination, state)
         if not (readable(state.status) and _any_running(state)):
             return _stop(state)
@@ -90,7 +95,7 @@ def body(problem: Problem, solver: Solver, termination: Termination, state: Loop
     with torch.no_grad():
         steps = state.steps + running.to(torch.int32)
         size = termination.size(inner.residual)
-        distance = torch.where(running, _distance(problem, termination, x, size, state.scale), state.distance)
+        distance = torch.where(running, estimate(problem, termination, x, size, state.scale), state.distance)
         merit = solver.merit(inner, size)
         better = (merit < state.merit) & running
         moved = state._replace(x=x, inner=inner, steps=steps, distance=distance, merit=torch.where(better, merit, state.merit))
@@ -103,38 +108,23 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
     inner = solver.init(problem, x)
     with torch.no_grad():
         size = termination.size(x)
-        scale = _first_scale(problem, termination, x, inner.residual)
+        scale = first_scale(problem, termination, x, inner.residual)
         left = termination.size(inner.residual)
-        distance = _distance(problem, termination, x, left, scale)
+        distance = estimate(problem, termination, x, left, scale)
         limit = GROWTH * (1 + size + distance if problem.right is None else termination.size(problem.right))
+        limit = GROWTH * GROWTH * (1 + size) if solver.descends else limit
         steps = torch.zeros_like(size, dtype=torch.int32)
         state = LoopState(x, inner, steps.to(torch.int8), steps, distance, scale, limit, x, solver.merit(inner, left))
         return state._replace(status=_judge(problem, solver, termination, state))
 
 
-def _first_scale(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:
-    """A guess of the curvature that only decides when to look: 1/γ. What is reported comes from `_verify`."""
-    if not _curved(problem):
-        return torch.ones_like(termination.size(x))
-    if problem.step_size is None:
-        scale = _curvature(problem, termination, x, residual)
-        return torch.where((scale > 0) & torch.isfinite(scale), scale, 1)
-    step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
-    return torch.ones_like(termination.size(x)) / step_size
-
-
-def _distance(problem: Problem, termination: Termination, x: Tensor, size: Tensor, scale: Tensor) -> Tensor:
-    if problem.right is not None:
-        return size
-    # x itself is only known to its rounding unit: a low-precision step that rounds to no change has not arrived.
-    rounding = 0.5 * torch.finfo(x.dtype).eps * termination.size(x)
-    return torch.where(size == 0, size, size / scale) + rounding
-
-
 def _judge(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Tensor:
     finite = torch.isfinite(state.x).all(-1) & torch.isfinite(state.inner.residual).all(-1)
-    status = torch.where(state.steps >= termination.max_steps, Status.MAX_STEPS, RUNNING)
-    status = torch.where((state.distance > state.limit) | solver.breakdown(state.inner), Status.DIVERGED, status)
+    ended = state.steps >= termination.max_steps
+    stalled, broken = solver.stalled(state.inner), solver.breakdown(state.inner)
+    status = torch.where(ended if stalled is None else ended | stalled, Status.MAX_STEPS, RUNNING)
+    far = (termination.size(state.x) if solver.descends else state.distance) > state.limit
+    status = torch.where(far if broken is None else far | broken, Status.DIVERGED, status)
     status = torch.where(_within_tolerance(problem, termination, state), Status.CONVERGED, status)
     return torch.where(finite, status, Status.NONFINITE).to(torch.int8)
 
@@ -146,20 +136,25 @@ def _within_tolerance(problem: Problem, termination: Termination, state: LoopSta
     return state.distance <= relative * termination.size(problem.right)
 
 
-def _verify(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> LoopState:
-    """Measure the condition at the returned points; samples that had stopped too early run again from there."""
+def _verify(problem: Problem, solver: Solver, termination: Termination, state: LoopState,
+            suspects: Tensor | None = None) -> LoopState:  # fmt: skip
+    """Measure the condition at the returned points; samples that had stopped too early run again from there.
+
+    Suspects are running samples, ``(*batch)`` bool, which are measured as well.
+    """
     exhausted = state.status == Status.MAX_STEPS
     if not readable(exhausted) or bool(exhausted.any()):
         state = state._replace(x=torch.where(exhausted.unsqueeze(-1), state.best, state.x))
-    elif not _curved(problem) and solver.exact_residual:
+    elif not is_scaled(problem) and solver.exact_residual:
         return state
     with torch.no_grad():
         claimed = state.status == Status.CONVERGED
+        claimed = claimed if suspects is None else claimed | suspects
         measured = claimed | exhausted
         residual = problem.residual(state.x)
         size = termination.size(residual)
-        scale = _curvature(problem, termination, state.x, residual) if _curved(problem) else state.scale
-        distance = torch.where(measured, _distance(problem, termination, state.x, size, scale), state.distance)
+        scale = scale_at(problem, termination, state.x, residual) if is_scaled(problem) else state.scale
+        distance = torch.where(measured, estimate(problem, termination, state.x, size, scale), state.distance)
         arrived = _within_tolerance(problem, termination, state._replace(distance=distance))
         reopened = claimed & ~arrived & (state.steps < termination.max_steps)
         # A gradient without any curvature along it, to the last: the energy falls for ever in this direction.
@@ -168,7 +163,8 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         status = torch.where(measured, ended, state.status).to(torch.int8)
         # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.
         scale = torch.where(reopened, torch.where(scale > 0, scale, 0.1 * state.scale), state.scale)
-        limit = torch.where(reopened, torch.maximum(state.limit, GROWTH * distance.nan_to_num(0, 0, 0)), state.limit)
+        grown = torch.maximum(state.limit, GROWTH * distance.nan_to_num(0, 0, 0))
+        limit = state.limit if solver.descends else torch.where(reopened, grown, state.limit)
     state = state._replace(status=status, distance=distance, scale=scale, limit=limit)
     if solver.exact_residual or (readable(status) and not _any_running(state)):
         return state
@@ -176,20 +172,8 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
     return state._replace(inner=afresh)
 
 
-def _curved(problem: Problem) -> bool:
-    """Whether distances are measured by a derivative of F, as those of a minimisation are by a curvature."""
-    return problem.jacobian is not None and problem.right is None
-
-
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:  # (*batch), (*batch, ...)
     return torch.where(mask.reshape((*mask.shape, *[1] * (new.ndim - mask.ndim))), new, old)
-
-
-def _curvature(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:
-    """‖H F‖ / ‖F‖: the curvature along the gradient. For F = 0 any value serves."""
-    size = termination.size(residual)
-    direction = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
-    return torch.where(size == 0, 1, termination.size(problem.hvp(x, direction)))
 
 
 def _any_running(state: LoopState) -> bool:

@@ -28,6 +28,7 @@ class Problem:
         jacobian: x -> (p -> ∂F/∂x p), linearised once and replayed for each p; where F is not in units of x already.
         right: of a linear problem F(u) = A u − v, the right-hand side v.
         start: where the solve begins, which is where γ is estimated.
+        symmetric: of a linear problem, whether A is.
     """
 
     residual: Callable[[Tensor], Tensor]
@@ -37,6 +38,7 @@ class Problem:
     jacobian: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
     right: Tensor | None = None
     start: Tensor | None = None
+    symmetric: bool = False
 
     def map(self, x: Tensor) -> Tensor:
         """The fixed-point map g(x) = x − γ F(x)."""

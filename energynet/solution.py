@@ -46,7 +46,7 @@ class Status(enum.IntEnum):
 _FORWARD = {
     Status.CONVERGED: "converged.",
     Status.MAX_STEPS: (
-        "ran out of steps. Likely cause: the map contracts slowly, the step size is too small, or the tolerance lies below "
+        "ran out of steps, or no step improved it further. Likely cause: the map contracts slowly, the step size is too small, or the tolerance lies below "
         "what the dtype can reach (about its rounding unit times the condition number). Try a better step size, Anderson, "
         "a larger max_steps, a looser tolerance or float64."
     ),

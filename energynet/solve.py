@@ -17,7 +17,7 @@ from energynet.implicit import Adjoint, Method, RootAdjoint
 from energynet.probe import probe, unwatched
 from energynet.quarantine import replaced_by_good
 from energynet.solution import POLICIES, OnFailure, Solution
-from energynet.solvers import Picard, Solver
+from energynet.solvers import LBFGS, Picard, Solver
 from energynet.step import GradientStep, Step, as_step
 from energynet.termination import Termination
 
@@ -69,7 +69,7 @@ def minimize(
     energy: EnergyLike,
     x0: Any,
     *context: Any,
-    step_size: float | Tensor,
+    step_size: float | Tensor | None = None,
     solver: Solver | None = None,
     termination: Termination | None = None,
     adjoint: Adjoint | None = None,
@@ -81,7 +81,7 @@ def minimize(
         >>> import torch
         >>> z = torch.tensor([[1.0, 2.0]], requires_grad=True)
         >>> energy = lambda x, z: 0.5 * x.square().sum(-1) + torch.cosh(x - z).sum(-1)
-        >>> x = minimize(energy, torch.zeros(1, 2), z, step_size=0.3).value
+        >>> x = minimize(energy, torch.zeros(1, 2), z).value
         >>> torch.autograd.grad(x.sum(), z)[0].shape
         torch.Size([1, 2])
 
@@ -89,8 +89,9 @@ def minimize(
         energy: E(x, \\*context) -> ``(B,)``; a 0-d value means one problem without a batch dimension.
         x0: where to start: a tensor ``(B, ...)`` or a pytree of such; None asks ``energy.start(*context)``.
         context: tensors, pytrees and anything else that E takes; tensors of floating point are differentiated.
-        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; at most 2/L for a largest curvature L.
-        solver: default `Picard`, on gradient steps gradient descent.
+        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None: solvers that need one estimate it, sample
+            by sample, from the largest curvature at x0. Of the default solver only the length of the first step.
+        solver: default `LBFGS`.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients on the Hessian.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
@@ -108,7 +109,7 @@ def minimize(
     """
     if x0 is None and isinstance(energy, Energy):
         x0 = energy.start(*context)
-    return _solve(GradientStep, (energy, step_size), x0, context, None, solver, termination, adjoint, on_failure)
+    return _solve(GradientStep, (energy, step_size), x0, context, None, solver or LBFGS(), termination, adjoint, on_failure)
 
 
 @torch.compiler.disable  # Dynamo would unroll the loop

@@ -61,8 +61,6 @@ class Step(ABC):
 
     def __call__(self, x: Any, *context: Any) -> Any:
         """One step from ``x``."""
-        if self.step_size is None:
-            raise ValueError(f"{type(self).__name__} has no step_size, so it is no map yet. Give it one to call it.")
         residual = self.optimality(x, *self.encode(*context))
         return _tree.map_structure(lambda x, r: x - per_sample(self.step_size, x.ndim) * r, x, residual)
 
@@ -193,8 +191,112 @@ def as_step(step: Step | Callable[..., Any]) -> Step:
     return step if isinstance(step, Step) else MapStep(step)
 
 
-def per_sample(value: float | Tensor, ndim: int) -> float | Tensor:
+def per_sample(value: float | Tensor | None, ndim: int) -> float | Tensor:
     """A float, 0-d or ``(B,)`` value as a factor that broadcasts over samples of ``ndim`` dimensions in all."""
+    if value is None:
+        raise ValueError("This step has no step_size, so it is no map yet. Give it one, such as GradientStep(energy, 0.1).")
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     return value.reshape(value.shape[0], *[1] * (ndim - 1))
+
+
+class Prox(ABC):
+    """The proximal map of a term h that the energy leaves out: prox(x, γ) = argmin_u h(u) + ‖u − x‖² / 2γ.
+
+    Of the indicator of a set, the projection onto it. Ready-made ones are in `energynet.constraints`. One whose bounds come
+    with the context says in `encode` which part of the context they are.
+
+    Example:
+        >>> import torch
+        >>> class AtMost(Prox):
+        ...     def encode(self, z, upper):               # of the same context as the energy's
+        ...         return (upper,)
+        ...     def __call__(self, x, step_size, upper):  # (B, n), γ, (B, n)
+        ...         return torch.minimum(x, upper)
+        >>> step = ProximalStep(lambda x, z, upper: 0.5 * (x - z).square().sum(-1), 1.0, AtMost())
+        >>> step(torch.zeros(1, 2), torch.tensor([[1.0, 5.0]]), torch.full((1, 2), 3.0))
+        tensor([[1., 3.]])
+    """
+
+    def encode(self, *context: Any) -> tuple[Any, ...]:
+        """What does not depend on ``x``, computed once a solve and handed to each call."""
+        return ()
+
+    @abstractmethod
+    def __call__(self, x: Any, step_size: float | Tensor, *code: Any) -> Any:
+        """The proximal map, like ``x``; ``step_size`` is γ, a float, a 0-d tensor or ``(B,)``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProximalStep(Step):
+    """A gradient step, then the proximal map of what is not smooth: prox(x − γ ∇E(x), γ), to minimise E + h.
+
+    F(x) = (x − g(x)) / γ is the prox-gradient mapping: it is ∇E where h does nothing, and zero at the minimum. Contracts for
+    0 < γ < 2/L as `GradientStep` does.
+
+    Example:
+        >>> import torch
+        >>> nonnegative = lambda x, step_size: x.relu()
+        >>> step = ProximalStep(lambda x, z: 0.5 * (x - z).square().sum(-1), 1.0, nonnegative)
+        >>> step(torch.zeros(1, 2), torch.tensor([[2.0, -3.0]]))
+        tensor([[2., 0.]])
+
+    Args:
+        energy: the smooth part, E(x, \\*context) -> ``(B,)``.
+        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None where it is not known yet.
+        prox: a `Prox`, or any callable (x, γ) -> like x.
+
+    Raises:
+        ValueError: when evaluated without a step size, or if the prox returns other shapes than those of ``x``.
+
+    Source: Combettes and Wajs (2005), Signal recovery by proximal forward-backward splitting.
+    """
+
+    energy: EnergyLike
+    step_size: float | Tensor | None = dataclasses.field()  # no default, though the base class has one
+    prox: Prox | Callable[[Any, float | Tensor], Any]
+    normalised: ClassVar[bool] = False
+
+    @property
+    def energy_of(self) -> EnergyLike:
+        return self.energy
+
+    def encode(self, *context: Any) -> tuple[Any, ...]:
+        code = self.prox.encode(*context) if isinstance(self.prox, Prox) else ()
+        return (code if type(code) is tuple else (code,), *encode(self.energy, context))
+
+    def probe(self, x: Any, prox_code: tuple[Any, ...], *code: Any) -> Tensor:
+        if self.step_size is not None:
+            self._proximal(x, x, prox_code)
+        return evaluate(self.energy, x, code)
+
+    def optimality(self, x: Any, prox_code: tuple[Any, ...], *code: Any) -> Any:
+        moved = self._moved(x, prox_code, code)
+        return _tree.map_structure(lambda x, g: (x - g) / per_sample(self._gamma, x.ndim), x, moved)
+
+    def __call__(self, x: Any, *context: Any) -> Any:
+        """One step from ``x``: not x − γ F(x), whose rounding would leave the set."""
+        prox_code, *code = self.encode(*context)
+        return self._moved(x, prox_code, tuple(code))
+
+    @property
+    def _gamma(self) -> float | Tensor:
+        if self.step_size is None:
+            raise ValueError("ProximalStep has no step_size, and its optimality condition needs one: pass γ, at most 2/L.")
+        return self.step_size
+
+    def _moved(self, x: Any, prox_code: tuple[Any, ...], code: tuple[Any, ...]) -> Any:
+        slope = gradient_of_sum(lambda x: evaluate(self.energy, x, code), x)
+        target = _tree.map_structure(lambda x, s: x - per_sample(self._gamma, x.ndim) * s, x, slope)
+        return self._proximal(target, x, prox_code)
+
+    def _proximal(self, target: Any, like: Any, prox_code: tuple[Any, ...]) -> Any:
+        result = self.prox(target, self._gamma, *prox_code)
+        (found, spec), (expected, expected_spec) = _tree.flatten(result), _tree.flatten(like)
+        if spec != expected_spec or any(not isinstance(t, Tensor) or t.shape != s.shape for t, s in zip(found, expected)):
+            seen = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in found]
+            raise ValueError(
+                f"{self.prox} must return the structure and shapes of x, {[tuple(t.shape) for t in expected]}, but returned "
+                f"{seen}. Likely cause: a bound, radius or weight that is larger than x; it must broadcast to x."
+            )
+        return result

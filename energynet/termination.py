@@ -28,8 +28,10 @@ class Termination:
     returned point, in the units of ``x``:
 
     - of a map, ‖x − g(x)‖;
-    - of an energy, ‖∇E‖ divided by the curvature along it, ‖H ∇E‖ / ‖∇E‖. So it does not change when E is multiplied by
-      a constant, nor with the step size, nor with where the solve began; and it never exceeds ‖H⁻¹∇E‖, the Newton step.
+    - of an energy, the length of a truncated Newton step: conjugate gradients on H e = ∇E until ‖e‖ stops growing, at most
+      ten products. So it does not change when E is multiplied by a constant, nor with the step size, nor with where the
+      solve began; and it never exceeds ‖H⁻¹∇E‖, the full Newton step;
+    - of any other condition, ‖F‖ divided by ‖A F‖ / ‖F‖, A its derivative.
 
     Example:
         >>> Termination(atol=0.0, rtol=1e-6, max_steps=50)

@@ -188,8 +188,8 @@ def test_unrolled_differentiates_the_start_and_the_step_size() -> None:
     x0 = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     gamma = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     three = Termination(atol=0.0, rtol=0.0, max_steps=3)
-    x = minimize(lambda x: 0.5 * x.square().sum(-1), x0, step_size=gamma, termination=three, adjoint=UnrolledAdjoint(),
-                 on_failure="ignore").value  # fmt: skip
+    x = minimize(lambda x: 0.5 * x.square().sum(-1), x0, step_size=gamma, solver=Picard(), termination=three,
+                 adjoint=UnrolledAdjoint(), on_failure="ignore").value  # fmt: skip
     dx0, dgamma = grad(x.sum(), (x0, gamma))
     close(dx0, torch.full((1, 1), 0.9**3, dtype=torch.float64))
     close(dgamma, torch.tensor(-3 * 0.9**2, dtype=torch.float64))

@@ -56,7 +56,8 @@ def test_a_start_on_a_part_without_curvature_is_no_failure() -> None:
     solution = minimize(huber, x0, torch.ones(2, 1), step_size=0.9, termination=Termination(rtol=1e-3, max_steps=5000))
     torch.testing.assert_close(solution.value, torch.ones(2, 1), rtol=1e-3, atol=0)
     far = minimize(
-        lambda x: (x - 1e9).square().sum(-1), torch.zeros(1, 1, dtype=torch.float64), step_size=1e-9, on_failure="ignore"
+        lambda x: (x - 1e9).square().sum(-1), torch.zeros(1, 1, dtype=torch.float64), step_size=1e-9, solver=Picard(),
+        on_failure="ignore",
     )
     assert far.status.item() == Status.MAX_STEPS  # slow, not diverging
 
@@ -64,8 +65,8 @@ def test_a_start_on_a_part_without_curvature_is_no_failure() -> None:
 @pytest.mark.parametrize("gamma", [1e-4, 1e-9, 1e-13])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tiny_step_is_not_convergence(gamma: float, dtype: torch.dtype) -> None:
-    solution = minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 4, dtype=dtype), step_size=gamma, on_failure="ignore",
-                        termination=Termination(max_steps=50))  # fmt: skip
+    solution = minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 4, dtype=dtype), step_size=gamma, solver=Picard(),
+                        on_failure="ignore", termination=Termination(max_steps=50))  # fmt: skip
     assert (solution.status == Status.MAX_STEPS).all()
     assert (solution.residual > 1).all()
 

@@ -184,7 +184,7 @@ def test_every_option_of_termination_is_obeyed() -> None:
     def run(termination: Termination) -> Solution:
         x0 = torch.zeros(1, 4, dtype=torch.float64)
         energy = lambda x: (x - 3).square().sum(-1)  # noqa: E731
-        return minimize(energy, x0, step_size=0.1, termination=termination, on_failure="ignore")
+        return minimize(energy, x0, step_size=0.1, solver=Picard(), termination=termination, on_failure="ignore")
 
     assert run(Termination(max_steps=5)).num_steps.item() == 5
     assert run(Termination(atol=1e-2, rtol=0.0)).residual.item() <= 1e-2

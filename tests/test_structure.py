@@ -21,6 +21,7 @@ ORDER = [
     "step",
     "problem",
     "termination",
+    "distance",
     "solution",
     "solvers",
     "linear",
@@ -32,10 +33,13 @@ ORDER = [
     "adjoint",
     "probe",
     "solve",
+    "constraints",
     "layer",
+    "diagnostics",
+    "regularisers",
     "__init__",
 ]
-ON_TOP = {"__main__", "energies", "experiments", "testing"}  # they import the core, and the core none of them
+ON_TOP = {"__main__", "energies", "experiments", "plotting", "testing"}  # they import the core, and the core none of them
 CORE = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0].removesuffix(".py") not in ON_TOP)
 
 

@@ -1,5 +1,9 @@
 """Linear solvers of the adjoint equation, one a file, run by the same loop."""
 
+from energynet.linear.bicgstab import BiCGSTAB
 from energynet.linear.conjugate_gradient import ConjugateGradient
+from energynet.linear.dense import Dense
+from energynet.linear.gmres import GMRES
+from energynet.linear.minres import MINRES
 
-__all__ = ["ConjugateGradient"]
+__all__ = ["GMRES", "MINRES", "BiCGSTAB", "ConjugateGradient", "Dense"]

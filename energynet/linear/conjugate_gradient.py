@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from energynet.problem import Problem
-from energynet.step import Kind
 from energynet.solvers.base import Solver
+from energynet.step import Kind
 
 
 class ConjugateGradientState(NamedTuple):

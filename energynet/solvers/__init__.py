@@ -2,6 +2,28 @@
 
 from energynet.solvers.anderson import Anderson
 from energynet.solvers.base import Solver
+from energynet.solvers.broyden import Broyden
+from energynet.solvers.gradient_descent import BacktrackingStep, BarzilaiBorwein, FixedStep, GradientDescent, StepRule
+from energynet.solvers.lbfgs import LBFGS
+from energynet.solvers.line_search import Backtracking, LineSearch, StrongWolfe
+from energynet.solvers.nesterov import Nesterov
+from energynet.solvers.newton_cg import NewtonCG
 from energynet.solvers.picard import Picard
 
-__all__ = ["Anderson", "Picard", "Solver"]
+__all__ = [
+    "Anderson",
+    "Backtracking",
+    "BacktrackingStep",
+    "BarzilaiBorwein",
+    "Broyden",
+    "FixedStep",
+    "GradientDescent",
+    "LBFGS",
+    "LineSearch",
+    "Nesterov",
+    "NewtonCG",
+    "Picard",
+    "Solver",
+    "StepRule",
+    "StrongWolfe",
+]

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from energynet.problem import Problem
@@ -27,6 +26,9 @@ class Solver(ABC):
     exact_residual: ClassVar[bool] = True
     """Whether ``state.residual`` was evaluated at the current point and not carried along by a recurrence."""
 
+    descends: ClassVar[bool] = False
+    """Whether the energy never rises for long, so that a large gradient is no sign of divergence."""
+
     @abstractmethod
     def init(self, problem: Problem, x0: Tensor) -> Any:
         """The state at ``x0``, ``(*batch, n)``."""
@@ -39,9 +41,13 @@ class Solver(ABC):
         """What tells the best of the iterates, ``(*batch)``: the smaller, the better. ``size`` is the residual's norm."""
         return size
 
-    def breakdown(self, state: Any) -> Tensor:
-        """``(*batch)`` bool: samples for which the solver cannot go on."""
-        return torch.zeros(state.residual.shape[:-1], dtype=torch.bool, device=state.residual.device)
+    def breakdown(self, state: Any) -> Tensor | None:
+        """``(*batch)`` bool: samples for which the solver has seen that there is no answer; None: it cannot see that."""
+        return None
+
+    def stalled(self, state: Any) -> Tensor | None:
+        """``(*batch)`` bool: samples that cannot be improved further in this dtype; None: it cannot see that."""
+        return None
 
     def check(self, kind: Kind) -> None:
         """Refuse what this solver cannot solve, before its first step.

@@ -1,0 +1,357 @@
+"""How well a problem and its answer are conditioned: contraction, curvature, errors, and a solve in words.
+
+Everything is measured sample by sample through products with A = ∂F/∂x, F being the optimality condition of a step
+g(x) = x − γ F(x); no matrix is formed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from energynet._autodiff import linearise, readable, recording
+from energynet._tree import Layout
+from energynet.adjoint import ImplicitAdjoint
+from energynet.binding import Binding
+from energynet.energy import Energy, EnergyLike
+from energynet.implicit import Adjoint, RootAdjoint
+from energynet.linear import ConjugateGradient
+from energynet.loop import loop
+from energynet.problem import Problem
+from energynet.solution import ConvergenceError, Solution, Status, describe, samples
+from energynet.solve import _check_start, _examine, fixed_point
+from energynet.solvers import Picard, Solver
+from energynet.spectrum import arnoldi, normalised, ritz_values, some_direction
+from energynet.step import GradientStep, Kind, Step, as_step, per_sample
+from energynet.termination import Termination, l2_norm
+
+StepLike = Step | Energy | Callable[..., Any]
+"""A step, an `Energy` (taken as its gradient step), or a map g(x, \\*inputs). Wrap another energy in `GradientStep`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """The extreme eigenvalues of a Hessian and the step sizes of gradient descent that they imply, sample by sample.
+
+    Example:
+        >>> import torch
+        >>> seen = Curvature(smallest=torch.tensor([1.0]), largest=torch.tensor([3.0]))
+        >>> seen.best_step_size, seen.best_contraction
+        (tensor([0.5000]), tensor([0.5000]))
+
+    Args:
+        smallest: μ, ``(B,)``; not above 0 where the energy is flat or not convex.
+        largest: L, ``(B,)``.
+
+    Source: Nesterov (2004), Introductory lectures on convex optimization, theorem 2.1.15.
+    """
+
+    smallest: Tensor
+    largest: Tensor
+
+    @property
+    def condition(self) -> Tensor:
+        """L/μ, ``(B,)``; infinite where the energy is not strongly convex."""
+        return torch.where(self.smallest > 0, self.largest / self.smallest, torch.inf)
+
+    @property
+    def safe_step_size(self) -> Tensor:
+        """1/L, ``(B,)``: the energy never rises."""
+        return torch.where(self.largest > 0, 1 / self.largest, torch.inf)
+
+    @property
+    def step_size_limit(self) -> Tensor:
+        """2/L, ``(B,)``: larger steps diverge."""
+        return 2 * self.safe_step_size
+
+    @property
+    def best_step_size(self) -> Tensor:
+        """2/(L + μ), ``(B,)``: the fastest constant one; 1/L where the energy is not strongly convex."""
+        return torch.where(self.smallest > 0, 2 / (self.largest + self.smallest), self.safe_step_size)
+
+    @property
+    def best_contraction(self) -> Tensor:
+        """(L − μ)/(L + μ), ``(B,)``: by what the best step contracts; infinite where none does."""
+        ratio = (self.largest - self.smallest) / (self.largest + self.smallest)
+        return torch.where(self.smallest > 0, ratio, torch.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientError:
+    """How far the gradient of a loss is from exact, and why: estimates, one tensor for each that was asked for.
+
+    Example:
+        >>> import torch
+        >>> GradientError((torch.ones(2),), (torch.tensor([3.0, 0.0]),), (torch.tensor([0.0, 4.0]),)).bound
+        tensor(10.)
+
+    Args:
+        gradient: the gradient as it comes back from the given point and adjoint.
+        forward: its excess over the exact one because x is not x*; a tighter forward termination lessens it.
+        adjoint: its excess because the adjoint equation is solved loosely, or approximated.
+    """
+
+    gradient: tuple[Tensor, ...]
+    forward: tuple[Tensor, ...]
+    adjoint: tuple[Tensor, ...]
+
+    @property
+    def bound(self) -> Tensor:
+        """0-d: twice the length of all excess together, under the assumptions of `solution_error`."""
+        return 2 * torch.stack([(f + a).norm() for f, a in zip(self.forward, self.adjoint, strict=True)]).norm()
+
+    @property
+    def relative(self) -> Tensor:
+        """0-d: the bound over the length of the gradient."""
+        return self.bound / torch.stack([g.norm() for g in self.gradient]).norm()
+
+
+def contraction_factor(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, products: int = 40) -> Tensor:
+    """Spectral radius of ∂g/∂x: by what factor an iteration shrinks a small error in the long run; below 1 it converges.
+
+    Example:
+        >>> import torch
+        >>> turn = torch.tensor([[0.0, -0.5], [0.5, 0.0]])     # eigenvalues ±0.5i
+        >>> contraction_factor(lambda x, z: x @ turn.mT + z, torch.zeros(3, 2), torch.ones(3, 2))
+        tensor([0.5000, 0.5000, 0.5000])
+
+    Args:
+        step: g, or a `Step`; an energy as ``GradientStep(energy, step_size)``.
+        x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
+        inputs: what the step takes besides x.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
+        products: Jacobian products at most; exact from n on, below that a good estimate of the outermost eigenvalues.
+
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: if the step has no step size, or does not return the shapes of x.
+
+    Source: Lanczos (1950) for energies, Arnoldi (1951) for maps.
+    """
+    at = Linearised.of(step, x, inputs, batch_dims)
+    start = some_direction(torch.zeros_like(at.x))
+    if at.step.symmetric:
+        return (1 - at.gamma * ritz_values(at.product, start, products)).abs().amax(-1)
+    return arnoldi(lambda p: p - at.gamma * at.product(p), start, products).abs().amax(-1)
+
+
+def curvature(energy: EnergyLike, x: Any, *context: Any, products: int = 40) -> Curvature:
+    """Smallest and largest curvature of an energy at a point, and the step sizes that they imply.
+
+    Example:
+        >>> import torch
+        >>> curvature(lambda x: (torch.tensor([1.0, 4.0]) * x.square()).sum(-1), torch.ones(1, 2)).step_size_limit
+        tensor([0.2500])
+
+    Args:
+        energy: E(x, \\*context) -> ``(B,)``.
+        x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
+        context: what the energy takes besides x.
+        products: Hessian products at most; exact from n on. With fewer, L is slightly under- and μ overestimated.
+
+    Returns:
+        `Curvature`, each ``(B,)``.
+
+    Source: Lanczos (1950).
+    """
+    at = Linearised.of(GradientStep(energy), x, context, 1)
+    values = ritz_values(at.product, some_direction(torch.zeros_like(at.x)), products)
+    return Curvature(values.amin(-1), values.amax(-1))
+
+
+def solution_error(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, solver: Solver | None = None) -> Tensor:
+    """A bound on ‖x − x*‖ without knowing x*: twice the Newton step e = A⁻¹F(x).
+
+    It lies between 1 and 2.5 times the error where h = ‖A⁻¹‖ K ‖e‖ ≤ ½ for a Lipschitz constant K of A = ∂F/∂x near
+    x (Kantorovich); on a quadratic h = 0. A second Newton step with the same A estimates h (Deuflhard), as 2‖e₂‖/‖e‖.
+    What rounding does to F is not seen.
+
+    Example:
+        >>> import torch
+        >>> from energynet import GradientStep
+        >>> step = GradientStep(lambda x, z: (x - z).square().sum(-1))
+        >>> solution_error(step, torch.tensor([[1.1]]), torch.ones(1, 1)).round(decimals=3)     # the error is 0.1
+        tensor([0.2000])
+
+    Args:
+        step: an `Energy`, a map g, or a `Step`; any other energy as ``GradientStep(energy)``.
+        x: the point to judge: ``(B, ...)``, a pytree of such, or a `Solution`.
+        inputs: what the step takes besides x.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
+        solver: of the linear equation; default: conjugate gradients for energies, `Picard` for maps.
+
+    Returns:
+        ``(B,)``; infinite where nothing can be said: x is too far from x*, or A is singular or, of an energy, indefinite.
+
+    Source: Deuflhard (2004), Newton methods for nonlinear problems, sections 2.1 and 2.2.
+    """
+    at = Linearised.of(step, x, inputs, batch_dims)
+    newton, failed = at.newton(at.x, solver)
+    simplified, failed_again = at.newton(at.x - newton, solver)
+    size = l2_norm(newton)
+    # Below √ε of x, the second step is made of rounding, and the problem is linear for all that can be seen.
+    near = size <= torch.finfo(size.dtype).eps ** 0.5 * l2_norm(at.x)
+    sure = ~failed & (near | (~failed_again & (2 * l2_norm(simplified) <= 0.5 * size)))
+    return torch.where(sure, 2 * size, torch.inf)
+
+
+def gradient_error(
+    loss: Callable[[Any], Tensor],
+    step: StepLike,
+    x: Any,
+    *inputs: Any,
+    wrt: Sequence[Tensor],
+    adjoint: Adjoint | None = None,
+    termination: Termination | None = None,
+    batch_dims: int = 1,
+) -> GradientError:
+    """How far d loss(x*)/d wrt is from exact when x is only near x* and the adjoint is only nearly solved.
+
+    The gradient is compared with that of a tight adjoint at the same x, and this with that at x − e, one Newton step on:
+    the error of the latter is of second order. The assumptions are those of `solution_error`.
+
+    Example:
+        >>> import torch
+        >>> from energynet import GradientStep
+        >>> z = torch.ones(1, 1, requires_grad=True)
+        >>> step = GradientStep(lambda x, z: (x - z).square().sum(-1), 0.5)     # x* = z
+        >>> gradient_error(lambda x: 0.5 * x.square().sum(), step, torch.tensor([[1.1]]), z, wrt=[z]).forward[0]
+        tensor([[0.1000]])
+
+    Args:
+        loss: of the answer, a scalar.
+        step: an `Energy`, a map g, or a `Step`; any other energy as ``GradientStep(energy)``.
+        x: the point that was taken for the answer: ``(B, ...)``, a pytree of such, or a `Solution`.
+        inputs: what the step takes besides x.
+        wrt: tensors that require grad, of the inputs or the step's parameters.
+        adjoint: whose gradients to judge; default `ImplicitAdjoint`.
+        termination: of the forward solve, which an adjoint without its own takes; default `Termination`.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
+
+    Returns:
+        `GradientError`, its tensors like ``wrt``.
+
+    Raises:
+        ConvergenceError: if the Newton step or an adjoint solve fails, with the reason.
+        TypeError: if the adjoint differentiates the iterations, which are not known here.
+    """
+    adjoint = adjoint or ImplicitAdjoint()
+    if not isinstance(adjoint, RootAdjoint):
+        raise TypeError(f"{adjoint!r} differentiates the iterations, not the solution: only their result x is known here.")
+    if isinstance(adjoint, ImplicitAdjoint) and adjoint.termination is None:
+        adjoint = dataclasses.replace(adjoint, termination=termination or Termination())
+    at = Linearised.of(step, x, inputs, batch_dims)
+    # A hundred times tighter than the default, as far as the dtype allows.
+    tight = Termination(rtol=0.01 * torch.finfo(at.x.dtype).eps ** 0.5, max_steps=10_000)
+    exact = ImplicitAdjoint(getattr(adjoint, "solver", None), tight)
+    newton, failed = at.newton(at.x, exact.solver)
+    if bool(failed.any()):
+        raise ConvergenceError(f"No Newton step could be taken for {samples(failed)}: x is no strict minimum of the energy, or "
+                               "no attracting fixed point of the map. Solve more tightly first.")  # fmt: skip
+    given, solved = (_gradient(loss, at, at.x, inputs, wrt, a) for a in (adjoint, exact))
+    corrected = _gradient(loss, at, at.x - newton, inputs, wrt, exact)
+    return GradientError(given, _minus(solved, corrected), _minus(given, solved))
+
+
+def explain(solution: Solution) -> str:
+    """A solve in words: how many samples converged, the slowest, the residuals, and what happened to the others.
+
+    Example:
+        >>> import torch
+        >>> from energynet import minimize
+        >>> print(explain(minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 1), step_size=0.5)))
+        2 of 2 samples converged. The slowest, sample 0, took 1 step. Residuals lie between ..., in units of x.
+
+    Args:
+        solution: of `minimize`, `fixed_point` or a layer's ``solve``.
+
+    Raises:
+        ValueError: under vmap, where no value can be read.
+    """
+    status, steps, residual = solution.status, solution.num_steps, solution.residual
+    if not readable(status):
+        raise ValueError("Under vmap a solution stands for many, and no value can be read. Explain what vmap returns instead.")
+    if not status.numel():
+        return "There are no samples."
+    most, finite = int(steps.amax()), residual[torch.isfinite(residual)]
+    count = f"{int(solution.converged.sum())} of {status.numel()} samples" if status.ndim else "The problem"
+    parts = [f"{count} {'converged' if status.ndim or solution.converged else 'did not converge'}."]
+    slowest = f"The slowest, {_first(steps == most)}," if status.ndim else "It"
+    parts.append(f"{slowest} took {most} step{'' if most == 1 else 's'}.")
+    if len(finite):
+        parts.append(f"Residuals lie between {float(finite.amin()):.3g} and {float(finite.amax()):.3g}, in units of x.")
+    if not solution.converged.all():
+        parts.append(describe(status, residual, steps, adjoint=False))
+    return " ".join(parts)
+
+
+def _first(mask: Tensor) -> str:
+    index = torch.nonzero(mask)[0].tolist()
+    return f"sample {index[0] if len(index) == 1 else tuple(index)}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linearised:
+    """The optimality condition F of a step, and A = ∂F/∂x at one point, on flat tensors."""
+
+    step: Step  # the caller's
+    layout: Layout
+    x: Tensor  # (*batch, n)
+    residual: Callable[[Tensor], Tensor]  # F
+    product: Callable[[Tensor], Tensor]  # p -> A p
+
+    @classmethod
+    def of(cls, step: StepLike, x: Any, inputs: tuple[Any, ...], batch_dims: int) -> "Linearised":
+        x = x.value if isinstance(x, Solution) else x
+        step = GradientStep(step) if isinstance(step, Energy) else as_step(step)
+        _check_start(x)
+        with recording((x, inputs)) as (x, inputs), torch.no_grad():
+            binding = Binding.of(step)
+            code = binding.step.encode(*inputs)
+            layout = Layout.of(x, _examine(binding, x, code, None if step.energy_of is not None else batch_dims))
+            flat = layout.ravel(x).clone()
+
+            def residual(x: Tensor) -> Tensor:
+                return layout.ravel(binding.step.optimality(layout.unravel(x), *code)).to(x.dtype)
+
+            return cls(step, layout, flat, residual, linearise(residual, flat, transposed=step.symmetric))
+
+    @property
+    def gamma(self) -> float | Tensor:
+        """The step size γ of x − γ F(x), a float, 0-d or ``(B, 1)``."""
+        gamma = per_sample(self.step.step_size, self.x.ndim)
+        return gamma.detach() if isinstance(gamma, Tensor) else gamma
+
+    def newton(self, x: Tensor, solver: Solver | None) -> tuple[Tensor, Tensor]:
+        """A⁻¹F(x), with A of this point, and ``(*batch)``: where that failed."""
+        solver = solver or (ConjugateGradient() if self.step.symmetric else Picard())
+        solver.check(Kind.SYMMETRIC if self.step.symmetric else Kind.LINEAR)
+        with recording(x) as x, torch.no_grad():
+            right = self.residual(x)
+            v = normalised(right)  # the squares of a tiny F would underflow
+            gamma = None if self.step.step_size is None else self.gamma
+            problem = Problem(lambda u: self.product(u) - v, gamma, self.layout.batch_dims, None, lambda _: self.product,
+                              right=v, start=v, symmetric=self.step.symmetric)  # fmt: skip
+            state = loop(problem, solver, Termination(max_steps=10_000), torch.zeros_like(v))
+            return state.x * l2_norm(right).to(v.dtype).unsqueeze(-1), state.status != Status.CONVERGED
+
+
+ANYWHERE = Termination(atol=1e30, rtol=0.0, max_steps=0)  # takes any point for the answer
+
+
+def _gradient(loss: Callable[[Any], Tensor], at: Linearised, x: Tensor, inputs: tuple[Any, ...], wrt: Sequence[Tensor],
+              adjoint: Adjoint) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradient that comes back if x is taken for the answer."""
+    start = at.layout.unravel(x)
+    with torch.enable_grad():
+        taken = fixed_point(at.step, start, *inputs, batch_dims=at.layout.batch_dims, termination=ANYWHERE, adjoint=adjoint)
+        gradients = torch.autograd.grad(loss(taken.value), wrt, allow_unused=True)
+    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(wrt, gradients))
+
+
+def _minus(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(s - t for s, t in zip(a, b, strict=True))

@@ -1,0 +1,80 @@
+"""How far a point is from the answer, in units of x: what is compared with the tolerances and reported as the residual.
+
+F alone cannot tell: ∇E changes with the units of E. It is divided by a *scale*, a curvature. During a solve an old one
+serves, which only decides when to look; what is reported is measured at the returned point by `scale_at`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from energynet._autodiff import readable
+from energynet.problem import Problem
+from energynet.termination import Termination
+
+MOST_PRODUCTS = 10
+GROWTH = 1.1  # a Newton step that grows by less in a further product is believed
+
+
+def is_scaled(problem: Problem) -> bool:
+    """Whether F is divided by a scale: not where it is in units of x, nor in a linear equation, which is judged by v."""
+    return problem.jacobian is not None and problem.right is None
+
+
+def distance(problem: Problem, termination: Termination, x: Tensor, size: Tensor, scale: Tensor) -> Tensor:  # -> (*batch)
+    """The estimate, from the size of F at x; of a linear equation, that size itself."""
+    if problem.right is not None:
+        return size
+    # x itself is only known to its rounding unit: a low-precision step that rounds to no change has not arrived.
+    rounding = 0.5 * torch.finfo(x.dtype).eps * termination.size(x)
+    return torch.where(size == 0, size, size / scale) + rounding
+
+
+def first_scale(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
+    """A guess before the first step: 1/γ, or the curvature at the start."""
+    one = torch.ones_like(termination.size(x))
+    if not is_scaled(problem):
+        return one
+    if problem.step_size is None:
+        scale = scale_at(problem, termination, x, residual)
+        return torch.where((scale > 0) & torch.isfinite(scale), scale, 1)
+    step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
+    return one / step_size
+
+
+def scale_at(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
+    """‖F‖ / ‖e‖ with e a truncated Newton step. For F = 0 any value serves."""
+    assert problem.jacobian is not None
+    size = termination.size(residual)
+    unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
+    product = problem.jacobian(x)
+    image = product(unit)
+    curvature = termination.size(image)
+    if problem.value_and_gradient is None:
+        return torch.where(size == 0, 1, curvature)
+    length = termination.size(_newton_step(product, unit, image))
+    return torch.where(size == 0, 1, torch.where(length > 0, 1 / torch.where(length > 0, length, 1), curvature))
+
+
+def _newton_step(product: Callable[[Tensor], Tensor], right: Tensor, image: Tensor) -> Tensor:
+    """Conjugate gradients on H e = right until ‖e‖ stops growing; it grows towards ‖H⁻¹ right‖ and never exceeds it.
+
+    Zero where there is no positive curvature along the right-hand side, whose image comes along.
+    """
+    e, left, d, length = torch.zeros_like(right), right, right, torch.zeros_like(right[..., :1])
+    growing = torch.ones_like(length, dtype=torch.bool)
+    for _ in range(min(MOST_PRODUCTS, right.shape[-1])):
+        along, before = (d * image).sum(-1, keepdim=True), left.square().sum(-1, keepdim=True)
+        noise = torch.finfo(d.dtype).eps * (d.square().sum(-1, keepdim=True) * image.square().sum(-1, keepdim=True)).sqrt()
+        growing = growing & (along > noise)
+        alpha = torch.where(growing, before / torch.where(growing, along, 1), 0)
+        e, left = e + alpha * d, left - alpha * image
+        longer = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
+        growing = growing & (longer > GROWTH * length)
+        length = longer
+        if readable(growing) and not bool(growing.any()):
+            break
+        d = left + left.square().sum(-1, keepdim=True) / torch.where(before > 0, before, 1) * d
+        image = product(d)
+    return e

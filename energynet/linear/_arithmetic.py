@@ -1,0 +1,35 @@
+"""Arithmetic that the Krylov solvers share: numbers are ``(*batch, 1)`` beside vectors ``(*batch, n)``."""
+
+import torch
+from torch import Tensor
+
+from energynet.problem import Problem
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+def length(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 for b = 0."""
+    return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
+
+
+def working_residual(problem: Problem, x: Tensor) -> Tensor:
+    """A x − v, in float32 or better."""
+    return problem.residual(x).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def singular(problem: Problem, x: Tensor, norm: Tensor) -> Tensor:
+    """Whether x has left for infinity: ‖A‖‖x‖ / ‖v‖, which the condition number bounds, is beyond what the dtype resolves.
+
+    A Krylov solver on a singular A for which no solution exists first finds what is nearest to one, and from then on moves
+    along the null space, by rounding errors alone, ever faster.
+    """
+    assert problem.right is not None
+    size, right = length(x.to(norm.dtype)), length(problem.right.to(norm.dtype))
+    return torch.isfinite(size) & (norm * size * torch.finfo(norm.dtype).eps * 10 > right) & (right > 0)

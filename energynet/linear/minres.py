@@ -1,0 +1,85 @@
+"""MINRES for H u = v with a symmetric H, definite or not, batched sample by sample."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet.linear._arithmetic import divide, length, singular, working_residual
+from energynet.problem import Problem
+from energynet.solvers.base import Solver
+from energynet.step import Kind
+
+
+class MINRESState(NamedTuple):
+    """Vectors are ``(*batch, n)`` and numbers ``(*batch, 1)``, all in float32 or better."""
+
+    residual: Tensor  # H u − v, by recurrence
+    lanczos: Tensor  # q, unit, the newest Lanczos vector
+    last_lanczos: Tensor
+    direction: Tensor  # d, the newest column of Q R⁻¹
+    last_direction: Tensor
+    beta: Tensor  # off-diagonal entry of the Lanczos matrix T that links the two Lanczos vectors
+    cosine: Tensor  # of the last rotation
+    sine: Tensor
+    above: Tensor  # entry of R above the next diagonal one, before the last rotation
+    corner: Tensor  # entry of R two above the next diagonal one
+    size: Tensor  # ‖residual‖ with the sign that the rotations gave it
+    norm: Tensor  # largest column of T seen, an estimate of ‖H‖ from below
+    broken: Tensor  # bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MINRES(Solver):
+    """Minimal residual over the Krylov space of a symmetric H, which may be indefinite, in short recurrences.
+
+    At a saddle it gives the exact derivative of the stationary point; use `ConjugateGradient` where a saddle is to be an
+    error. A singular H for which no u exists is reported as DIVERGED.
+
+    Example:
+        >>> import torch
+        >>> from energynet import FPI_GD, ImplicitAdjoint
+        >>> from energynet.linear import MINRES
+        >>> saddle = lambda x, z: 0.5 * x[:, 0] ** 2 - 0.5 * x[:, 1] ** 2 + (x * z).sum(-1)
+        >>> layer = FPI_GD(saddle, 1.0, adjoint=ImplicitAdjoint(MINRES()))
+        >>> z = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        >>> torch.autograd.grad(layer(z, x0=torch.zeros(1, 2)).sum(), z)[0].round(decimals=3)
+        tensor([[-1., 1.]])
+
+    Source: Paige and Saunders (1975); the stopping rule for singular systems is that of Choi, Paige and Saunders (2011).
+    """
+
+    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.SYMMETRIC})
+    exact_residual: ClassVar[bool] = False
+
+    def init(self, problem: Problem, x0: Tensor) -> MINRESState:
+        residual = working_residual(problem, x0)
+        size = length(residual)
+        q, zero, none = -divide(residual, size), torch.zeros_like(residual), torch.zeros_like(size)
+        return MINRESState(residual, q, zero, zero, zero, none, none - 1, none, none, none, size, none, none.bool())
+
+    def update(self, problem: Problem, x: Tensor, state: MINRESState) -> tuple[Tensor, MINRESState]:
+        q, c, s = state.lanczos, state.cosine, state.sine
+        w = problem.hvp(x, q.to(x.dtype)).to(q.dtype) - state.beta * state.last_lanczos
+        alpha = (w * q).sum(-1, keepdim=True)
+        w = w - alpha * q
+        beta = length(w)
+        next_q = divide(w, beta)
+        # The new column of T, first by the last rotation, then by one that annihilates beta.
+        beside, before = c * state.above + s * alpha, s * state.above - c * alpha
+        above, corner = -c * beta, s * beta
+        diagonal = torch.hypot(before, beta)
+        cosine, sine = divide(before, diagonal), divide(beta, diagonal)
+        norm = torch.maximum(state.norm, torch.hypot(torch.hypot(alpha, beta), state.beta))
+        d = divide(q - beside * state.direction - state.corner * state.last_direction, diagonal)
+        # ‖H r‖ is what the next step can remove of r; where it is lost in rounding, no u makes r smaller.
+        stuck = (state.size != 0) & (torch.hypot(before, above) <= 10 * torch.finfo(norm.dtype).eps * norm)
+        x = x + torch.where(stuck, 0, cosine * state.size * d).to(x.dtype)
+        size = sine * state.size
+        residual = torch.where(stuck, state.residual, sine**2 * state.residual + size * cosine * next_q)
+        broken = stuck | singular(problem, x, norm)
+        return x, MINRESState(residual, next_q, q, d, state.direction, beta, cosine, sine, above, corner, size, norm, broken)
+
+    def breakdown(self, state: MINRESState) -> Tensor:
+        return state.broken.squeeze(-1)

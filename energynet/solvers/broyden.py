@@ -1,0 +1,110 @@
+"""Limited-memory Broyden, batched sample by sample."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet.problem import Problem
+from energynet.solvers.base import Solver
+
+
+class BroydenState(NamedTuple):
+    """The inverse Jacobian of x − g(x) is estimated by I + Σ left_i right_iᵀ over the first ``filled`` rows."""
+
+    residual: Tensor  # F(x), (*batch, n)
+    move: Tensor  # g(x) − x, (*batch, n)
+    left: Tensor  # (*batch, m, n), in float32 or better
+    right: Tensor  # (*batch, m, n)
+    filled: Tensor  # (*batch, 1) int
+
+
+@dataclasses.dataclass(frozen=True)
+class Broyden(Solver):
+    """Broyden's good method on x − g(x) = 0: each step corrects the estimated inverse Jacobian by what it has seen.
+
+    Begins with the map's own step, and with it again once the memory is full: without the oldest of them the other
+    corrections would be wrong. A step that makes the move ``GROWTH`` times longer, or not finite, is taken back, and the
+    memory is dropped.
+
+    Example:
+        >>> import torch
+        >>> from energynet import fixed_point
+        >>> from energynet.solvers import Broyden
+        >>> slow = lambda x: 0.8 * x + 0.2
+        >>> int(fixed_point(slow, torch.zeros(1, 1), solver=Broyden()).num_steps)
+        2
+
+    Args:
+        memory: m, how many corrections are kept.
+
+    Raises:
+        ValueError: if memory < 1.
+
+    Source: Broyden (1965); damped as by Moré and Trangenstein (1976); Bai, Kolter and Koltun (2019) for fixed-point layers.
+    """
+
+    memory: int = 20
+
+    def __post_init__(self) -> None:
+        if self.memory < 1:
+            raise ValueError(f"Broyden needs memory ≥ 1, got {self.memory}.")
+
+    def init(self, problem: Problem, x0: Tensor) -> BroydenState:
+        residual = problem.residual(x0)
+        working = torch.promote_types(x0.dtype, torch.float32)
+        empty = torch.zeros_like(x0, dtype=working).unsqueeze(-2).expand(*x0.shape[:-1], self.memory, x0.shape[-1])
+        filled = torch.zeros_like(residual.sum(-1, keepdim=True), dtype=torch.int32)
+        return BroydenState(residual, problem.move(x0, residual) - x0, empty, empty, filled)
+
+    def update(self, problem: Problem, x: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
+        target = x + _product(state.left, state.right, state.filled, state.move).to(x.dtype)
+        residual = problem.residual(target)
+        move = problem.move(target, residual) - target
+        back = _worse(state, move)
+        target, move = torch.where(back, x, target), torch.where(back, state.move, move)
+        left, right, filled = self._corrected(state, move, target - x)
+        residual, filled = torch.where(back, state.residual, residual), torch.where(back, 0, filled)
+        return target, BroydenState(residual, move, left, right, filled)
+
+    def _corrected(self, state: BroydenState, move: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The memory with a correction by which the step follows from the change of the move, or empty if it was full."""
+        left, right, filled = state.left, state.right, state.filled
+        step = step.to(left.dtype)
+        seen = _product(left, right, filled, state.move - move)
+        along, length = _dot(step, seen), _dot(step, step)
+        damping = _damping(along, length)
+        bottom = length + damping * (along - length)
+        correction = damping * (step - seen) / torch.where(bottom == 0, 1, bottom)
+        here = (torch.arange(self.memory, device=step.device) == filled).unsqueeze(-1)  # (*batch, m, 1)
+        new_right = torch.where(here, _product(right, left, filled, step).unsqueeze(-2), right)
+        return torch.where(here, correction.unsqueeze(-2), left), new_right, torch.where(filled == self.memory, 0, filled + 1)
+
+
+GROWTH = 10.0  # a move this many times longer than the last one: the corrections mislead
+
+
+def _worse(state: BroydenState, move: Tensor) -> Tensor:  # (*batch, 1)
+    """Whether the memory, if there is any, has led to a much longer move."""
+    before, after = (torch.linalg.vector_norm(m, dim=-1, keepdim=True, dtype=state.left.dtype) for m in (state.move, move))
+    return (state.filled > 0) & ~(after <= GROWTH * before)
+
+
+def _damping(along: Tensor, length: Tensor) -> Tensor:  # (*batch, 1)
+    """θ, the part of the correction that is taken so that the estimate stays regular: 1, or less if sᵀH y is near 0."""
+    cosine = along / torch.where(length == 0, 1, length)
+    small = cosine.abs() < 0.1
+    return torch.where(small, (1 - torch.where(cosine < 0, -0.1, 0.1)) / torch.where(small, 1 - cosine, 1), 1)
+
+
+def _product(left: Tensor, right: Tensor, filled: Tensor, vector: Tensor) -> Tensor:
+    """(I + Σ left_i right_iᵀ) vector."""
+    vector = vector.to(left.dtype)
+    used = torch.arange(left.shape[-2], device=left.device) < filled  # (*batch, m)
+    weights = torch.where(used, (right @ vector.unsqueeze(-1)).squeeze(-1), 0)
+    return vector + (weights.unsqueeze(-2) @ left).squeeze(-2)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n), (*batch, n) -> (*batch, 1)
+    return (a * b).sum(-1, keepdim=True)

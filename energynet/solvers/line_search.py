@@ -1,0 +1,149 @@
+"""Line searches, one trial point an update: no loop inside the loop, and every sample searches on its own.
+
+A solver asks for the energy and the slope at ``x + t d``, hands them to `LineSearch.judge`, and gets back which samples
+take the point and which length each of the others tries next.
+"""
+
+import dataclasses
+from abc import ABC
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+APPROXIMATE = 0.1  # δ of the approximate Wolfe conditions
+MOST_TRIALS = 30
+
+
+class Search(NamedTuple):
+    """What a search along one direction knows; every field is ``(*batch)``."""
+
+    energy: Tensor  # where it began
+    slope: Tensor  # there, negative
+    length: Tensor  # t, to be tried
+    low: Tensor  # the longest one known to be too short, with energy and slope
+    low_energy: Tensor
+    low_slope: Tensor
+    high: Tensor  # the shortest one known to be too long; infinite at first
+    high_energy: Tensor
+    trials: Tensor  # int32
+
+    @property
+    def failed(self) -> Tensor:
+        """Samples whose search found nothing: the direction is useless, or energies differ by rounding only."""
+        return self.trials >= MOST_TRIALS
+
+
+def begin(energy: Tensor, slope: Tensor, length: Tensor) -> Search:
+    """A search that has seen nothing yet."""
+    zero = torch.zeros_like(energy)
+    return Search(energy, slope, length, zero, energy, slope, zero + torch.inf, zero, zero.to(torch.int32))
+
+
+class LineSearch(ABC):
+    """When a trial point is good enough."""
+
+    decrease: float
+    """Part of the slope's promise that must be kept."""
+    flatness: float
+    """The slope at the new point may be this part of the one at the start, in magnitude."""
+
+    def judge(self, search: Search, energy: Tensor, slope: Tensor) -> tuple[Tensor, Search]:
+        """Which samples take the trial point, and the search of those that go on.
+
+        Args:
+            search: as it stood before the trial.
+            energy: at the trial point, ``(*batch)``.
+            slope: there, along the direction.
+        """
+        low_enough = _low_enough(search, energy, slope, self.decrease)
+        bound = self.flatness * search.slope.abs()
+        too_short = low_enough & (slope < -bound)
+        too_long = ~low_enough | (slope > bound)
+        low = torch.where(too_short, search.length, search.low)
+        low_energy = torch.where(too_short, energy, search.low_energy)
+        low_slope = torch.where(too_short, slope, search.low_slope)
+        high = torch.where(too_long, search.length, search.high)
+        high_energy = torch.where(too_long, energy, search.high_energy)
+        bracket = search._replace(low=low, low_energy=low_energy, low_slope=low_slope, high=high, high_energy=high_energy)
+        length = torch.where(torch.isfinite(high), _inside(bracket), _beyond(search, slope))
+        return ~(too_short | too_long), bracket._replace(length=length, trials=search.trials + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backtracking(LineSearch):
+    """Shorten the step until the energy falls by a part of what the slope promises.
+
+    Example:
+        >>> Backtracking()
+        Backtracking(decrease=0.0001)
+
+    Args:
+        decrease: the part of the promise, in (0, 1/2).
+
+    Raises:
+        ValueError: if it lies outside.
+
+    Source: Armijo (1966); where energies differ by rounding only, the slopes decide, as in Hager and Zhang (2005).
+    """
+
+    decrease: float = 1e-4
+    flatness: ClassVar[float] = float("inf")  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        _check(self.decrease, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class StrongWolfe(LineSearch):
+    """Sufficient decrease, and a slope that has become flat: what quasi-Newton updates need.
+
+    Example:
+        >>> StrongWolfe(flatness=0.1)
+        StrongWolfe(decrease=0.0001, flatness=0.1)
+
+    Args:
+        decrease: as of `Backtracking`.
+        flatness: the slope's magnitude at the new point in units of that at the old one, in (decrease, 1).
+
+    Raises:
+        ValueError: if one lies outside.
+
+    Source: Wolfe (1969); Nocedal and Wright (2006), section 3.5.
+    """
+
+    decrease: float = 1e-4
+    flatness: float = 0.9
+
+    def __post_init__(self) -> None:
+        _check(self.decrease, min(0.5, self.flatness))
+        if not self.flatness < 1:
+            raise ValueError(f"flatness must be less than 1, got {self.flatness}.")
+
+
+def _check(decrease: float, most: float) -> None:
+    if not 0 < decrease < most:
+        raise ValueError(f"decrease must lie in (0, {most}), got {decrease}.")
+
+
+def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) -> Tensor:
+    armijo = energy <= search.energy + decrease * search.length * search.slope
+    noise = 8 * torch.finfo(energy.dtype).eps * search.energy.abs()
+    level = (energy <= search.energy + noise) & (slope <= (2 * APPROXIMATE - 1) * search.slope)
+    return (armijo | level) & torch.isfinite(energy) & torch.isfinite(slope)
+
+
+def _inside(search: Search) -> Tensor:
+    """The minimum of the parabola through what is known at both ends, kept away from them."""
+    width = search.high - search.low
+    bend = search.high_energy - search.low_energy - search.low_slope * width
+    parabola = -0.5 * search.low_slope * width.square() / bend
+    usable = torch.isfinite(parabola) & (bend > 0)
+    return search.low + torch.where(usable, torch.clamp(parabola / width, 0.1, 0.9), 0.1) * width
+
+
+def _beyond(search: Search, slope: Tensor) -> Tensor:
+    """Where the slope would vanish if it went on changing as it did, between twice and ten times as far."""
+    secant = search.length - slope * (search.length - search.low) / (slope - search.low_slope)
+    factor = torch.where(torch.isfinite(secant) & (secant > 0), secant / search.length, 10)
+    return search.length * torch.clamp(factor, 2, 10)
