@@ -2,7 +2,7 @@
 
 from energynet.adjoint import ImplicitAdjoint, OneStepAdjoint, UnrolledAdjoint
 from energynet.energy import Energy, gradient
-from energynet.implicit import Adjoint, AdjointRecord, AdjointReport
+from energynet.derivative import Adjoint, AdjointRecord, AdjointReport
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.linear import ConjugateGradient
 from energynet.probe import ImpureFunctionError, LostGradientError

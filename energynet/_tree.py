@@ -19,8 +19,14 @@ leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 
 
 def register_dataclass(cls: type) -> type:
-    """Make a dataclass a pytree, so that it may leave ``torch.func.vmap``."""
-    _pytree.register_dataclass(cls)  # type: ignore[no-untyped-call, unused-ignore]
+    """Make a dataclass a pytree, so that it may leave ``torch.func.vmap``; fields that are None are no leaves."""
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        present = {name: v for name, v in fields.items() if v is not None}
+        return list(present.values()), tuple(present)
+
+    _pytree.register_pytree_node(cls, flatten, lambda values, names: cls(**dict(zip(names, values, strict=True))))
     return cls
 
 

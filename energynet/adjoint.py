@@ -1,14 +1,17 @@
-"""The adjoints: how gradients of a solution come back. The derivation stands in `energynet.implicit`."""
+"""The adjoints: how gradients of a solution come back. The derivation stands in `energynet.derivative`."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
-from energynet.implicit import Adjoint, AdjointReport, Answer, Method, RootAdjoint
-from energynet.linear import ConjugateGradient
-from energynet.loop import loop
+from energynet._autodiff import alive, inside_jvp, transform_active
+from energynet.equation import Equation, Linear
+from energynet.derivative import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
+from energynet.linear import GMRES, ConjugateGradient
 from energynet.solution import OnFailure, report
 from energynet.solvers import Picard, Solver
 from energynet.step import Kind, Step
@@ -24,9 +27,10 @@ class ImplicitAdjoint(RootAdjoint):
         ImplicitAdjoint(solver=Picard(), termination=Termination(atol=None, rtol=1e-06, max_steps=1000), report=None)
 
     Args:
-        solver: of the adjoint equation. `ConjugateGradient` needs an energy; `Picard` is the paper's backward fixed-point
-            iteration and `Anderson` its accelerated form, for any map. Default: conjugate gradients for energies, the
-            backward iteration for networks.
+        solver: of the adjoint equation. `ConjugateGradient` and `MINRES` need an energy; `GMRES`, `BiCGSTAB` and, for small
+            problems, `Dense` take any map, and so do the paper's backward fixed-point iteration, `Picard`, and its
+            accelerated forms, `Anderson` and `Broyden`. Default: conjugate gradients for energies, the backward iteration
+            for networks, GMRES for proximal steps.
         termination: relative to the incoming gradient; default: the forward solve's.
         report: collects the status, residual and steps of each backward solve.
 
@@ -42,7 +46,7 @@ class ImplicitAdjoint(RootAdjoint):
             self.solver.check(Kind.SYMMETRIC if step.symmetric else Kind.LINEAR)
 
     def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
-        solver = self.solver or (ConjugateGradient() if method.equation.symmetric else Picard())
+        solver = self.solver or _default_solver(method.equation)
         termination = self.termination or method.termination
         linear = dataclasses.replace(method, solver=solver, termination=termination, report=self.report)
         return linear.at_solution(transposed, right, y, inputs)
@@ -51,8 +55,38 @@ class ImplicitAdjoint(RootAdjoint):
         return derivatives
 
 
+def _default_solver(equation: Equation) -> Solver:
+    """Conjugate gradients for energies, the paper's iteration for maps that contract, GMRES for all else."""
+    if equation.symmetric:
+        return ConjugateGradient()
+    return Picard() if equation.normalised else GMRES()
+
+
+class _FirstOrderAdjoint(RootAdjoint):
+    """Σ_k<terms of a damped Neumann series in place of A⁻¹: approximate, so its own derivative is refused."""
+
+    terms: int
+    damping: float
+
+    def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        root, flipped, arguments = method.equation.linearisation(y, inputs)
+        equation, zero = Linear(root, transposed != flipped), torch.zeros_like(right)
+        gamma = self.damping * method.equation.problem(inputs, y).gamma
+        term = total = gamma * right
+        for _ in range(self.terms - 1):
+            term = term - gamma * equation.residual(term, zero, *arguments)
+            total = total + term
+        none = torch.zeros_like(right.sum(-1), dtype=torch.bool)
+        return Answer(total, none, none.new_zeros(2, len(arguments) + 1))
+
+    def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
+        present = [d for d in derivatives if d is not None]
+        guarded = iter(_FirstOrderOnly.apply(type(self).__name__, len(present), *present, *sources))
+        return [None if d is None else next(guarded) for d in derivatives]
+
+
 @dataclasses.dataclass(frozen=True)
-class OneStepAdjoint(RootAdjoint):
+class OneStepAdjoint(_FirstOrderAdjoint):
     """Gradient of a single step at the solution, (∂g/∂θ)ᵀ v: cheap, first order only, and *not exact*.
 
     It is right to a factor of the contraction: exact only where ∂g/∂x = 0. Differentiating it again raises.
@@ -64,15 +98,40 @@ class OneStepAdjoint(RootAdjoint):
     Source: Fung et al. (2022), JFB: Jacobian-free backpropagation.
     """
 
-    def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
-        none = torch.zeros_like(right.sum(-1), dtype=torch.bool)
-        gamma = method.equation.problem(inputs, y).gamma
-        return Answer(gamma * right, none, none.new_zeros(2, len(inputs)))
+    terms: ClassVar[int] = 1  # type: ignore[misc]
+    damping: ClassVar[float] = 1.0  # type: ignore[misc]
 
-    def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
-        present = [d for d in derivatives if d is not None]
-        guarded = iter(_FirstOrderOnly.apply(len(present), *present, *sources))
-        return [None if d is None else next(guarded) for d in derivatives]
+
+@dataclasses.dataclass(frozen=True)
+class NeumannAdjoint(_FirstOrderAdjoint):
+    """The first terms of the Neumann series of (I − ∂g/∂x)⁻¹, a phantom gradient: first order only, and *not exact*.
+
+    With contraction factor ρ the error is a part ρ^terms of the gradient. Differentiating it again raises.
+
+    Example:
+        >>> import torch
+        >>> from energynet import fixed_point
+        >>> z = torch.ones(1, 1, requires_grad=True)
+        >>> x = fixed_point(lambda x, z: 0.5 * x + z, torch.zeros(1, 1), z, adjoint=NeumannAdjoint(terms=3)).value
+        >>> torch.autograd.grad(x.sum(), z)[0]     # 1 + 1/2 + 1/4; exact: 2
+        tensor([[1.7500]])
+
+    Args:
+        terms: how many; each after the first costs one vector-Jacobian product.
+        damping: of the map that the series belongs to, in (0, 1]; less than 1 where ∂g/∂x does not contract.
+
+    Raises:
+        ValueError: if terms < 1 or damping is out of range.
+
+    Source: Geng et al. (2021), On training implicit models.
+    """
+
+    terms: int = 5
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.terms < 1 or not 0 < self.damping <= 1:
+            raise ValueError(f"NeumannAdjoint needs terms ≥ 1 and 0 < damping ≤ 1, got {self}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +139,61 @@ class UnrolledAdjoint(Adjoint):
     """Ordinary backpropagation through the iterations: exact for the iterate that is returned, any order.
 
     Memory grows with the number of iterations. The gradient is that of the truncated iteration, also with respect to
-    ``x0`` and the step size.
+    ``x0`` and the step size. With ``last`` only that many steps of the map, taken after the solve, are differentiated:
+    *not exact*, first order only, and differentiating it again raises.
 
     Example:
-        >>> UnrolledAdjoint()
-        UnrolledAdjoint()
+        >>> UnrolledAdjoint(checkpoint=True)
+        UnrolledAdjoint(last=None, checkpoint=True)
+
+    Args:
+        last: how many steps are differentiated; None: all.
+        checkpoint: keep one iterate in 32 and compute the others anew: less memory, twice the time. Not under ``torch.func``.
+
+    Raises:
+        ValueError: if last < 1.
+
+    Source: Shaban et al. (2019), Truncated back-propagation for bilevel optimization; Griewank and Walther (2000).
     """
 
+    last: int | None = None
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise ValueError(f"UnrolledAdjoint needs last ≥ 1 or None, got {self.last}.")
+
     def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        problem = method.equation.problem(inputs, x0)
-        state = loop(problem, method.solver, method.termination, x0)
+        if self.checkpoint and transform_active():
+            raise RuntimeError(
+                "UnrolledAdjoint(checkpoint=True) was used under a torch.func transform or forward-mode AD, which have no "
+                "checkpoints. Use checkpoint=False, or ImplicitAdjoint(), whose memory does not grow."
+            )
+        if self.last is not None:
+            return self._last_steps(self.last, method, x0, inputs)
+        state, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
         _Judge.apply(method.on_failure, state.status, state.distance, state.steps)
-        return state.x, state.status, state.distance, state.steps
+        return state.x, state.status, state.distance, state.steps, *trace
+
+    def _last_steps(self, last: int, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        start, status, distance, steps, _, *trace = solve(method, x0.detach(), *(t.detach() for t in inputs))
+        x = start.detach()
+        problem = method.equation.problem(inputs, x)
+        step = _checkpointed(problem.map, 1) if self.checkpoint else problem.map
+        for _ in range(last):
+            x = step(x)
+        return _Truncated.apply("UnrolledAdjoint(last=...)", x, *inputs), status, distance, steps, *trace
+
+
+def _checkpointed(function: Callable[[Any], Any], times: int = 32) -> Callable[[Any], Any]:
+    """The function several times over, of which only the result is kept."""
+
+    def repeated(value: Any) -> Any:
+        for _ in range(times):
+            value = function(value)
+        return value
+
+    return lambda value: torch.utils.checkpoint.checkpoint(repeated, value, use_reentrant=False)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -103,25 +205,53 @@ class _FirstOrderOnly(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.clone() for t in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(_FIRST_ORDER)
+        _refuse(ctx.name)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(_FIRST_ORDER)
+        _refuse(ctx.name)
 
 
-_FIRST_ORDER = (
-    "OneStepAdjoint is a first-order approximation; its derivative would be wrong. Use ImplicitAdjoint() for second derivatives."
-)
+def _refuse(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name} is a first-order approximation; its derivative would be wrong. Use ImplicitAdjoint() for second derivatives."
+    )
+
+
+class _Truncated(torch.autograd.Function):
+    """The identity on an iterate with a graph of its last steps only: its derivatives may not be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, x: Tensor, *inputs: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        sources = alive(ctx.saved_tensors)
+        return None, *_FirstOrderOnly.apply(ctx.name, 1, v, *sources), *[None] * (len(sources) - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, _name: Any, tangent: Tensor, *_: Any) -> Tensor:
+        with inside_jvp(ctx.saved_tensors) as sources:
+            guarded: Tensor = _FirstOrderOnly.apply(ctx.name, 1, tangent, *sources)[0]
+            return guarded
 
 
 class _Judge(torch.autograd.Function):

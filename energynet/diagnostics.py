@@ -16,12 +16,13 @@ from energynet._tree import Layout
 from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
 from energynet.energy import Energy, EnergyLike
-from energynet.implicit import Adjoint, RootAdjoint
+from energynet.derivative import Adjoint, RootAdjoint
 from energynet.linear import ConjugateGradient
 from energynet.loop import loop
 from energynet.problem import Problem
 from energynet.solution import ConvergenceError, Solution, Status, describe, samples
-from energynet.solve import _check_start, _examine, fixed_point
+from energynet.checks import check_start, examine
+from energynet.solve import fixed_point
 from energynet.solvers import Picard, Solver
 from energynet.spectrum import arnoldi, normalised, ritz_values, some_direction
 from energynet.step import GradientStep, Kind, Step, as_step, per_sample
@@ -238,15 +239,21 @@ def gradient_error(
     Raises:
         ConvergenceError: if the Newton step or an adjoint solve fails, with the reason.
         TypeError: if the adjoint differentiates the iterations, which are not known here.
+        ValueError: if a tensor of ``wrt`` does not require grad.
     """
     adjoint = adjoint or ImplicitAdjoint()
+    if not wrt or not all(t.requires_grad for t in wrt):
+        shapes = [tuple(t.shape) for t in wrt if not t.requires_grad]
+        raise ValueError(f"wrt names the tensors whose gradient is judged, but {f'those of shapes {shapes} do not' if wrt else 'none was given that does'} require grad: pass "
+                         "parameters, or inputs after requires_grad_().")  # fmt: skip
     if not isinstance(adjoint, RootAdjoint):
         raise TypeError(f"{adjoint!r} differentiates the iterations, not the solution: only their result x is known here.")
     if isinstance(adjoint, ImplicitAdjoint) and adjoint.termination is None:
         adjoint = dataclasses.replace(adjoint, termination=termination or Termination())
     at = Linearised.of(step, x, inputs, batch_dims)
-    # A hundred times tighter than the default, as far as the dtype allows.
-    tight = Termination(rtol=0.01 * torch.finfo(at.x.dtype).eps ** 0.5, max_steps=10_000)
+    # Up to a hundred times tighter than the default: as far as the dtype allows.
+    eps = torch.finfo(at.x.dtype).eps
+    tight = Termination(rtol=max(0.01 * eps**0.5, 1000 * eps), max_steps=10_000)
     exact = ImplicitAdjoint(getattr(adjoint, "solver", None), tight)
     newton, failed = at.newton(at.x, exact.solver)
     if bool(failed.any()):
@@ -308,11 +315,11 @@ class Linearised:
     def of(cls, step: StepLike, x: Any, inputs: tuple[Any, ...], batch_dims: int) -> "Linearised":
         x = x.value if isinstance(x, Solution) else x
         step = GradientStep(step) if isinstance(step, Energy) else as_step(step)
-        _check_start(x)
+        check_start(x)
         with recording((x, inputs)) as (x, inputs), torch.no_grad():
             binding = Binding.of(step)
             code = binding.step.encode(*inputs)
-            layout = Layout.of(x, _examine(binding, x, code, None if step.energy_of is not None else batch_dims))
+            layout = Layout.of(x, examine(binding, x, code, None if step.energy_of is not None else batch_dims))
             flat = layout.ravel(x).clone()
 
             def residual(x: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class Root:
         return self.binding.step.kind
 
     @property
+    def normalised(self) -> bool:
+        return self.binding.step.normalised
+
+    @property
     def batch_dims(self) -> int:
         """The caller's, and one for each vmap around."""
         return self.layout.batch_dims + len(self.vmaps)
@@ -143,6 +147,10 @@ class Linear:
     @property
     def kind(self) -> Kind:
         return Kind.SYMMETRIC if self.symmetric else Kind.LINEAR
+
+    @property
+    def normalised(self) -> bool:
+        return self.root.normalised
 
     @property
     def batch_dims(self) -> int:

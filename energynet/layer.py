@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from energynet import _tree
 from energynet.binding import modules_in
 from energynet.energy import Energy, EnergyLike
-from energynet.implicit import Adjoint
+from energynet.derivative import Adjoint
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
 from energynet.solvers import Picard, Solver

@@ -41,6 +41,7 @@ class LoopState(NamedTuple):
 
 
 Advance = Callable[[LoopState], LoopState]
+Wrap = Callable[[Advance], Advance]
 
 
 def loop(
@@ -49,7 +50,7 @@ def loop(
     termination: Termination,
     x0: Tensor,
     observe: Callable[[LoopState], None] | None = None,
-    wrap: Callable[[Advance], Advance] | None = None,
+    wrap: Wrap | None = None,
 ) -> LoopState:
     """Solve until every sample has converged, failed, or taken ``max_steps`` updates.
 
@@ -162,7 +163,7 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         ended = torch.where(arrived, Status.CONVERGED, torch.where(reopened, RUNNING, ended))
         status = torch.where(measured, ended, state.status).to(torch.int8)
         # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.
-        scale = torch.where(reopened, torch.where(scale > 0, scale, 0.1 * state.scale), state.scale)
+        scale = torch.where(measured & (scale > 0), scale, torch.where(reopened, 0.1 * state.scale, state.scale))
         grown = torch.maximum(state.limit, GROWTH * distance.nan_to_num(0, 0, 0))
         limit = state.limit if solver.descends else torch.where(reopened, grown, state.limit)
     state = state._replace(status=status, distance=distance, scale=scale, limit=limit)

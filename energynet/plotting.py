@@ -41,7 +41,7 @@ def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
                 label=f"sample {k}")  # fmt: skip
     ax.set(yscale="log", xlabel="step", ylabel="residual")
     ax.grid(alpha=0.3)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     front = ax
     if trace.energy is not None:
         front = _plot_energies(trace.energy.detach().cpu().reshape(len(residual), -1), ax, alpha)

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from energynet import _tree
 from energynet._autodiff import pullback
 from energynet._tree import Layout
-from energynet.step import Step, as_step
+from energynet.step import Step
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +56,7 @@ def jacobian_penalty(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}: it is the number of random vectors to average over.")
     layout = Layout.of(x, batch_dims)
-    flat, function = layout.ravel(x), _flat_map(as_step(step), layout, inputs)
+    flat, function = layout.ravel(x), _flat_map(step, layout, inputs)
     total = torch.zeros_like(flat[..., 0] if flat.shape[-1] else flat.sum(-1))
     for _ in range(samples):
         signs = torch.randint(0, 2, flat.shape, generator=generator, device=flat.device).to(flat.dtype) * 2 - 1
@@ -128,7 +128,7 @@ class _Scaled(nn.Module):
         return f"factor={self.factor:.3g}"
 
 
-def _flat_map(step: Step, layout: Layout, inputs: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+def _flat_map(step: Callable[..., Any], layout: Layout, inputs: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
     def function(flat: Tensor) -> Tensor:
         moved = step(layout.unravel(flat), *inputs)
         if any(t.shape != (*flat.shape[:-1], *s) for t, s in zip(_tree.leaves(moved), layout.shapes, strict=True)):

@@ -80,6 +80,31 @@ _ADJOINT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a solve looked like from its start, step by step; T is the number of updates of the slowest sample.
+
+    Example:
+        >>> import torch
+        >>> from energynet import minimize
+        >>> trace = minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 1), trace=True).trace
+        >>> trace.energy[0], trace.value.shape
+        (tensor([9., 9.]), torch.Size([2, 2, 1]))
+
+    Args:
+        residual: ``(T + 1, B)``, in the units of ``Solution.residual``.
+        value: the iterates, like ``x0`` with a leading T + 1.
+        energy: ``(T + 1, B)``, of a minimisation.
+    """
+
+    residual: Tensor
+    value: Any
+    energy: Tensor | None = None
+
+
+_tree.register_dataclass(Trace)
+
+
+@dataclasses.dataclass(frozen=True)
 class Solution:
     """The answer of a solve and how it went, sample by sample.
 
@@ -95,12 +120,14 @@ class Solution:
         status: ``(B,)`` int8, compare with `Status`.
         residual: ``(B,)``, the distance estimate of `Termination` at ``value``, in units of ``x``.
         num_steps: ``(B,)`` int32, updates until the sample stopped.
+        trace: the steps, if they were asked for by ``trace=True``.
     """
 
     value: Any
     status: Tensor
     residual: Tensor
     num_steps: Tensor
+    trace: Trace | None = None
 
     @property
     def converged(self) -> Tensor:

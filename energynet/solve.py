@@ -1,5 +1,6 @@
-"""The two calls, `fixed_point` and `minimize`; user input is checked here and nowhere else."""
+"""The two calls, `fixed_point` and `minimize`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,15 @@ from energynet._autodiff import readable, recording
 from energynet._tree import Layout
 from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
+from energynet.checks import check_options, check_start, examine
+from energynet.derivative import Adjoint, Method, RootAdjoint
 from energynet.energy import Energy, EnergyLike
 from energynet.equation import Constant, Root
-from energynet.implicit import Adjoint, Method, RootAdjoint
-from energynet.probe import probe, unwatched
+from energynet.probe import unwatched
 from energynet.quarantine import replaced_by_good
-from energynet.solution import POLICIES, OnFailure, Solution
-from energynet.solvers import LBFGS, Picard, Solver
-from energynet.step import GradientStep, Step, as_step
+from energynet.solution import OnFailure, Solution, Status, Trace
+from energynet.solvers import LBFGS, Nesterov, Picard, Solver
+from energynet.step import GradientStep, Prox, ProximalStep, Step, as_step
 from energynet.termination import Termination
 
 
@@ -31,6 +33,7 @@ def fixed_point(
     termination: Termination | None = None,
     adjoint: Adjoint | None = None,
     on_failure: OnFailure = "raise",
+    trace: bool = False,
 ) -> Solution:
     """Solve x = g(x, \\*inputs), differentiably in the inputs and in the parameters of g.
 
@@ -50,9 +53,10 @@ def fixed_point(
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
+        trace: keep residuals and iterates of every step in ``Solution.trace``.
 
     Returns:
-        `Solution`, with ``value`` like ``x0``.
+        `Solution`, with ``value`` like ``x0``. A sample that ran out of steps returns the best of its iterates.
 
     Raises:
         ConvergenceError: if a sample fails and ``on_failure="raise"``.
@@ -62,7 +66,8 @@ def fixed_point(
 
     Source: arXiv 2002.02868.
     """
-    return _solve(as_step, (step,), x0, inputs, batch_dims, solver, termination, adjoint, on_failure)
+    options = _Options(solver or Picard(), termination or Termination(), adjoint or ImplicitAdjoint(), on_failure, trace)
+    return _solve(as_step, (step,), x0, inputs, batch_dims, options)
 
 
 def minimize(
@@ -70,10 +75,12 @@ def minimize(
     x0: Any,
     *context: Any,
     step_size: float | Tensor | None = None,
+    prox: Prox | Callable[[Any, float | Tensor], Any] | None = None,
     solver: Solver | None = None,
     termination: Termination | None = None,
     adjoint: Adjoint | None = None,
     on_failure: OnFailure = "raise",
+    trace: bool = False,
 ) -> Solution:
     """Find x* = argmin E(x, \\*context), differentiably in the context and in the parameters of E.
 
@@ -87,17 +94,20 @@ def minimize(
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``; a 0-d value means one problem without a batch dimension.
-        x0: where to start: a tensor ``(B, ...)`` or a pytree of such; None asks ``energy.start(*context)``.
+        x0: where to start: a tensor ``(B, ...)``, a pytree of such or a `MultiStart`; None asks ``energy.start(*context)``.
         context: tensors, pytrees and anything else that E takes; tensors of floating point are differentiated.
         step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None: solvers that need one estimate it, sample
             by sample, from the largest curvature at x0. Of the default solver only the length of the first step.
-        solver: default `LBFGS`.
+        prox: of constraints and terms that are not smooth, such as ``energynet.constraints.Box(0.0, 1.0)``; minimises their
+            sum with E.
+        solver: default `LBFGS`; with a ``prox``, `Nesterov`.
         termination: default `Termination`.
-        adjoint: default `ImplicitAdjoint`, by conjugate gradients on the Hessian.
+        adjoint: default `ImplicitAdjoint`, by conjugate gradients on the Hessian; with a ``prox``, by GMRES.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
+        trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
 
     Returns:
-        `Solution`, with ``value`` like ``x0``.
+        `Solution`, with ``value`` like ``x0``. A sample that ran out of steps returns the best of its iterates.
 
     Raises:
         ConvergenceError: if a sample fails and ``on_failure="raise"``.
@@ -109,37 +119,110 @@ def minimize(
     """
     if x0 is None and isinstance(energy, Energy):
         x0 = energy.start(*context)
-    return _solve(GradientStep, (energy, step_size), x0, context, None, solver or LBFGS(), termination, adjoint, on_failure)
+    solver = solver or (LBFGS() if prox is None else Nesterov())
+    options = _Options(solver, termination or Termination(), adjoint or ImplicitAdjoint(), on_failure, trace)
+    if isinstance(x0, MultiStart):
+        return _from_best(x0, energy, context, step_size, prox, options)
+    if prox is None:
+        return _solve(GradientStep, (energy, step_size), x0, context, None, options)
+    return _solve(ProximalStep, (energy, step_size, prox), x0, context, None, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiStart:
+    """Several starting points; `minimize` goes on from the one that leads to the least energy, sample by sample.
+
+    Example:
+        >>> import torch
+        >>> double_well = lambda x: (x**2 - 1).square().sum(-1) + 0.1 * x.sum(-1)
+        >>> starts = MultiStart(torch.tensor([[[1.0]], [[-1.0]]]))       # (S, B, n)
+        >>> minimize(double_well, starts).value.round(decimals=2)
+        tensor([[-1.0100]])
+
+    Args:
+        starts: like ``x0`` with one more leading dimension, ``(S, B, ...)``.
+    """
+
+    starts: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """How to solve, the same for every problem."""
+
+    solver: Solver
+    termination: Termination
+    adjoint: Adjoint
+    on_failure: OnFailure
+    trace: bool
+
+
+def _from_best(x0: MultiStart, energy: EnergyLike, context: Any, step_size: Any, prox: Any, options: _Options) -> Solution:
+    """Solve from every start, without gradients, then once more from the best answer: that one is differentiated."""
+    if prox is not None:
+        raise ValueError("MultiStart compares energies, and a prox stands for a term whose value is not known. Use one x0.")
+    check_start(x0.starts)
+    scout = dataclasses.replace(options, on_failure="ignore", trace=False)
+
+    def try_one(start: Any) -> tuple[Any, Tensor, Tensor]:
+        found = _solve(GradientStep, (energy, step_size), start, context, None, scout)
+        value = energy(found.value, *context)
+        # One that failed counts only where all failed.
+        rank = torch.where(found.status == Status.CONVERGED, 0.0, torch.where(torch.isfinite(value), 1.0, 2.0))
+        return found.value, torch.stack([rank.to(value.dtype), value]), found.num_steps
+
+    with torch.no_grad():
+        values, ranks, steps = torch.func.vmap(try_one)(x0.starts)
+        by_energy = ranks[:, 1].nan_to_num(torch.inf).argsort(dim=0, stable=True)
+        best = by_energy.gather(0, ranks[:, 0].gather(0, by_energy).argsort(dim=0, stable=True))[:1]  # (1, *batch)
+        chosen = _tree.map_structure(lambda t: _rows(t, best), values)
+    solution = _solve(GradientStep, (energy, step_size), chosen, context, None, options)
+    return dataclasses.replace(solution, num_steps=solution.num_steps + _rows(steps, best))
+
+
+def _rows(values: Tensor, best: Tensor) -> Tensor:  # (S, *batch, ...), (1, *batch) -> (*batch, ...)
+    index = best.reshape((*best.shape, *[1] * (values.ndim - best.ndim))).expand((1, *values.shape[1:]))
+    return values.gather(0, index)[0]
 
 
 @torch.compiler.disable  # Dynamo would unroll the loop
-def _solve(
-    make_step: Callable[..., Step],
-    arguments: tuple[Any, ...],
-    x0: Any,
-    context: tuple[Any, ...],
-    batch_dims: int | None,
-    solver: Solver | None,
-    termination: Termination | None,
-    adjoint: Adjoint | None,
-    on_failure: OnFailure,
-) -> Solution:
-    solver, termination = solver or Picard(), termination or Termination()
-    adjoint = adjoint or ImplicitAdjoint()
+def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, context: tuple[Any, ...],
+           batch_dims: int | None, options: _Options) -> Solution:  # fmt: skip
     with recording((arguments, x0, context)) as (arguments, x0, context):
         step = make_step(*arguments)
-        _check_options(step, solver, adjoint, on_failure)
-        _check_start(x0)
+        check_options(step, options.solver, options.adjoint, options.on_failure)
+        check_start(x0)
         binding = Binding.of(step)
         code = binding.step.encode(*context)
-        if on_failure != "raise":
+        if options.on_failure != "raise":
             x0, code = _without_nonfinite(binding.step, x0, context, code)
-        layout = Layout.of(x0, _examine(binding, x0, code, batch_dims))
+        layout = Layout.of(x0, examine(binding, x0, code, batch_dims))
+        if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
+            binding = Binding.of(_with_step_size(binding.step, layout, x0, context))
         root, inputs = _equation(binding, layout, code, context)
-        method = Method(root, solver, termination, on_failure, adjoint if isinstance(adjoint, RootAdjoint) else None)
+        adjoint = options.adjoint if isinstance(options.adjoint, RootAdjoint) else None
+        method = Method(root, options.solver, options.termination, options.on_failure, adjoint, trace=options.trace)
         with unwatched():
-            x, status, residual, steps = adjoint.run(method, layout.ravel(x0), inputs)
-        return Solution(layout.unravel(x), status, residual, steps)
+            x, status, residual, steps, *trace = options.adjoint.run(method, layout.ravel(x0), inputs)
+        return Solution(layout.unravel(x), status, residual, steps, _trace(layout, trace))
+
+
+def _trace(layout: Layout, tensors: list[Tensor]) -> Trace | None:
+    if not tensors:
+        return None
+    residual, value, *energy = tensors
+    return Trace(residual, layout.unravel(value), *energy)
+
+
+@torch.no_grad()
+def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, context: Any) -> ProximalStep:
+    """The step with γ from the largest curvature of its smooth part at x0: its optimality condition contains γ."""
+    binding = Binding.of(GradientStep(step.energy))
+    root, inputs = _equation(binding, layout, binding.step.encode(*context), context)
+    with unwatched():
+        gamma = root.problem(inputs, layout.ravel(x0)).gamma
+    assert isinstance(gamma, Tensor)
+    return dataclasses.replace(step, step_size=gamma.squeeze(-1))
 
 
 def _without_nonfinite(step: Step, x0: Any, context: Any, code: Any) -> tuple[Any, Any]:
@@ -174,126 +257,3 @@ def _equation(binding: Binding, layout: Layout, code: Any, context: Any) -> tupl
     constants = tuple(None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves)
     inputs = (t for t in (*leaves, *(given if encoded else ())) if isinstance(t, Tensor))
     return Root(binding, layout, spec, constants, encoded), (*binding.tensors, *inputs)
-
-
-# ------------------------------------------------------------------------------------------------- checks
-
-
-def _check_options(step: Step, solver: Solver, adjoint: Adjoint, on_failure: OnFailure) -> None:
-    if on_failure not in POLICIES:
-        raise ValueError(f"on_failure must be one of {POLICIES}, got {on_failure!r}.")
-    for option, kind in ((solver, Solver), (adjoint, Adjoint)):
-        if not isinstance(option, kind):
-            hint = f" Did you mean {option.__name__}()?" if isinstance(option, type) else ""
-            raise TypeError(f"Expected a {kind.__name__}, got {option!r}.{hint}")
-    solver.check(step.kind)
-    adjoint.check(step)
-    size = step.step_size
-    if size is None:
-        return
-    if isinstance(size, Tensor):
-        if not size.is_floating_point():
-            raise TypeError(f"step_size must be floating point, got a tensor of {size.dtype}.")
-        if not readable(size) or bool((size > 0).all() & torch.isfinite(size).all()):
-            return
-    elif 0 < size < float("inf"):
-        return
-    raise ValueError(f"step_size must be positive and finite, got {size}.")
-
-
-def _check_start(x0: Any) -> None:
-    leaves = _tree.leaves(x0)
-    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        kinds = sorted({type(leaf).__name__ for leaf in leaves}) or ["nothing"]
-        raise TypeError(
-            f"x0 must be a tensor or a pytree of tensors, got {', '.join(kinds)}. Pass x0=..., give the layer start=..., or "
-            "define start(*context) on the Energy."
-        )
-    wrong = [leaf.dtype for leaf in leaves if not leaf.is_floating_point()]
-    if wrong:
-        raise TypeError(
-            f"x0 must be floating point, got {wrong[0]}: an iterate moves by fractions. Convert it, as by x0.float(); a complex "
-            "one by torch.view_as_real."
-        )
-
-
-def _examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int:
-    """Evaluate the user's function once and hold its result against x0; the number of batch dimensions."""
-
-    def function(tensors: list[Tensor], x: Any, *code: Any) -> Any:
-        leaves = _tree.map_structure(lambda t: t.detach().requires_grad_(), x)  # to see that the energy's graph reaches x
-        return binding.attach(tensors).probe(leaves, *code)
-
-    step = binding.step
-    tensors, (x, *_), output = probe(function, _name(step), list(binding.tensors), (x0, *code))
-    step = binding.attach(tensors)
-    if step.energy_of is None:
-        batch_dims = 1 if batch_dims is None else batch_dims
-        _check_map_output(_name(step), x, output)
-    else:
-        batch_dims = _check_energy_output(_name(step), x, output, batch_dims)
-    if batch_dims:
-        _check_batch(x, step.step_size)
-    elif isinstance(step.step_size, Tensor) and step.step_size.ndim:
-        raise ValueError(
-            f"step_size has shape {tuple(step.step_size.shape)}, one value a sample, but the energy returns a 0-d value: one "
-            "problem without a batch dimension."
-        )
-    return batch_dims
-
-
-def _name(step: Step) -> str:
-    """The user's function in an error message."""
-    function = step.energy_of or getattr(step, "network", step)
-    kind = "The energy" if step.energy_of is not None else "The map"
-    name = getattr(function, "__qualname__", None) or type(function).__name__
-    return f"{kind} {name}"
-
-
-def _shapes(tree: Any) -> str:
-    return str(_tree.map_structure(lambda t: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__, tree))
-
-
-def _check_map_output(name: str, x: Any, output: Any) -> None:
-    (xs, spec), (outputs, output_spec) = _tree.flatten(x), _tree.flatten(output)
-    same = spec == output_spec and all(isinstance(t, Tensor) and t.shape == s.shape for t, s in zip(outputs, xs))
-    if not same:
-        raise ValueError(f"{name} must return the structure and shapes of x, {_shapes(x)}, but returned {_shapes(output)}.")
-    for t in outputs:
-        if not t.is_floating_point():
-            raise TypeError(f"{name} returned {t.dtype}; it must be floating point like x.")
-
-
-def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None) -> int:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"{name} must return a tensor (B,), one scalar a sample, but returned {type(output).__name__}.")
-    if not output.is_floating_point():
-        raise TypeError(f"{name} returned {output.dtype}, which has no gradient; it must be floating point.")
-    if not output.requires_grad:
-        raise ValueError(
-            f"{name} does not depend on x by operations that can be differentiated, so its gradient would be zero everywhere. "
-            "Likely cause: .detach(), .item(), NumPy or torch.no_grad() inside, or x is not used."
-        )
-    expected = 0 if output.ndim == 0 else 1
-    sizes = {leaf.shape[:1] for leaf in _tree.leaves(x)}
-    if (batch_dims is not None and batch_dims != expected) or (expected and sizes != {output.shape}):
-        raise ValueError(
-            f"{name} returned shape {tuple(output.shape)} for x of shape {_shapes(x)}; it must return one scalar a sample, "
-            "(B,) with B the leading dimension of x, or a 0-d tensor for one problem without a batch dimension. Sum over all "
-            "dimensions but the first, as in .flatten(1).sum(-1)."
-        )
-    return expected
-
-
-def _check_batch(x: Any, step_size: float | Tensor | None) -> None:
-    leaves = _tree.leaves(x)
-    if any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
-        raise ValueError(
-            f"x0 has shape {_shapes(x)}; every tensor in it needs the same leading batch dimension. For one problem without a "
-            "batch dimension pass batch_dims=0 (or return a 0-d energy)."
-        )
-    if isinstance(step_size, Tensor) and step_size.ndim and step_size.shape != leaves[0].shape[:1]:
-        raise ValueError(
-            f"step_size has shape {tuple(step_size.shape)} but x0 has {leaves[0].shape[0]} samples; it must be a float, a 0-d "
-            f"tensor or of shape ({leaves[0].shape[0]},)."
-        )

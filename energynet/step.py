@@ -186,6 +186,29 @@ class DampedStep(Step):
         return self.step.optimality(x, *code)
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimalityStep(Step):
+    """An optimality condition alone, F(x, \*context) = 0: differentiable at a point that somebody else has found.
+
+    Example:
+        >>> import torch
+        >>> OptimalityStep(lambda x, z: x**3 - z).optimality(torch.full((1,), 2.0), torch.full((1,), 8.0))
+        tensor([0.])
+
+    Args:
+        condition: F, like x.
+        symmetric: whether ∂F/∂x is symmetric, as that of a gradient is.
+    """
+
+    condition: Callable[..., Any]
+    symmetric: bool = False  # type: ignore[misc]
+    normalised: ClassVar[bool] = False
+    step_size: ClassVar[None] = None  # type: ignore[misc]
+
+    def optimality(self, x: Any, *code: Any) -> Any:
+        return self.condition(x, *code)
+
+
 def as_step(step: Step | Callable[..., Any]) -> Step:
     """A plain function or network as a step."""
     return step if isinstance(step, Step) else MapStep(step)

@@ -101,7 +101,10 @@ CASES = [
          term=lambda u: 0.2 * sum(d.abs().flatten(1).sum(-1) for d in neighbours(u, 2)), shape=(B, 2, 3)),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
-DIRECT = [c for c in CASES if c.name not in ("variation", "images", "anisotropic")]
+DIRECT, NESTED = CASES[:9], CASES[9:]
+SLOW_WHERE_NESTED = pytest.mark.parametrize(
+    "case", [*DIRECT, *(pytest.param(c, marks=pytest.mark.slow) for c in NESTED)], ids=str
+)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -132,6 +135,29 @@ def test_a_projection_is_idempotent_and_a_zero_step_changes_nothing(case: Case) 
         close(case.prox(case.prox(x, 1.0), 1.0), case.prox(x, 1.0), 1e-14)
     else:
         close(case.prox(x, torch.zeros(B, dtype=torch.float64)), x, 1e-15)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_prox_as_cvxpy_finds_it() -> None:
+    cp = pytest.importorskip("cvxpy")
+    case = {c.name: c for c in CASES}
+    low, high, weights, a, b = (t.numpy() for t in (LOW, HIGH, tensor(0.1, 0.2, 0.3, 0.4), A, RIGHT))
+    zero = cp.Constant(0)
+    for seed in range(3):
+        z = 2 * randn(1, N, seed=seed)
+        u = cp.Variable(N)
+        for prox, term, limits in [
+            (case["box"].prox, zero, [u >= low, u <= high]),
+            (Simplex(0.7), zero, [u >= 0, cp.sum(u) == 0.7]),
+            (L2Ball(0.7, LOW), zero, [cp.norm(u - low) <= 0.7]),
+            (case["l1"].prox, weights @ cp.abs(u), []),
+            (GroupL2(0.9), 0.9 * cp.norm(u), []),
+            (case["affine"].prox, zero, [a @ u == b]),
+            (TotalVariation(0.3), 0.3 * cp.norm1(cp.diff(u)), []),
+        ]:
+            problem = cp.Problem(cp.Minimize(1.5 * term + 0.5 * cp.sum_squares(u - z[0].numpy())), limits)
+            problem.solve(solver="CLARABEL", tol_gap_abs=1e-13, tol_gap_rel=1e-13, tol_feas=1e-13)
+            close(prox(z, 1.5)[0], torch.from_numpy(u.value), 1e-6)
 
 
 def test_closed_forms() -> None:
@@ -183,11 +209,11 @@ def test_derivatives_to_second_order(case: Case) -> None:
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in DIRECT], ids=str)
+@pytest.mark.parametrize("case", NESTED, ids=str)
 def test_derivatives_of_total_variation(case: Case) -> None:
     function, inputs = with_parts(dataclasses.replace(case, shape=(B, 2, 2) if case.shape[2:] else (B, 3)))
-    assert gradcheck(function, inputs, atol=1e-7)
-    assert gradgradcheck(function, inputs, atol=1e-6)
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", DIRECT, ids=str)
@@ -299,12 +325,10 @@ def solve(case: Case, z: Tensor, *parts: Tensor, solver: Solver | None = None, a
                        adjoint=adjoint, on_failure=policy)  # fmt: skip
 
 
-@EACH
+@SLOW_WHERE_NESTED
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Nesterov(), Nesterov(restart=False)], ids=str)
 def test_the_answer_is_the_minimum_whatever_the_solver(case: Case, solver: Solver) -> None:
     """⟨∇E(x*), u − x*⟩ + h(u) − h(x*) ≥ 0 for all feasible u."""
-    if case.name in ("images", "anisotropic"):
-        pytest.skip("a solve in every step of a solve: once in one dimension is enough")
     z = 1.5 * randn(*case.shape, seed=4)
     x = solve(case, z, *case.tensors, solver=solver).value
     slope = torch.func.grad(lambda x: quadratic(x, z).sum())(x)
@@ -314,17 +338,15 @@ def test_the_answer_is_the_minimum_whatever_the_solver(case: Case, solver: Solve
         assert (inner(slope, u - x) + case.term(u) - case.term(x) >= -1e-10).all()
 
 
-@EACH
+@SLOW_WHERE_NESTED
 def test_gradients_agree_between_adjoints_and_with_unrolling(case: Case) -> None:
-    if case.name in ("images", "anisotropic"):
-        pytest.skip("a solve in every step of a solve: once in one dimension is enough")
     z = (1.5 * randn(*case.shape, seed=4)).requires_grad_()
     parts = tuple(t.clone().requires_grad_() for t in case.tensors)
     weight = randn(*case.shape, seed=5)
     results = []
     for adjoint in (ImplicitAdjoint(Anderson(), TIGHT), ImplicitAdjoint(Picard(), TIGHT), ImplicitAdjoint(GMRES(), TIGHT),
                     UnrolledAdjoint()):  # fmt: skip
-        if isinstance(adjoint, UnrolledAdjoint) and case.name == "variation":
+        if isinstance(adjoint, UnrolledAdjoint) and case in NESTED:
             continue
         solver = Picard() if isinstance(adjoint, UnrolledAdjoint) else Nesterov()
         x = solve(case, z, *parts, adjoint=adjoint, solver=solver).value
@@ -340,8 +362,8 @@ def test_derivatives_of_a_solve_to_second_order(case: Case) -> None:
     z = 1.5 * randn(*case.shape, seed=4)
     inputs = tuple(t.clone().requires_grad_() for t in (z, *case.tensors))
     run = lambda z, *parts: solve(case, z, *parts, adjoint=ImplicitAdjoint(GMRES(), TIGHT)).value  # noqa: E731
-    assert gradcheck(run, inputs)
-    assert gradgradcheck(run, inputs)
+    assert gradcheck(run, inputs, fast_mode=True)
+    assert gradgradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", DIRECT, ids=str)
@@ -524,8 +546,8 @@ def test_nesterov_is_faster_than_descent_and_restarting_than_not() -> None:
     steps = []
     for solver in (Picard(), Nesterov(restart=False), Nesterov()):
         solution = minimize(valley, torch.zeros(B, N).double(), z, step_size=1.0, solver=solver,
-                            termination=Termination(atol=1e-8, rtol=0.0, max_steps=300_000))  # fmt: skip
-        close(solution.value, z, 1e-7)
+                            termination=Termination(atol=1e-6, rtol=0.0, max_steps=30_000))  # fmt: skip
+        close(solution.value, z, 1e-5)
         steps.append(int(solution.num_steps.amax()))
     assert steps[0] > 10 * steps[2] and steps[1] > 2 * steps[2], steps
 

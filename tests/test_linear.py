@@ -79,6 +79,7 @@ def check(solver: Solver, A: Tensor, v: Tensor, accuracy: float, symmetric: bool
 
 
 KAPPAS = (1.0, 10.0, 1e3, 1e6)
+SINGULAR = torch.cat([torch.zeros(2, dtype=torch.float64), torch.linspace(1, 3, 10, dtype=torch.float64)])
 ALTERNATING = (-1.0) ** torch.arange(20)
 
 
@@ -125,6 +126,33 @@ def test_scaling_of_variables_is_not_singularity(symmetric: bool) -> None:
     assert run(Dense(), tiny, normal(1, 2), symmetric=symmetric).status.tolist() == [Status.CONVERGED]
 
 
+def test_refinement_makes_good_what_the_growth_of_pivots_loses() -> None:
+    A = torch.eye(30, dtype=torch.float64) - torch.ones(30, 30, dtype=torch.float64).tril(-1)  # Wilkinson's: growth 2²⁹
+    A[:, -1] = 1
+    v = normal(1, 30)
+    state = run(Dense(), A[None], v)
+    assert state.status.tolist() == [Status.CONVERGED]
+    assert (error(A[None], state.x, v) <= 1e-14).all()  # torch.linalg.solve leaves 1e-8
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dense_sees_a_singular_matrix_where_there_is_a_solution_too(symmetric: bool) -> None:
+    A = (with_eigenvalues if symmetric else with_singular_values)(SINGULAR.expand(20, -1))
+    v = (A @ normal(20, 12).unsqueeze(-1)).squeeze(-1)
+    assert (run(Dense(), A, v, rtol=1e-6, symmetric=symmetric).status == Status.DIVERGED).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("solver", [*SYMMETRIC, Broyden()], ids=str)
+def test_an_update_keeps_shapes_and_dtypes(solver: Solver, dtype: torch.dtype) -> None:
+    v = normal(2, 3, 4).to(dtype)
+    problem = Problem(lambda u: 2 * u - v, 0.3, jacobian=lambda _: lambda p: 2 * p, right=v, symmetric=True)
+    before = solver.init(problem, torch.zeros_like(v))
+    x, after = solver.update(problem, torch.zeros_like(v), before)
+    for old, new in zip((v, *before), (x, *after), strict=True):
+        assert old.shape == new.shape and old.dtype == new.dtype and old.shape[:2] == (2, 3)
+
+
 def test_bicgstab_stops_at_skew_symmetry_and_begins_again_after_a_breakdown() -> None:
     A = with_singular_values(spectrum((10.0,), 6))
     state = run(BiCGSTAB(), A - A.mT, normal(1, 6))
@@ -165,6 +193,17 @@ def test_residuals_are_the_least_of_the_krylov_space(solver: Solver) -> None:
             torch.testing.assert_close(seen[k, sample], krylov_minimum(A[sample], v[sample], k), rtol=1e-7, atol=0)
 
 
+def test_gmres_keeps_its_images_orthogonal_and_its_residual_true() -> None:
+    inner = run(GMRES(40), with_eigenvalues(spectrum((1e6,), 30)), normal(1, 30), max_steps=25).inner
+    Q = inner.images[0, : int(inner.filled)]
+    torch.testing.assert_close(Q @ Q.mT, torch.eye(25, dtype=torch.float64), rtol=0, atol=1e-14)
+    # Fast convergence: a basis without the residuals, of simpler GMRES, would become ill-conditioned.
+    near, v = torch.eye(30, dtype=torch.float64) + 0.05 * normal(1, 30, 30), normal(1, 30)
+    state = run(GMRES(40), near, v, rtol=1e-13)
+    claimed = state.inner.residual.norm(dim=-1) / v.norm(dim=-1)
+    assert abs(float(error(near, state.x, v) - claimed)) <= 1.5e-15
+
+
 def test_restarted_residuals_are_those_of_scipy() -> None:
     from scipy.sparse.linalg import gmres
 
@@ -191,9 +230,6 @@ def test_steps_are_about_those_of_scipy() -> None:
         assert abs(steps - len(count)) <= 3 + 0.2 * len(count), (solver, steps, len(count))
 
 
-SINGULAR = torch.cat([torch.zeros(2, dtype=torch.float64), torch.linspace(1, 3, 10, dtype=torch.float64)])
-
-
 @pytest.mark.parametrize("solver", [ConjugateGradient(), *KRYLOV, GMRES(5), Dense()], ids=str)
 def test_singular_without_a_solution_is_said(solver: Solver) -> None:
     A = with_eigenvalues(torch.stack([SINGULAR, SINGULAR + 1]))
@@ -201,7 +237,13 @@ def test_singular_without_a_solution_is_said(solver: Solver) -> None:
     assert state.status.tolist() == [Status.DIVERGED, Status.CONVERGED]
     assert state.steps[0] < 1000
     null = run(solver, torch.diag(SINGULAR[1:4])[None], torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64), symmetric=True)
-    assert null.status.tolist() == [Status.DIVERGED]  # A v = 0: no zeros for an answer
+    assert null.status.tolist() == [Status.DIVERGED] and null.steps[0] <= 2  # A v = 0: no zeros for an answer
+
+
+def test_gmres_stops_before_rounding_leads_it_along_the_null_space() -> None:
+    values = torch.cat([torch.zeros(2, dtype=torch.float64), torch.linspace(1, 3, 28, dtype=torch.float64)])
+    state = run(GMRES(40), with_eigenvalues(values[None]), normal(1, 30))
+    assert state.status.tolist() == [Status.DIVERGED] and state.steps[0] < 30
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(), *KRYLOV], ids=str)
@@ -224,7 +266,8 @@ def test_a_nilpotent_shift_has_no_answer_in_its_krylov_space(solver: Solver, row
 
 def test_general_singular_matrices_in_gmres() -> None:
     A = with_singular_values(SINGULAR[None])
-    assert run(GMRES(), A, normal(1, 12)).status.tolist() == [Status.DIVERGED]
+    state = run(GMRES(), A, normal(1, 12))
+    assert state.status.tolist() == [Status.DIVERGED] and state.steps[0] <= 12
     assert run(GMRES(), A, (A @ normal(1, 12).unsqueeze(-1)).squeeze(-1)).status.tolist() == [Status.CONVERGED]
     assert run(GMRES(3), torch.eye(6, dtype=torch.float64).roll(1, 0)[None], torch.eye(6, dtype=torch.float64)[:1]).steps[0] == 3
 

@@ -74,9 +74,9 @@ def test_a_step_that_is_not_finite_is_taken_back() -> None:
     assert solution.converged.all()
     problem = Problem(lambda x: torch.where(x > 4, torch.nan, x - 5).expand_as(x))
     x = torch.tensor([[0.0]], dtype=torch.float64)
-    memory = torch.ones(1, 2, 1, dtype=torch.float64)
-    state = Broyden(2).init(problem, x)._replace(left=memory, right=memory, filled=torch.tensor([[2]], dtype=torch.int32))
-    after, fresh = Broyden(2).update(problem, x, state)  # 0 + 3 · 5 lies where the map is NaN
+    memory = torch.ones(1, 3, 1, dtype=torch.float64)
+    state = Broyden(3).init(problem, x)._replace(left=memory, right=memory, filled=torch.tensor([[2]], dtype=torch.int32))
+    after, fresh = Broyden(3).update(problem, x, state)  # 0 + 3 · 5 lies where the map is NaN
     assert after.item() == 0 and fresh.residual.item() == -5 and fresh.filled.item() == 0
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from energynet import _tree
 from energynet._tree import Layout
 from energynet.adjoint import ImplicitAdjoint
-from energynet.implicit import Adjoint
+from energynet.derivative import Adjoint
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.solution import ConvergenceError, Solution
 from energynet.solvers import Picard

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from energynet._autodiff import alive, inside_jvp, is_grads_batched, pullback, pushforward, readable, with_grads_batched
 from energynet.equation import Equation, Linear, Root
-from energynet.loop import LoopState, loop
+from energynet.loop import LoopState, Wrap, loop
+from energynet.problem import Problem
 from energynet.quarantine import Quarantine, separable
 from energynet.solution import OnFailure, Status, report
 from energynet.solvers import Solver
@@ -81,14 +82,15 @@ class Adjoint(ABC):
 
     @abstractmethod
     def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Solve so that gradients come back in this way: x, status, residual, steps."""
+        """Solve so that gradients come back in this way: x, status, residual, steps and the trace, if it was asked for."""
 
 
 class RootAdjoint(Adjoint):
     """An adjoint that looks at the solution only, and at nothing of how it was found."""
 
     def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return solve(method, x0.detach(), *inputs)[:4]
+        x, status, distance, steps, _, *trace = solve(method, x0.detach(), *inputs)
+        return x, status, distance, steps, *trace
 
     @abstractmethod
     def linear_solve(self, method: "Method", transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
@@ -97,6 +99,28 @@ class RootAdjoint(Adjoint):
     @abstractmethod
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
         """Last look at derivatives, and at what they were made from."""
+
+
+class Recorder:
+    """Collects, for a `Trace`, the states that the loop shows it."""
+
+    def __init__(self, problem: Problem, termination: Termination) -> None:
+        self.problem, self.termination = problem, termination
+        self.sizes: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.energies: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, state: LoopState) -> None:
+        self.sizes.append(self.termination.size(state.inner.residual))
+        self.values.append(state.x.detach())
+        if self.problem.value_and_gradient is not None:
+            self.energies.append(self.problem.energy(state.x))
+
+    def tensors(self, state: LoopState) -> tuple[Tensor, ...]:
+        """Residuals ``(T + 1, *batch)``, iterates ``(T + 1, *batch, n)`` and, of a minimisation, energies."""
+        traces = (torch.stack(self.sizes) / state.scale.detach(), torch.stack(self.values))
+        return (*traces, torch.stack(self.energies)) if self.energies else traces
 
 
 class Answer(NamedTuple):
@@ -117,20 +141,28 @@ class Method:
     on_failure: OnFailure
     adjoint: RootAdjoint | None = None
     report: AdjointReport | None = None
+    trace: bool = False
 
     def at_solution(self, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
         """Solve, by this method, the linear equation that another's Jacobian makes: itself differentiable again."""
         root, flipped, arguments = self.equation.linearisation(y, inputs)
-        method = dataclasses.replace(self, equation=Linear(root, transposed != flipped))
-        answer, status, _, _, own = solve(method, torch.zeros_like(right), right, *arguments)
+        method = dataclasses.replace(self, equation=Linear(root, transposed != flipped), trace=False)
+        answer, status, _, _, own, *_ = solve(method, torch.zeros_like(right), right, *arguments)
         return Answer(answer, status != Status.CONVERGED, own)
 
-    def solve(self, y0: Tensor, inputs: tuple[Tensor, ...]) -> LoopState:
+    def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[LoopState, tuple[Tensor, ...]]:
+        """Run the loop on a root; the trace comes along, if it was asked for."""
+        problem = self.equation.problem(inputs, y0)
+        recorder = Recorder(problem, self.termination) if self.trace else None
+        state = loop(problem, self.solver, self.termination, y0, recorder, wrap)
+        return state, () if recorder is None else recorder.tensors(state)
+
+    def solve(self, y0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[LoopState, tuple[Tensor, ...]]:
         """Run the loop on plain tensors and tell of failures."""
         if isinstance(self.equation, Root):
-            state = loop(self.equation.problem(inputs, y0), self.solver, self.termination, y0)
+            state, trace = self.run(y0, inputs)
             report(state.status, state.distance, state.steps, self.on_failure)
-            return state
+            return state, trace
         # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
         largest = max_norm(inputs[0]).unsqueeze(-1)
         largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
@@ -141,7 +173,7 @@ class Method:
         if self.report is not None:
             self.report.records.append(AdjointRecord(*(t.detach() for t in (state.status, relative, state.steps))))
         report(state.status, relative, state.steps, self.on_failure, adjoint=True)
-        return state._replace(x=state.x * largest, distance=relative)
+        return state._replace(x=state.x * largest, distance=relative), ()
 
 
 class _Solve(torch.autograd.Function):
@@ -149,17 +181,18 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        state = method.solve(y0, inputs)
+        state, trace = method.solve(y0, inputs)
         own = separable(method.equation, state, inputs)
-        return state.x, state.status, state.distance, state.steps, own
+        return state.x, state.status, state.distance, state.steps, own, *trace
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         method, _, *tensors = inputs
-        y, status, distance, steps, own = output
+        y, status, distance, steps, own, *trace = output
         ctx.method = method
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(status, distance, steps, own)
+        ctx.mark_non_differentiable(status, distance, steps, own, *trace)
+        ctx.traces = len(trace)
         ctx.save_for_backward(y, status, own, *tensors)
         ctx.save_for_forward(y, status, own, *tensors)
 
@@ -179,7 +212,7 @@ class _Solve(torch.autograd.Function):
     @torch.compiler.disable
     def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         with inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
-            return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), None, None, None, None
+            return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), *[None] * (4 + ctx.traces)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
@@ -193,11 +226,12 @@ class _Solve(torch.autograd.Function):
             moved[:2] = [t if d == 0 else t.expand(info.batch_size, *t.shape) for t, d in zip(moved[:2], dims[:2])]
             dims[:2] = [0, 0]
         mapped = dataclasses.replace(method, equation=method.equation.mapped(tuple(dims), info.randomness))
-        return solve(mapped, y0, *moved), (0, 0, 0, 0, None)
+        outputs = solve(mapped, y0, *moved)
+        return outputs, (0, 0, 0, 0, None, *[1] * (len(outputs) - 5))
 
 
 def solve(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The answer y, its status, distance and steps, and what `separable` found."""
+    """The answer y, its status, distance and steps, what `separable` found, and the trace, if it was asked for."""
     outputs: tuple[Tensor, ...] = _Solve.apply(method, y0, *inputs)
     return outputs
 
