@@ -1,16 +1,34 @@
 """energynet: define an energy, get a differentiable solver."""
 
-from energynet.adjoint import ImplicitAdjoint, OneStepAdjoint, UnrolledAdjoint
-from energynet.energy import Energy, gradient
+from energynet import constraints, diagnostics, regularisers
+from energynet.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
+from energynet.black_box import implicit
 from energynet.derivative import Adjoint, AdjointRecord, AdjointReport
+from energynet.energy import Energy, gradient
 from energynet.layer import FPI_GD, FPI_NN
-from energynet.linear import ConjugateGradient
+from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
 from energynet.probe import ImpureFunctionError, LostGradientError
 from energynet.problem import Problem
-from energynet.solution import ConvergenceError, ConvergenceWarning, Solution, Status
-from energynet.solve import fixed_point, minimize
-from energynet.solvers import Anderson, Picard, Solver
-from energynet.step import DampedStep, GradientStep, MapStep, Step
+from energynet.solution import ConvergenceError, ConvergenceWarning, Solution, Status, Trace
+from energynet.solve import MultiStart, fixed_point, minimize
+from energynet.solvers import (
+    LBFGS,
+    Anderson,
+    Backtracking,
+    BacktrackingStep,
+    BarzilaiBorwein,
+    Broyden,
+    FixedStep,
+    GradientDescent,
+    LineSearch,
+    Nesterov,
+    NewtonCG,
+    Picard,
+    Solver,
+    StepRule,
+    StrongWolfe,
+)
+from energynet.step import DampedStep, GradientStep, Kind, MapStep, OptimalityStep, Prox, ProximalStep, Step
 from energynet.termination import Termination
 
 __version__ = "0.1.0"
@@ -20,28 +38,55 @@ __all__ = [
     "AdjointRecord",
     "AdjointReport",
     "Anderson",
+    "Backtracking",
+    "BacktrackingStep",
+    "BarzilaiBorwein",
+    "BiCGSTAB",
+    "Broyden",
     "ConjugateGradient",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampedStep",
+    "Dense",
     "Energy",
     "FPI_GD",
     "FPI_NN",
+    "FixedStep",
+    "GMRES",
+    "GradientDescent",
     "GradientStep",
     "ImplicitAdjoint",
     "ImpureFunctionError",
+    "Kind",
+    "LBFGS",
+    "LineSearch",
     "LostGradientError",
+    "MINRES",
     "MapStep",
+    "MultiStart",
+    "Nesterov",
+    "NeumannAdjoint",
+    "NewtonCG",
     "OneStepAdjoint",
+    "OptimalityStep",
     "Picard",
     "Problem",
+    "Prox",
+    "ProximalStep",
     "Solution",
     "Solver",
     "Status",
     "Step",
+    "StepRule",
+    "StrongWolfe",
     "Termination",
+    "Trace",
     "UnrolledAdjoint",
+    "constraints",
+    "diagnostics",
     "fixed_point",
     "gradient",
+    "implicit",
     "minimize",
+    "regularisers",
 ]

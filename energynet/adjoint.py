@@ -9,8 +9,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from energynet._autodiff import alive, inside_jvp, transform_active
-from energynet.equation import Equation, Linear
 from energynet.derivative import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
+from energynet.equation import Equation, Linear
 from energynet.linear import GMRES, ConjugateGradient
 from energynet.solution import OnFailure, report
 from energynet.solvers import Picard, Solver

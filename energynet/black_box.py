@@ -74,8 +74,8 @@ def implicit(
             ).value  # fmt: skip
         except ConvergenceError as error:
             raise ConvergenceError(
-                f"The answer of {getattr(solve, '__name__', solve)} does not meet its optimality condition to the tolerance asked "
-                "for. Likely cause: it stopped too early, or F is not the condition of what it solves. Ask it for a tighter "
+                f"The answer of {getattr(solve, '__name__', solve)} does not meet its optimality condition to the tolerance "
+                "asked for. Likely cause: it stopped too early, or F is not the condition of what it solves. Ask it for a tighter "
                 f"tolerance, or pass implicit(..., termination=Termination(rtol=...)). {error}"
             ) from error
 
@@ -112,8 +112,8 @@ def _call(solve: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         wrong = [type(r).__name__ for r in results if not isinstance(r, Tensor)]
         if wrong or not results:
             raise TypeError(
-                f"{getattr(solve, '__name__', solve)} returned {wrong[0] if wrong else 'nothing'}; it must return tensors. Convert "
-                "the result, as by torch.from_numpy(...)."
+                f"{getattr(solve, '__name__', solve)} returned {wrong[0] if wrong else 'nothing'}; it must return tensors. "
+                "Convert the result, as by torch.from_numpy(...)."
             )
         specs[:] = [found]
         return tuple(results)

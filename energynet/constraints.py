@@ -298,7 +298,7 @@ class TotalVariation(Prox):
             solver=Nesterov(), termination=termination, on_failure="ignore",
         )  # fmt: skip
         answer = x - _adjoint_differences(dual.value, self.dims)
-        return torch.where(per_sample(dual.converged, x.ndim), answer, torch.nan)
+        return torch.where(dual.converged.reshape(-1, *[1] * self.dims), answer, torch.nan)
 
 
 @dataclasses.dataclass(frozen=True)

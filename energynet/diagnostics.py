@@ -15,13 +15,13 @@ from energynet._autodiff import linearise, readable, recording
 from energynet._tree import Layout
 from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
-from energynet.energy import Energy, EnergyLike
+from energynet.checks import check_start, examine
 from energynet.derivative import Adjoint, RootAdjoint
+from energynet.energy import Energy, EnergyLike
 from energynet.linear import ConjugateGradient
 from energynet.loop import loop
 from energynet.problem import Problem
 from energynet.solution import ConvergenceError, Solution, Status, describe, samples
-from energynet.checks import check_start, examine
 from energynet.solve import fixed_point
 from energynet.solvers import Picard, Solver
 from energynet.spectrum import arnoldi, normalised, ritz_values, some_direction
@@ -244,8 +244,10 @@ def gradient_error(
     adjoint = adjoint or ImplicitAdjoint()
     if not wrt or not all(t.requires_grad for t in wrt):
         shapes = [tuple(t.shape) for t in wrt if not t.requires_grad]
-        raise ValueError(f"wrt names the tensors whose gradient is judged, but {f'those of shapes {shapes} do not' if wrt else 'none was given that does'} require grad: pass "
-                         "parameters, or inputs after requires_grad_().")  # fmt: skip
+        seen = f"those of shapes {shapes} do not require grad" if wrt else "none was given"
+        raise ValueError(
+            f"wrt names the tensors whose gradient is judged, but {seen}: pass parameters, or inputs after requires_grad_()."
+        )
     if not isinstance(adjoint, RootAdjoint):
         raise TypeError(f"{adjoint!r} differentiates the iterations, not the solution: only their result x is known here.")
     if isinstance(adjoint, ImplicitAdjoint) and adjoint.termination is None:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from energynet import _tree
 from energynet.binding import modules_in
-from energynet.energy import Energy, EnergyLike
 from energynet.derivative import Adjoint
+from energynet.energy import Energy, EnergyLike
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
 from energynet.solvers import Picard, Solver
-from energynet.step import Step
+from energynet.step import Prox, Step
 from energynet.termination import Termination
 
 Start = Tensor | Callable[..., Any] | dict[str, Any] | tuple[Any, ...] | list[Any]
@@ -29,13 +29,13 @@ class _Layer(nn.Module, ABC):
                    on_failure: OnFailure) -> None:  # fmt: skip
         self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
 
-    def _register(self, function: Any) -> None:
+    def _register(self, function: Any, name: str = "held") -> None:
         """Parameters inside a step, bound method or callable object are the layer's, as those of a module are."""
         if not isinstance(function, nn.Module) and (modules := modules_in(function)):
-            self.held = nn.ModuleList(modules)
+            setattr(self, name, nn.ModuleList(modules))
 
     @abstractmethod
-    def solve(self, *context: Any, x0: Any = None) -> Solution:
+    def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
         """The answer and how the solve went."""
 
     def forward(self, *context: Any, x0: Any = None) -> Any:  # -> like x0
@@ -63,8 +63,9 @@ class FPI_GD(_Layer):
         energy: E(x, \\*context) -> ``(B,)``, an `Energy`, a module or any callable.
         step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; a `torch.nn.Parameter` is registered, a tensor
             becomes a buffer. None: solvers that need one estimate it, sample by sample.
-        start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context; default:
-            ``energy.start``.
+        prox: of constraints and terms that are not smooth, as of `minimize`.
+        start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context, such as a network
+            that predicts the answer (it gets no gradient: the answer does not depend on it); default: ``energy.start``.
         solver: default `Picard` with the ``step_size`` given, else that of `minimize`.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients; ``ImplicitAdjoint(Picard())`` is the paper's backward
@@ -81,6 +82,7 @@ class FPI_GD(_Layer):
         energy: EnergyLike,
         step_size: float | Tensor | None = None,
         *,
+        prox: Prox | Callable[[Any, float | Tensor], Any] | None = None,
         start: Start | None = None,
         solver: Solver | None = None,
         termination: Termination | None = None,
@@ -90,29 +92,33 @@ class FPI_GD(_Layer):
         super().__init__()
         self.energy = energy
         self._register(energy)
+        self.prox = prox
+        if prox is not None:
+            self._register(prox, "held_prox")
         _hold(self, "step_size", step_size)
         _hold(self, "start", start)
         self._configure(solver, termination, adjoint, on_failure)
 
-    def solve(self, *context: Any, x0: Any = None) -> Solution:
+    def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
         """The minimiser and how the solve went.
 
         Args:
             context: what the energy takes besides x.
             x0: where to begin; does not change the answer of an energy with one minimiser.
+            trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:
             default = self.energy.start if isinstance(self.energy, Energy) else None
             x0 = _start(self.start, default, context, self)
         solver = self.solver or (None if self.step_size is None else Picard())
         return minimize(
-            self.energy, x0, *context, step_size=self.step_size, solver=solver, termination=self.termination,
-            adjoint=self.adjoint, on_failure=self.on_failure,
+            self.energy, x0, *context, step_size=self.step_size, prox=self.prox, solver=solver,
+            termination=self.termination, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        step_size = [] if self.step_size is None else [f"step_size={_value(self.step_size)}"]
-        return self._typed(_value(self.energy), *step_size)
+        given = {"step_size": self.step_size, "prox": self.prox}
+        return self._typed(_value(self.energy), *(f"{name}={_value(v)}" for name, v in given.items() if v is not None))
 
 
 class FPI_NN(_Layer):
@@ -157,18 +163,19 @@ class FPI_NN(_Layer):
         self.batch_dims = batch_dims
         self._configure(solver, termination, adjoint, on_failure)
 
-    def solve(self, *context: Any, x0: Any = None) -> Solution:
+    def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
         """The fixed point and how the solve went.
 
         Args:
             context: what the network takes besides x.
             x0: where to begin; does not change the answer of a contraction.
+            trace: keep residuals and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:
             x0 = _start(self.start, None, context, self)
         return fixed_point(
             self.network, x0, *context, batch_dims=self.batch_dims, solver=self.solver, termination=self.termination,
-            adjoint=self.adjoint, on_failure=self.on_failure,
+            adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
         )  # fmt: skip
 
     def __repr__(self) -> str:

@@ -126,13 +126,13 @@ def _judge(problem: Problem, solver: Solver, termination: Termination, state: Lo
     status = torch.where(ended if stalled is None else ended | stalled, Status.MAX_STEPS, RUNNING)
     far = (termination.size(state.x) if solver.descends else state.distance) > state.limit
     status = torch.where(far if broken is None else far | broken, Status.DIVERGED, status)
-    status = torch.where(_within_tolerance(problem, termination, state), Status.CONVERGED, status)
+    status = torch.where(_within_tolerance(problem, termination, state) & ~far, Status.CONVERGED, status)
     return torch.where(finite, status, Status.NONFINITE).to(torch.int8)
 
 
 def _within_tolerance(problem: Problem, termination: Termination, state: LoopState) -> Tensor:
     if problem.right is None:
-        return state.distance <= termination.tolerance(state.x)
+        return (state.distance <= termination.tolerance(state.x)) & torch.isfinite(state.distance)
     relative = termination.relative(torch.finfo(state.x.dtype).eps)
     return state.distance <= relative * termination.size(problem.right)
 

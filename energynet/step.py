@@ -19,7 +19,12 @@ from energynet.energy import EnergyLike, encode, evaluate
 
 
 class Kind(enum.Enum):
-    """What a solver may be asked to solve; the value is the name in error messages."""
+    """What a solver may be asked to solve; the value is the name in error messages.
+
+    Example:
+        >>> GradientStep(lambda x: x.square().sum(-1)).kind.value
+        'the minimum of a smooth energy'
+    """
 
     MAP = "a fixed point x = g(x) of a general map"
     ENERGY = "the minimum of a smooth energy"
@@ -188,7 +193,7 @@ class DampedStep(Step):
 
 @dataclasses.dataclass(frozen=True)
 class OptimalityStep(Step):
-    """An optimality condition alone, F(x, \*context) = 0: differentiable at a point that somebody else has found.
+    """An optimality condition alone, F(x, \\*context) = 0: differentiable at a point that somebody else has found.
 
     Example:
         >>> import torch

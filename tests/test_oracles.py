@@ -67,7 +67,8 @@ def cvxpy_layer(make: Callable[[Any, Any], tuple[Any, Any]], *shapes: tuple[int,
     return lambda *tensors: layer(*tensors)[0]
 
 
-def agree(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: tuple[Tensor, ...], tolerance: float = 1e-6) -> None:
+def agree(ours: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: tuple[Tensor, ...],
+          tolerance: float = 1e-6) -> None:  # fmt: skip
     """Values, and gradients of a random linear function, in every input."""
     inputs = tuple(t.clone().requires_grad_() for t in inputs)
     mine, theirs = ours(*inputs), oracle(*inputs)
@@ -231,7 +232,8 @@ def test_ridge_hypergradients_to_second_order() -> None:
 
     def layer(A: Tensor, b: Tensor, penalty: Tensor) -> Tensor:
         energy = lambda x, A, b, penalty: fit(x, A, b) + 0.5 * penalty * x.square().sum()  # noqa: E731
-        return minimize(energy, torch.zeros(4).double(), A, b, penalty, step_size=0.05, solver=Anderson(), termination=TIGHT).value
+        start = torch.zeros(4).double()
+        return minimize(energy, start, A, b, penalty, step_size=0.05, solver=Anderson(), termination=TIGHT).value
 
     def dense(A: Tensor, b: Tensor, penalty: Tensor) -> Tensor:
         return torch.linalg.solve(A.mT @ A + penalty * torch.eye(4).double(), A.mT @ b)

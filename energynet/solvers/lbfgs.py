@@ -49,7 +49,7 @@ class LBFGS(Solver):
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
     descends: ClassVar[bool] = True
     memory: int = 10
-    search: LineSearch = StrongWolfe()
+    search: LineSearch = dataclasses.field(default_factory=StrongWolfe)
 
     def __post_init__(self) -> None:
         if self.memory < 1:

@@ -12,7 +12,6 @@ from energynet.problem import Problem
 from energynet.solvers.base import Solver
 from energynet.step import Kind
 
-
 MOST_REJECTED = 30  # each shortens the ball at least four times
 
 

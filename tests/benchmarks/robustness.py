@@ -34,7 +34,7 @@ class Result(NamedTuple):
 
 
 def is_least(problem: Classic, energy: float) -> bool:
-    return any(energy - least <= 1e-6 * abs(least) + 1e-9 for least in problem.minima if energy >= least - 1e-6 * abs(least) - 1e-12)
+    return any(-1e-12 <= energy - least + 1e-6 * abs(least) <= 2e-6 * abs(least) + 1e-9 for least in problem.minima)
 
 
 def by_scipy(problem: Classic) -> Result:
@@ -46,7 +46,8 @@ def by_scipy(problem: Classic) -> Result:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = scipy.optimize.minimize(value_and_gradient, problem.start, jac=True, method="BFGS", options={"maxiter": 20_000})
+        options = {"maxiter": 20_000, "gtol": 1e-9}
+        found = scipy.optimize.minimize(value_and_gradient, problem.start, jac=True, method="BFGS", options=options)
     return Result(is_least(problem, float(found.fun)), "", float(found.fun), "", found.nfev)
 
 

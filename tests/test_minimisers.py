@@ -1,0 +1,165 @@
+"""The minimisers, on the classic test functions and where they could go wrong."""
+
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import CLASSICS, TIGHT, Classic, LogCosh, newton_minimum, some_context
+from torch import Tensor
+
+from energynet import (
+    FPI_GD,
+    LBFGS,
+    Anderson,
+    Backtracking,
+    BacktrackingStep,
+    BarzilaiBorwein,
+    FixedStep,
+    GradientDescent,
+    ImplicitAdjoint,
+    MultiStart,
+    Nesterov,
+    NewtonCG,
+    Picard,
+    Solver,
+    Status,
+    Termination,
+    fixed_point,
+    minimize,
+)
+
+ALL = [LBFGS(), LBFGS(search=Backtracking()), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()),
+       GradientDescent(FixedStep()), Nesterov(), Anderson(), Picard()]  # fmt: skip
+ROBUST = [LBFGS(), NewtonCG()]
+
+
+def reaches_a_minimum(problem: Classic, energy: float) -> bool:
+    return any(abs(energy - least) <= 1e-6 * abs(least) + 1e-9 for least in problem.minima)
+
+
+@pytest.mark.parametrize("solver", ROBUST, ids=repr)
+@pytest.mark.parametrize("problem", CLASSICS, ids=lambda p: p.name)
+def test_classic_function_is_solved(problem: Classic, solver: Solver) -> None:
+    x0 = torch.tensor([problem.start], dtype=torch.float64)
+    limit = Termination(atol=1e-9, rtol=1e-9, max_steps=3000)
+    x = minimize(problem.energy, x0, solver=solver, termination=limit, on_failure="ignore").value
+    assert reaches_a_minimum(problem, problem.energy(x).item())
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_every_minimiser_agrees_with_newton_to_second_order(solver: Solver) -> None:
+    energy, z = LogCosh(), some_context(requires_grad=True)
+    x = minimize(energy, None, z, solver=solver, termination=TIGHT).value
+    expected = torch.stack([newton_minimum(energy, torch.zeros(4, dtype=torch.float64), row) for row in z])
+    for mine, theirs in ((x, expected), *zip(*_derivatives((x, expected), z), strict=True)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-8)
+
+
+def _derivatives(values: tuple[Tensor, Tensor], z: Tensor) -> list[list[Tensor]]:
+    found = []
+    for value in values:
+        (first,) = torch.autograd.grad(value.sin().sum(), z, create_graph=True)
+        found.append([first, *torch.autograd.grad(first.square().sum(), z, retain_graph=True)])
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-3, 3), st.sampled_from([None, LBFGS(), GradientDescent(BarzilaiBorwein()), NewtonCG()]))
+def test_unknown_step_size_converges_on_convex_energies_of_any_scale(seed: int, exponent: float, solver: Solver | None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(3, 7, 5, dtype=torch.float64, generator=generator)
+    target = torch.randn(3, 7, dtype=torch.float64, generator=generator)
+
+    def energy(x: Tensor) -> Tensor:
+        fit = 0.5 * ((matrix @ x[..., None])[..., 0] - target).square().sum(-1)
+        return 10**exponent * (fit + 0.1 * x.cosh().sum(-1))
+
+    limit = Termination(max_steps=5000)
+    solution = minimize(energy, torch.full((3, 5), 2.0, dtype=torch.float64), solver=solver, termination=limit)
+    slope = torch.func.grad(lambda x: energy(x).sum())(solution.value)
+    assert (slope.norm(dim=-1) <= 1e-5 * 10**exponent).all()
+
+
+def test_a_layer_needs_no_step_size() -> None:
+    layer = FPI_GD(lambda x, z: (x - z).exp().sum(-1) + 50 * (x - z).square().sum(-1), start=torch.zeros_like)
+    z = torch.linspace(-2, 2, 6, dtype=torch.float64).reshape(3, 2)
+    alone = torch.cat([layer(row[None]) for row in z])
+    torch.testing.assert_close(layer(z), alone, rtol=0, atol=1e-9)
+    assert repr(FPI_GD(torch.cosh)) == "FPI_GD(cosh)"
+
+
+def test_gamma_is_estimated_per_sample_for_the_backward_iteration() -> None:
+    scale = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
+    z = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    x = minimize(lambda x, z: scale * (x - z).square().sum(-1), torch.zeros(3, 2, dtype=torch.float64), z, solver=Picard(),
+                 adjoint=ImplicitAdjoint(Picard())).value  # fmt: skip
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), z)[0], torch.ones_like(z), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein())], ids=repr)
+@pytest.mark.parametrize("energy", [lambda x: -x.square().sum(-1), lambda x: x.sum(-1)], ids=["concave", "linear"])
+def test_unbounded_energies_are_never_converged(solver: Solver, energy: object) -> None:
+    solution = minimize(energy, torch.ones(2, 2, dtype=torch.float64), solver=solver, on_failure="ignore")  # type: ignore[arg-type]
+    assert ((solution.status == Status.DIVERGED) | (solution.status == Status.NONFINITE)).all()
+
+
+def test_samples_search_on_their_own() -> None:
+    rosenbrock = next(p for p in CLASSICS if p.name == "Rosenbrock")
+    starts = torch.tensor([[-1.2, 1.0], [0.9, 0.9], [3.0, -4.0]], dtype=torch.float64)
+    for solver in ROBUST:
+        together = minimize(rosenbrock.energy, starts, solver=solver)
+        for k, start in enumerate(starts):
+            alone = minimize(rosenbrock.energy, start[None], solver=solver)
+            torch.testing.assert_close(together.value[k], alone.value[0], rtol=0, atol=1e-6)
+
+
+def test_out_of_steps_returns_the_best_iterate() -> None:
+    calm = Termination(max_steps=7)
+    solution = fixed_point(lambda x: torch.where(x < 3, x + 1, -50.0), torch.zeros(1, 1), termination=calm, on_failure="ignore",
+                           trace=True)  # fmt: skip
+    assert solution.status.item() == Status.MAX_STEPS
+    assert solution.trace is not None
+    torch.testing.assert_close(solution.residual, solution.trace.residual.amin(0))
+
+
+def test_trace_tells_the_path() -> None:
+    energy, z = LogCosh(), some_context()
+    for solver in (Picard(), LBFGS()):
+        solution = minimize(energy, None, z, solver=solver, trace=True)
+        trace = solution.trace
+        assert trace is not None and trace.energy is not None
+        assert trace.residual.shape == trace.energy.shape == (int(solution.num_steps.max()) + 1, 2)
+        torch.testing.assert_close(trace.value[-1], solution.value)
+        torch.testing.assert_close(trace.energy[3], energy(trace.value[3], z))
+        assert minimize(energy, None, z).trace is None
+
+
+def test_multi_start_keeps_the_best_of_each_sample() -> None:
+    c = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    starts = MultiStart(torch.tensor([1.0, -1.0], dtype=torch.float64).reshape(2, 1, 1).expand(2, 3, 1))
+    energy = lambda x, c: (x**2 - 1).square().sum(-1) + 0.1 * c * x.sum(-1)  # noqa: E731
+    solution = minimize(energy, starts, c)
+    assert (solution.value.flatten().sign() == -c.sign()).all()
+    exact = -0.1 / (12 * solution.value.flatten() ** 2 - 4)  # of E'(x) = 4x³ − 4x + 0.1 c = 0
+    torch.testing.assert_close(torch.autograd.grad(solution.value.sum(), c)[0], exact.detach(), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="MultiStart"):
+        minimize(energy, starts, c, prox=lambda x, step_size: x)
+
+
+def test_fewer_evaluations_than_scipy_where_a_batch_is_one() -> None:
+    beale = next(p for p in CLASSICS if p.name == "Beale")
+    theirs = scipy.optimize.rosen  # SciPy's own gradient of Rosenbrock's function is an oracle of ours
+    x = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
+    rosenbrock = next(p for p in CLASSICS if p.name == "Rosenbrock")
+    assert rosenbrock.energy(x).item() == pytest.approx(theirs(x[0].numpy()))
+    assert minimize(beale.energy, torch.tensor([beale.start], dtype=torch.float64)).num_steps.item() < 30
+
+
+def test_wrong_options_are_refused() -> None:
+    for wrong in (lambda: LBFGS(memory=0), lambda: NewtonCG(inner=0), lambda: BarzilaiBorwein(0), lambda: BacktrackingStep(0.5),
+                  lambda: Backtracking(0.7)):  # fmt: skip
+        with pytest.raises(ValueError, match="got"):
+            wrong()
+    with pytest.raises(TypeError, match="LBFGS cannot solve a fixed point"):
+        fixed_point(torch.cos, torch.zeros(1, 1), solver=LBFGS())
