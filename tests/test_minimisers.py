@@ -147,9 +147,9 @@ def test_multi_start_keeps_the_best_of_each_sample() -> None:
         minimize(energy, starts, c, prox=lambda x, step_size: x)
 
 
-def test_fewer_evaluations_than_scipy_where_a_batch_is_one() -> None:
+def test_classic_functions_are_those_of_scipy_and_few_evaluations_solve_them() -> None:
     beale = next(p for p in CLASSICS if p.name == "Beale")
-    theirs = scipy.optimize.rosen  # SciPy's own gradient of Rosenbrock's function is an oracle of ours
+    theirs = scipy.optimize.rosen
     x = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
     rosenbrock = next(p for p in CLASSICS if p.name == "Rosenbrock")
     assert rosenbrock.energy(x).item() == pytest.approx(theirs(x[0].numpy()))
