@@ -22,7 +22,7 @@
 import matplotlib.pyplot as plt
 import torch
 
-from energynet import ConvergenceError, GradientStep, Status, Termination, gradient, minimize
+from energynet import ConvergenceError, GradientStep, Picard, Status, Termination, gradient, minimize
 
 torch.set_default_dtype(torch.float64)
 
@@ -47,11 +47,12 @@ print("energy", tuple(energy(x, z).shape), "gradient", tuple(gradient(energy, x,
 # ## A step and its fixed point
 #
 # One gradient step is the map g(x) = x − γ E′(x). Where it no longer moves x, the slope is zero: a fixed point of g is a
-# minimiser of E. `minimize` iterates g until each sample has arrived.
+# minimiser of E. With the solver `Picard`, `minimize` iterates g until each sample has arrived. (Its default is L-BFGS, which
+# needs no γ.)
 
 # %%
 tight = Termination(atol=1e-10, rtol=0.0)
-solution = minimize(energy, x, z, step_size=0.5, termination=tight)
+solution = minimize(energy, x, z, step_size=0.5, solver=Picard(), termination=tight)
 print(solution)
 print("x*   ", solution.value.flatten().tolist())
 print("slope", gradient(energy, solution.value, z).flatten().tolist())
@@ -66,7 +67,8 @@ print("steps", solution.num_steps.tolist())
 
 # %%
 z1 = z[:1]
-best = minimize(energy, torch.zeros(1, 1), z1, step_size=0.5, termination=Termination(atol=1e-14, rtol=0.0)).value
+finest = Termination(atol=1e-14, rtol=0.0)
+best = minimize(energy, torch.zeros(1, 1), z1, step_size=0.5, solver=Picard(), termination=finest).value
 curvature = 2 - torch.tanh(best - z1).square().item()
 print(f"x* = {best.item():.6f}, E'' = {curvature:.4f}, diverges beyond γ = {2 / curvature:.4f}")
 
@@ -102,7 +104,7 @@ def quadratic(x, z):  # curvature 4 everywhere: γ must lie below 0.5
 four = torch.ones(4, 1)
 step_sizes = torch.tensor([0.05, 0.25, 0.45, 0.6])
 try:
-    minimize(quadratic, torch.zeros(4, 1), four, step_size=step_sizes)
+    minimize(quadratic, torch.zeros(4, 1), four, step_size=step_sizes, solver=Picard())
 except ConvergenceError as error:
     message = str(error)
 print(message)
@@ -112,13 +114,13 @@ print(message)
 # the others. Too few steps are another kind of failure, and NaN a third.
 
 # %%
-ignored = minimize(quadratic, torch.zeros(4, 1), four, step_size=step_sizes, on_failure="ignore")
+ignored = minimize(quadratic, torch.zeros(4, 1), four, step_size=step_sizes, solver=Picard(), on_failure="ignore")
 for gamma, status, steps in zip(step_sizes.tolist(), ignored.status.tolist(), ignored.num_steps.tolist(), strict=True):
     print(f"γ = {gamma:.2f}   {Status(status).name:10} after {steps} steps")
 
 zero, one, nan = torch.zeros(1, 1), torch.ones(1, 1), torch.full((1, 1), torch.nan)
-hasty = minimize(quadratic, zero, one, step_size=0.01, termination=Termination(max_steps=5), on_failure="ignore")
-broken = minimize(quadratic, zero, nan, step_size=0.25, on_failure="ignore")
+hasty = minimize(quadratic, zero, one, step_size=0.01, solver=Picard(), termination=Termination(max_steps=5), on_failure="ignore")
+broken = minimize(quadratic, zero, nan, step_size=0.25, solver=Picard(), on_failure="ignore")
 print(Status(hasty.status.item()).name, "and", Status(broken.status.item()).name)
 print("MAX_STEPS:", Status.MAX_STEPS.sentence)
 
@@ -132,7 +134,8 @@ print("MAX_STEPS:", Status.MAX_STEPS.sentence)
 leaf = z.clone().requires_grad_()
 slopes = []
 for gamma in (0.2, 0.5, 0.9):
-    x_star = minimize(energy, torch.zeros(2, 1), leaf, step_size=gamma, termination=Termination(atol=1e-13, rtol=1e-13)).value
+    fine = Termination(atol=1e-13, rtol=1e-13)
+    x_star = minimize(energy, torch.zeros(2, 1), leaf, step_size=gamma, solver=Picard(), termination=fine).value
     (slope,) = torch.autograd.grad(x_star.sum(), leaf)
     slopes.append(slope)
     print(f"γ = {gamma}   dx*/dz = {slope.flatten().tolist()}")
