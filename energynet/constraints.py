@@ -133,7 +133,7 @@ class L2Ball(Prox):
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class L1(Prox):
-    """The term weight · Σ |x|: numbers smaller than γ · weight become zero, the others shrink by it.
+    """The term weight · ‖x‖₁: numbers smaller than γ · weight become zero, the others shrink by it.
 
     Example:
         >>> import torch
@@ -253,7 +253,7 @@ class TotalVariation(Prox):
     Args:
         weight: a float, or a tensor that broadcasts to ``x`` without its last ``dims`` dimensions, as ``(B,)``.
         dims: how many trailing dimensions have neighbours: 1 for signals ``(B, n)``, 2 for images ``(B, H, W)``.
-        isotropic: whether differences in all directions are taken together, √(dx² + dy²), or apart, |dx| + |dy|.
+        isotropic: whether differences in all directions are taken together, √(dx² + dy²), or apart, abs(dx) + abs(dy).
         termination: of the inner solve, in units of ‖x − mean(x)‖; default: ε^¾ of the dtype, in at most 20 000 steps.
 
     Raises:

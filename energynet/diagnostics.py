@@ -100,12 +100,12 @@ class GradientError:
 
     @property
     def bound(self) -> Tensor:
-        """0-d: twice the length of all excess together, under the assumptions of `solution_error`."""
+        """Twice the length of all excess together, under the assumptions of `solution_error`; 0-d."""
         return 2 * torch.stack([(f + a).norm() for f, a in zip(self.forward, self.adjoint, strict=True)]).norm()
 
     @property
     def relative(self) -> Tensor:
-        """0-d: the bound over the length of the gradient."""
+        """The bound over the length of the gradient; 0-d."""
         return self.bound / torch.stack([g.norm() for g in self.gradient]).norm()
 
 

@@ -89,7 +89,7 @@ def plot_landscape(
         xlim: range of the first variable.
         ylim: range of the second variable.
         context: what the energy takes besides x, for one sample: ``(1, ...)``.
-        path: iterates ``(T + 1, 2)``, or ``(T + 1, B, 2)`` for several samples, as `Trace.value` is.
+        path: iterates ``(T + 1, 2)``, or ``(T + 1, B, 2)`` for several samples, as ``Trace.value`` is.
         ax: where to draw; default: new axes.
         points: of the grid, along each side.
 

@@ -34,7 +34,7 @@ class StepRule(ABC):
     """How long the steps of gradient descent are."""
 
     memory: int = 1
-    """How many energies are remembered: a step must lie below the largest."""
+    """How many energies are remembered; a step must lie below the largest."""
 
     def judge(self, search: Search, energy: Tensor, slope: Tensor) -> tuple[Tensor, Search]:
         """Which samples take their trial point, and the search of the others; by default every step must descend."""
