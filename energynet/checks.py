@@ -61,7 +61,12 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int
         return binding.attach(tensors).probe(leaves, *code)
 
     step = binding.step
-    tensors, (x, *_), output = probe(function, _name(step), list(binding.tensors), (x0, *code))
+    try:
+        tensors, (x, *_), output = probe(function, _name(step), list(binding.tensors), (x0, *code))
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # one of our own sentences, or out of memory
+            raise
+        raise RuntimeError(_unfit(_name(step), x0, code, list(binding.tensors), error)) from error
     step = binding.attach(tensors)
     if step.energy_of is None:
         batch_dims = 1 if batch_dims is None else batch_dims
@@ -76,6 +81,21 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int
             "problem without a batch dimension."
         )
     return batch_dims
+
+
+def _unfit(name: str, x0: Any, code: tuple[Any, ...], held: list[Tensor], error: RuntimeError) -> str:
+    """What was handed over, when PyTorch could not work with it."""
+    kinds = {what: [_kind(t) for t in _tree.leaves(tree) if isinstance(t, Tensor)]
+             for what, tree in (("x0", x0), ("the context", code), ("its own tensors", held))}  # fmt: skip
+    seen = "; ".join(f"{what}: {', '.join(dict.fromkeys(found))}" for what, found in kinds.items() if found)
+    return (
+        f"{name} failed at x0: {error}. Seen: {seen}. Likely cause: x0, context and parameters do not agree in shape, dtype or "
+        "device; make x0 from the context, as by torch.zeros_like(z) or z.new_zeros(B, n)."
+    )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
 
 
 def _name(step: Step) -> str:

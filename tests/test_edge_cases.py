@@ -174,3 +174,14 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: object) -> None:
     found = torch.load(f"{tmp_path}/gradients.pt", weights_only=True)
     for mine, parameter in zip(found, layer.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=0, atol=1e-12)
+
+
+def test_x0_of_wrong_shape_dtype_or_device_is_told() -> None:
+    z = torch.ones(3, 3, dtype=torch.float64)
+    multiplied = lambda x, z: (x @ z).square().sum(-1)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"x0: \(2, 3\) float32 cpu; the context: \(3, 3\) float64 cpu.*zeros_like"):
+        minimize(multiplied, torch.zeros(2, 3), z)
+    with pytest.raises(RuntimeError, match=r"x0: \(2, 4\) float64 cpu; the context: \(3, 3\) float64 cpu"):
+        minimize(multiplied, torch.zeros(2, 4, dtype=torch.float64), z)
+    with pytest.raises(RuntimeError, match=r"x0: \(3, 3\) float64 meta; the context: \(3, 3\) float64 cpu"):
+        minimize(pull, torch.zeros(3, 3, dtype=torch.float64, device="meta"), z)
