@@ -5,6 +5,7 @@ transforms and dual numbers. The choice between them is made here and nowhere el
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,9 +21,31 @@ def transform_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+class _Recording(threading.local):
+    active = False
+
+
+_recording = _Recording()
+
+
+def tracing() -> bool:
+    """Whether this thread records a program, on tensors without values."""
+    return _recording.active
+
+
+@contextlib.contextmanager
+def recording_program() -> Iterator[None]:
+    """In here, `tracing` is true."""
+    before, _recording.active = _recording.active, True
+    try:
+        yield
+    finally:
+        _recording.active = before
+
+
 def readable(tensor: Tensor) -> bool:
-    """Whether Python may look at the values: under ``vmap`` a tensor stands for many."""
-    return not any(torch._C._functorch.is_batchedtensor(t) for t in wrappers(tensor))
+    """Whether Python may look at the values: under ``vmap`` a tensor stands for many, in a recorded program for all."""
+    return not tracing() and not any(torch._C._functorch.is_batchedtensor(t) for t in wrappers(tensor))
 
 
 def wrappers(tensor: Tensor) -> list[Tensor]:

@@ -5,11 +5,13 @@ serves, which only decides when to look; what is reported is measured at the ret
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from energynet._autodiff import readable
+from energynet._program import while_loop
 from energynet.problem import Problem
 from energynet.termination import Termination
 
@@ -62,19 +64,31 @@ def _newton_step(product: Callable[[Tensor], Tensor], right: Tensor, image: Tens
 
     Zero where there is no positive curvature along the right-hand side, whose image comes along.
     """
-    e, left, d, length = torch.zeros_like(right), right, right, torch.zeros_like(right[..., :1])
-    growing = torch.ones_like(length, dtype=torch.bool)
-    for _ in range(min(MOST_PRODUCTS, right.shape[-1])):
-        along, before = (d * image).sum(-1, keepdim=True), left.square().sum(-1, keepdim=True)
-        noise = torch.finfo(d.dtype).eps * (d.square().sum(-1, keepdim=True) * image.square().sum(-1, keepdim=True)).sqrt()
-        growing = growing & (along > noise)
-        alpha = torch.where(growing, before / torch.where(growing, along, 1), 0)
-        e, left = e + alpha * d, left - alpha * image
-        longer = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
-        growing = growing & (longer > GROWTH * length)
-        length = longer
-        if readable(growing) and not bool(growing.any()):
-            break
-        d = left + left.square().sum(-1, keepdim=True) / torch.where(before > 0, before, 1) * d
-        image = product(d)
-    return e
+    zero = torch.zeros_like(right[..., :1])
+    first = _CG(torch.zeros_like(right), right, right, image, zero, torch.ones_like(zero, dtype=torch.bool))
+    most = min(MOST_PRODUCTS, right.shape[-1])
+    return while_loop(lambda s: s.growing.any(), lambda s: _longer(product, s), first, most).step
+
+
+class _CG(NamedTuple):
+    step: Tensor  # e, (*batch, n)
+    left: Tensor  # right − H e
+    direction: Tensor  # d
+    image: Tensor  # H d
+    length: Tensor  # ‖e‖, (*batch, 1)
+    growing: Tensor  # (*batch, 1) bool
+
+
+def _longer(product: Callable[[Tensor], Tensor], state: _CG) -> _CG:
+    e, left, d, image, length, growing = state
+    along, before = (d * image).sum(-1, keepdim=True), left.square().sum(-1, keepdim=True)
+    noise = torch.finfo(d.dtype).eps * (d.square().sum(-1, keepdim=True) * image.square().sum(-1, keepdim=True)).sqrt()
+    growing = growing & (along > noise)
+    alpha = torch.where(growing, before / torch.where(growing, along, 1), 0)
+    e, left = e + alpha * d, left - alpha * image
+    longer = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
+    growing = growing & (longer > GROWTH * length)
+    d = left + left.square().sum(-1, keepdim=True) / torch.where(before > 0, before, 1) * d
+    if readable(growing) and not bool(growing.any()):
+        return _CG(e, left, d, image, longer, growing)
+    return _CG(e, left, d, product(d), longer, growing)

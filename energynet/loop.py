@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
-from energynet._autodiff import readable
+from energynet._autodiff import readable, tracing
+from energynet._program import while_loop
 from energynet.distance import distance as estimate
 from energynet.distance import first_scale, is_scaled, scale_at
 from energynet.problem import Problem
@@ -23,7 +24,7 @@ from energynet.termination import Termination
 
 RUNNING = -1
 GROWTH = 1e6  # a distance this many times larger than where the sample began is called divergence
-LOOK = 64  # updates after which all running samples are measured: the scale that they are judged by may have become wrong
+LOOK = 64  # updates, then twice as many, after which all running samples are measured: their scale may have become wrong
 
 
 class LoopState(NamedTuple):
@@ -51,6 +52,7 @@ def loop(
     x0: Tensor,
     observe: Callable[[LoopState], None] | None = None,
     wrap: Wrap | None = None,
+    every: int = 1,
 ) -> LoopState:
     """Solve until every sample has converged, failed, or taken ``max_steps`` updates.
 
@@ -61,29 +63,41 @@ def loop(
         x0: ``(*batch, n)``.
         observe: called with the state at the start and after each update.
         wrap: makes of one update what is run in its place, such as several ones under a checkpoint.
+        every: updates between two looks at whether any sample still runs.
     """
+    if tracing() and not solver.descends and problem.start is not None:
+        _ = problem.gamma  # once, and not in each update
+    state = _begin(problem, solver, termination, x0)
+    seen = readable(state.status) or tracing()
 
     def update(state: LoopState) -> LoopState:
         return body(problem, solver, termination, state)
 
     advance = update if wrap is None else wrap(update)
-    state = _begin(problem, solver, termination, x0)
+
+    def observed(state: LoopState) -> LoopState:
+        state = advance(state)
+        if observe is not None:
+            observe(state)
+        # Where nobody sees the end coming, every step is checked.
+        return state if seen else _verify(problem, solver, termination, state)
+
+    def rounds(carry: tuple[Tensor, LoopState]) -> tuple[Tensor, LoopState]:
+        look, state = carry
+        state = while_loop(_any_running, observed, state, look if scaled else termination.max_steps, every)
+        state = _verify(problem, solver, termination, state, state.status == RUNNING if scaled else None)
+        return 2 * look, state
+
     if observe is not None:
         observe(state)
-    while True:
-        updates = 0
-        while updates < termination.max_steps and _any_running(state):
-            state = advance(state)
-            updates += 1
-            if observe is not None:
-                observe(state)
-            if not readable(state.status):  # nobody sees the end coming, so every step is checked
-                state = _verify(problem, solver, termination, state)
-            elif updates % LOOK == 0 and is_scaled(problem):
-                state = _verify(problem, solver, termination, state, state.status == RUNNING)
-        state = _verify(problem, solver, termination, state)
-        if not (readable(state.status) and _any_running(state)):
-            return _stop(state)
+    scaled = is_scaled(problem) and seen
+    look = torch.full((), LOOK, dtype=torch.int64, device=x0.device)
+
+    def unfinished(carry: tuple[Tensor, LoopState]) -> Tensor:  # a claim made at the start is looked at as well
+        return (carry[0] == LOOK) | _any_running(carry[1])
+
+    _, state = while_loop(unfinished, rounds, (look, state), termination.max_steps + 1 if seen else 1)
+    return _stop(state)
 
 
 def body(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> LoopState:
@@ -167,7 +181,7 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         grown = torch.maximum(state.limit, GROWTH * distance.nan_to_num(0, 0, 0))
         limit = state.limit if solver.descends else torch.where(reopened, grown, state.limit)
     state = state._replace(status=status, distance=distance, scale=scale, limit=limit)
-    if solver.exact_residual or (readable(status) and not _any_running(state)):
+    if solver.exact_residual or (readable(status) and not bool(_any_running(state))):
         return state
     afresh = _tree.map_structure(lambda new, old: _where(reopened, new, old), solver.init(problem, state.x), state.inner)
     return state._replace(inner=afresh)
@@ -177,8 +191,8 @@ def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:  # (*batch), (*bat
     return torch.where(mask.reshape((*mask.shape, *[1] * (new.ndim - mask.ndim))), new, old)
 
 
-def _any_running(state: LoopState) -> bool:
-    return not readable(state.status) or bool((state.status == RUNNING).any())
+def _any_running(state: LoopState) -> Tensor:
+    return (state.status == RUNNING).any()
 
 
 def _stop(state: LoopState) -> LoopState:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from energynet._autodiff import readable
+from energynet._program import while_loop
 from energynet.spectrum import ritz_values, some_direction
 
 
@@ -73,15 +73,19 @@ class Problem:
             return gamma
         energy, gradient = self.value_and_gradient(x)
         slope = gradient.square().sum(-1)
-        for _ in range(HALVINGS):
-            trial = self.energy(x - gamma * gradient)
+
+        def enough(gamma: Tensor) -> Tensor:
             # A difference of energies is known to their rounding unit only.
             noise = 8 * torch.finfo(energy.dtype).eps * energy.abs()
-            enough = trial <= energy - 0.25 * gamma.squeeze(-1) * slope + noise
-            if readable(enough) and bool(enough.all()):
-                break
-            gamma = torch.where(enough.unsqueeze(-1), gamma, 0.5 * gamma)
-        return gamma
+            return self.energy(x - gamma * gradient) <= energy - 0.25 * gamma.squeeze(-1) * slope + noise
+
+        def halve(carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            gamma, lower = carry
+            gamma = torch.where(lower.unsqueeze(-1), gamma, 0.5 * gamma)
+            return gamma, enough(gamma)
+
+        found: tuple[Tensor, Tensor] = while_loop(lambda carry: ~carry[1].all(), halve, (gamma, enough(gamma)), HALVINGS)
+        return found[0]
 
 
 HALVINGS = 20

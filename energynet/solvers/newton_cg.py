@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet._autodiff import readable
+from energynet._program import while_loop
 from energynet.problem import Problem
 from energynet.solvers.base import Solver
 from energynet.step import Kind
@@ -102,11 +102,14 @@ class NewtonCG(Solver):
         size = _norm(g).unsqueeze(-1)
         goal = size * torch.clamp((size / torch.where(steepest > 0, steepest, 1)).sqrt(), max=0.1)
         inner = Inner(torch.zeros_like(g), torch.zeros_like(g), g, -g, size == 0)
-        for _ in range(min(self.inner, max(2 * g.shape[-1], 1))):
-            inner = _conjugate_gradient(product(inner.direction), inner, radius, goal)
-            if readable(inner.done) and bool(inner.done.all()):
-                break
-        return inner
+        most = min(self.inner, max(2 * g.shape[-1], 1))
+        found: Inner = while_loop(
+            lambda inner: ~inner.done.all(),
+            lambda inner: _conjugate_gradient(product(inner.direction), inner, radius, goal),
+            inner,
+            most,
+        )
+        return found
 
 
 def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor) -> Inner:
