@@ -65,11 +65,18 @@ def _traced_loop(condition: Callable[[Any], Tensor], body: Callable[[Any], Any],
 
 
 def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Tensor]:
-    """The tensors, copied where they share memory with one another or with others, which a loop must not be given."""
+    """The tensors, copied where they are views or share memory with one another or with others.
+
+    ``torch.while_loop`` refuses to be given these, and Inductor's C++ wrapper frees a view after the first turn.
+    """
     taken = {t.untyped_storage()._cdata for t in others}
     result = []
     for t in tensors:
-        result.append(t.clone() if t.untyped_storage()._cdata in taken else t)
+        base = t._base
+        if base is not None and _place(base) == _place(t):
+            t = base  # a copy of the same elements would be optimised away
+        own = t.is_contiguous() and not t._is_view() and t.untyped_storage()._cdata not in taken
+        result.append(t if own else t.clone(memory_format=torch.contiguous_format))
         taken.add(result[-1].untyped_storage()._cdata)
     return result
 
@@ -176,7 +183,7 @@ def _movable(node: fx.Node) -> bool:
 def _cheap(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return True  # a size, or several results at once
-    return any(step == 0 and size != 1 for size, step in zip(value.shape, value.stride()))
+    return value._is_view() or any(step == 0 and size != 1 for size, step in zip(value.shape, value.stride()))
 
 
 class Program:
