@@ -4,6 +4,7 @@ from energynet import constraints, diagnostics, regularisers
 from energynet.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from energynet.black_box import implicit
 from energynet.derivative import Adjoint, AdjointRecord, AdjointReport
+from energynet.driver import CompilationError, Compiled, Driver, Eager
 from energynet.energy import Energy, gradient
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
@@ -43,11 +44,15 @@ __all__ = [
     "BarzilaiBorwein",
     "BiCGSTAB",
     "Broyden",
+    "CompilationError",
+    "Compiled",
     "ConjugateGradient",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampedStep",
     "Dense",
+    "Driver",
+    "Eager",
     "Energy",
     "FPI_GD",
     "FPI_NN",

@@ -60,7 +60,8 @@ def _traced_loop(condition: Callable[[Any], Tensor], body: Callable[[Any], Any],
     operands = _apart([*test_captured, *captured], leaves)
     _widen(test_graph, len(leaves) + len(test_captured), len(captured))
     _widen(update_graph, len(leaves), len(test_captured))
-    result = while_loop_op(test_graph, update_graph, tuple(leaves), tuple(operands))
+    run: Callable[..., Any] = while_loop_op  # its own annotation knows of one operand
+    result = run(test_graph, update_graph, tuple(leaves), tuple(operands))
     return _tree.unflatten(list(result), spec)[1]
 
 
@@ -204,7 +205,7 @@ class Program:
 
         self._shapes = ShapeEnv()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
-        fakes = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
+        fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
         with torch.no_grad(), recording_program(), mode:
             graph = make_fx(function, _allow_non_fake_inputs=True)(*fakes)
         self.captured = _lift(graph)
@@ -228,6 +229,6 @@ def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     sizes = [DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC for dim in range(tensor.ndim)]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     fake: Tensor = mode.from_tensor(tensor.detach(), symbolic_context=context)
     return fake

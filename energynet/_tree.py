@@ -15,6 +15,7 @@ from torch import Tensor
 map_structure: Callable[..., Any] = _pytree.tree_map
 flatten: Callable[[Any], tuple[list[Any], Any]] = _pytree.tree_flatten
 unflatten: Callable[[Any, Any], Any] = _pytree.tree_unflatten
+TreeSpec = _pytree.TreeSpec
 leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 
 

@@ -26,7 +26,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet._autodiff import alive, inside_jvp, is_grads_batched, pullback, pushforward, readable, with_grads_batched
+from energynet._autodiff import (
+    alive,
+    inside_jvp,
+    is_grads_batched,
+    pullback,
+    pushforward,
+    readable,
+    transform_active,
+    with_grads_batched,
+)
+from energynet.driver import Driver, Eager
 from energynet.equation import Equation, Linear, Root
 from energynet.loop import LoopState, Wrap, loop
 from energynet.problem import Problem
@@ -142,6 +152,7 @@ class Method:
     adjoint: RootAdjoint | None = None
     report: AdjointReport | None = None
     trace: bool = False
+    driver: Driver = dataclasses.field(default_factory=Eager)
 
     def at_solution(self, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
         """Solve, by this method, the linear equation that another's Jacobian makes: itself differentiable again."""
@@ -152,6 +163,8 @@ class Method:
 
     def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[LoopState, tuple[Tensor, ...]]:
         """Run the loop on a root; the trace comes along, if it was asked for."""
+        if not (self.trace or wrap or torch.is_grad_enabled() or transform_active()):
+            return self.driver.run(self.equation, self.solver, self.termination, y0, inputs), ()
         problem = self.equation.problem(inputs, y0)
         recorder = Recorder(problem, self.termination) if self.trace else None
         state = loop(problem, self.solver, self.termination, y0, recorder, wrap)
@@ -167,7 +180,7 @@ class Method:
         largest = max_norm(inputs[0]).unsqueeze(-1)
         largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
         v = inputs[0] / largest
-        state = loop(self.equation.problem((v, *inputs[1:]), y0), self.solver, self.termination, y0)
+        state = self.driver.run(self.equation, self.solver, self.termination, y0, (v, *inputs[1:]))
         size = self.termination.size(v)
         relative = state.distance / torch.where(size > 0, size, 1)
         if self.report is not None:

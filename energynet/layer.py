@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from energynet import _tree
 from energynet.binding import modules_in
 from energynet.derivative import Adjoint
+from energynet.driver import Driver
 from energynet.energy import Energy, EnergyLike
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
@@ -26,8 +27,9 @@ class _Layer(nn.Module, ABC):
     start: Any
 
     def _configure(self, solver: Solver | None, termination: Termination | None, adjoint: Adjoint | None,
-                   on_failure: OnFailure) -> None:  # fmt: skip
+                   on_failure: OnFailure, driver: Driver | None) -> None:  # fmt: skip
         self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
+        self.driver = driver
 
     def _register(self, function: Any, name: str = "held") -> None:
         """Parameters inside a step, bound method or callable object are the layer's, as those of a module are."""
@@ -43,7 +45,7 @@ class _Layer(nn.Module, ABC):
 
     def _typed(self, *arguments: str) -> str:
         """The call that makes this layer, as far as it can be printed."""
-        options = {name: getattr(self, name) for name in ("start", "solver", "termination", "adjoint")}
+        options = {name: getattr(self, name) for name in ("start", "solver", "termination", "adjoint", "driver")}
         parts = [*arguments, *(f"{name}={_value(v)}" for name, v in options.items() if v is not None)]
         if self.on_failure != "raise":
             parts.append(f"on_failure={self.on_failure!r}")
@@ -71,6 +73,7 @@ class FPI_GD(_Layer):
         adjoint: default `ImplicitAdjoint`, by conjugate gradients; ``ImplicitAdjoint(Picard())`` is the paper's backward
             fixed-point iteration.
         on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
+        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
 
     Source: arXiv 2002.02868, FPI_GD.
     """
@@ -88,6 +91,7 @@ class FPI_GD(_Layer):
         termination: Termination | None = None,
         adjoint: Adjoint | None = None,
         on_failure: OnFailure = "raise",
+        driver: Driver | None = None,
     ) -> None:
         super().__init__()
         self.energy = energy
@@ -97,7 +101,7 @@ class FPI_GD(_Layer):
             self._register(prox, "held_prox")
         _hold(self, "step_size", step_size)
         _hold(self, "start", start)
-        self._configure(solver, termination, adjoint, on_failure)
+        self._configure(solver, termination, adjoint, on_failure, driver)
 
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
         """The minimiser and how the solve went.
@@ -114,6 +118,7 @@ class FPI_GD(_Layer):
         return minimize(
             self.energy, x0, *context, step_size=self.step_size, prox=self.prox, solver=solver,
             termination=self.termination, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
+            driver=self.driver,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -141,6 +146,7 @@ class FPI_NN(_Layer):
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by the backward fixed-point iteration.
         on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
+        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
 
     Source: arXiv 2002.02868, FPI_NN.
     """
@@ -155,13 +161,14 @@ class FPI_NN(_Layer):
         termination: Termination | None = None,
         adjoint: Adjoint | None = None,
         on_failure: OnFailure = "raise",
+        driver: Driver | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self._register(network)
         _hold(self, "start", start)
         self.batch_dims = batch_dims
-        self._configure(solver, termination, adjoint, on_failure)
+        self._configure(solver, termination, adjoint, on_failure, driver)
 
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
         """The fixed point and how the solve went.
@@ -176,6 +183,7 @@ class FPI_NN(_Layer):
         return fixed_point(
             self.network, x0, *context, batch_dims=self.batch_dims, solver=self.solver, termination=self.termination,
             adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
+            driver=self.driver,
         )  # fmt: skip
 
     def __repr__(self) -> str:

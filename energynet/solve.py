@@ -14,6 +14,7 @@ from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
 from energynet.checks import check_options, check_start, examine
 from energynet.derivative import Adjoint, Method, RootAdjoint
+from energynet.driver import Driver, Eager
 from energynet.energy import Energy, EnergyLike
 from energynet.equation import Constant, Root
 from energynet.probe import unwatched
@@ -34,6 +35,7 @@ def fixed_point(
     adjoint: Adjoint | None = None,
     on_failure: OnFailure = "raise",
     trace: bool = False,
+    driver: Driver | None = None,
 ) -> Solution:
     """Solve x = g(x, \\*inputs), differentiably in the inputs and in the parameters of g.
 
@@ -54,6 +56,7 @@ def fixed_point(
         adjoint: default `ImplicitAdjoint`.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
         trace: keep residuals and iterates of every step in ``Solution.trace``.
+        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
 
     Returns:
         `Solution`, with ``value`` like ``x0``. A sample that ran out of steps returns the best of its iterates.
@@ -66,7 +69,8 @@ def fixed_point(
 
     Source: arXiv 2002.02868.
     """
-    options = _Options(solver or Picard(), termination or Termination(), adjoint or ImplicitAdjoint(), on_failure, trace)
+    solver, termination, adjoint = solver or Picard(), termination or Termination(), adjoint or ImplicitAdjoint()
+    options = _Options(solver, termination, adjoint, on_failure, trace, driver or Eager())
     return _solve(as_step, (step,), x0, inputs, batch_dims, options)
 
 
@@ -81,6 +85,7 @@ def minimize(
     adjoint: Adjoint | None = None,
     on_failure: OnFailure = "raise",
     trace: bool = False,
+    driver: Driver | None = None,
 ) -> Solution:
     """Find x* = argmin E(x, \\*context), differentiably in the context and in the parameters of E.
 
@@ -105,6 +110,7 @@ def minimize(
         adjoint: default `ImplicitAdjoint`, by conjugate gradients on the Hessian; with a ``prox``, by GMRES.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
         trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
+        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
 
     Returns:
         `Solution`, with ``value`` like ``x0``. A sample that ran out of steps returns the best of its iterates.
@@ -120,7 +126,8 @@ def minimize(
     if x0 is None and isinstance(energy, Energy):
         x0 = energy.start(*context)
     solver = solver or (LBFGS() if prox is None else Nesterov())
-    options = _Options(solver, termination or Termination(), adjoint or ImplicitAdjoint(), on_failure, trace)
+    termination, adjoint = termination or Termination(), adjoint or ImplicitAdjoint()
+    options = _Options(solver, termination, adjoint, on_failure, trace, driver or Eager())
     if isinstance(x0, MultiStart):
         return _from_best(x0, energy, context, step_size, prox, options)
     if prox is None:
@@ -155,6 +162,7 @@ class _Options:
     adjoint: Adjoint
     on_failure: OnFailure
     trace: bool
+    driver: Driver
 
 
 def _from_best(x0: MultiStart, energy: EnergyLike, context: Any, step_size: Any, prox: Any, options: _Options) -> Solution:
@@ -201,7 +209,8 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
             binding = Binding.of(_with_step_size(binding.step, layout, x0, context))
         root, inputs = _equation(binding, layout, code, context)
         adjoint = options.adjoint if isinstance(options.adjoint, RootAdjoint) else None
-        method = Method(root, options.solver, options.termination, options.on_failure, adjoint, trace=options.trace)
+        how = options.solver, options.termination, options.on_failure, adjoint
+        method = Method(root, *how, trace=options.trace, driver=options.driver)
         with unwatched():
             x, status, residual, steps, *trace = options.adjoint.run(method, layout.ravel(x0), inputs)
         return Solution(layout.unravel(x), status, residual, steps, _trace(layout, trace))

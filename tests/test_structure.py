@@ -29,6 +29,8 @@ ORDER = [
     "loop",
     "binding",
     "equation",
+    "fingerprint",
+    "driver",
     "quarantine",
     "derivative",
     "adjoint",
