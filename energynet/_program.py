@@ -203,22 +203,24 @@ class Program:
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+        self.sizes = [t.shape for t in examples]
         self._shapes = ShapeEnv()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
         fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
         with torch.no_grad(), recording_program(), mode:
-            graph = make_fx(function, _allow_non_fake_inputs=True)(*fakes)
+            graph = make_fx(lambda *t: list(function(*t)), _allow_non_fake_inputs=True)(*fakes)
         self.captured = _lift(graph)
         """Tensors that the function took from elsewhere."""
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
-        self._fakes = fakes if any(dynamic) else None
         constants = [_fake(mode, t, ()) for t in self.captured]
         with torch.no_grad():
             self._run = torch._inductor.compile(graph, [*fakes, *constants], options=options)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors of these sizes are what the program was compiled for."""
-        return self._guard is None or self._shapes.evaluate_guards_expression(self._guard, list(tensors))
+        if self._guard is None:
+            return [t.shape for t in tensors] == self.sizes
+        return self._shapes.evaluate_guards_expression(self._guard, list(tensors))
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -12,7 +12,9 @@ from energynet._autodiff import alive, inside_jvp, transform_active
 from energynet.derivative import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
 from energynet.equation import Equation, Linear
 from energynet.linear import GMRES, ConjugateGradient
-from energynet.solution import OnFailure, report
+from energynet.pure import Outcome, Pull
+from energynet.quarantine import separable
+from energynet.solution import OnFailure, Status, report
 from energynet.solvers import Picard, Solver
 from energynet.step import Kind, Step
 from energynet.termination import Termination
@@ -46,10 +48,25 @@ class ImplicitAdjoint(RootAdjoint):
             self.solver.check(Kind.SYMMETRIC if step.symmetric else Kind.LINEAR)
 
     def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        return self._linear(method).at_solution(transposed, right, y, inputs)
+
+    def pull(self, method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
+             ) -> tuple[Answer, list[Tensor | None] | None]:  # fmt: skip
+        linear = self._linear(method)
+        function = Pull(method.equation, linear.solver, linear.termination, wanted)
+        value, status, distance, steps, *found = linear.driver.call(function, (v, y, *inputs))
+        outcome = Outcome(value, status, distance, steps)
+        if linear.tell(outcome, adjoint=True):
+            gradients = iter(found)
+            return Answer(value, status, status), [next(gradients) if want else None for want in wanted]
+        equation, arguments = function.linear(y, inputs)
+        return Answer(value, status != Status.CONVERGED, separable(equation, outcome, (v, *arguments))), None
+
+    def _linear(self, method: Method) -> Method:
         solver = self.solver or _default_solver(method.equation)
-        termination = self.termination or method.termination
-        linear = dataclasses.replace(method, solver=solver, termination=termination, report=self.report)
-        return linear.at_solution(transposed, right, y, inputs)
+        return dataclasses.replace(
+            method, solver=solver, termination=self.termination or method.termination, report=self.report
+        )
 
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
         return derivatives
@@ -171,9 +188,9 @@ class UnrolledAdjoint(Adjoint):
             )
         if self.last is not None:
             return self._last_steps(self.last, method, x0, inputs)
-        state, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
-        _Judge.apply(method.on_failure, state.status, state.distance, state.steps)
-        return state.x, state.status, state.distance, state.steps, *trace
+        outcome, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
+        _Judge.apply(method.on_failure, outcome.status, outcome.distance, outcome.steps)
+        return *outcome, *trace
 
     def _last_steps(self, last: int, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         start, status, distance, steps, _, *trace = solve(method, x0.detach(), *(t.detach() for t in inputs))

@@ -25,10 +25,12 @@ class Binding:
     Args:
         step: a structural copy; parametrised weights (spectral norm, ...) stand in it as computed once, here.
         tensors: its distinct parameters, buffers and plain tensor attributes.
+        mark: a number that a driver gives to steps that read the same.
     """
 
     step: Step
     tensors: tuple[Tensor, ...]
+    mark: int | None = None
 
     @classmethod
     def of(cls, step: Step) -> "Binding":

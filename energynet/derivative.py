@@ -30,21 +30,21 @@ from energynet._autodiff import (
     alive,
     inside_jvp,
     is_grads_batched,
-    pullback,
     pushforward,
     readable,
     transform_active,
     with_grads_batched,
 )
 from energynet.driver import Driver, Eager
-from energynet.equation import Equation, Linear, Root
+from energynet.equation import Equation, Linear
 from energynet.loop import LoopState, Wrap, loop
 from energynet.problem import Problem
+from energynet.pure import Outcome, Solve, input_gradients
 from energynet.quarantine import Quarantine, separable
 from energynet.solution import OnFailure, Status, report
 from energynet.solvers import Solver
 from energynet.step import Step
-from energynet.termination import Termination, max_norm
+from energynet.termination import Termination
 
 
 class AdjointRecord(NamedTuple):
@@ -106,6 +106,11 @@ class RootAdjoint(Adjoint):
     def linear_solve(self, method: "Method", transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
         """A⁻¹ right, or A⁻ᵀ right, with A the Jacobian of the method's equation at the answer ``y``."""
 
+    def pull(self, method: "Method", wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
+             ) -> tuple["Answer", list[Tensor | None] | None]:  # fmt: skip
+        """A⁻ᵀ v and, where every sample converged and a driver can have them at once, the gradients of the inputs."""
+        return self.linear_solve(method, True, v, y, inputs), None
+
     @abstractmethod
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
         """Last look at derivatives, and at what they were made from."""
@@ -161,32 +166,25 @@ class Method:
         answer, status, _, _, own, *_ = solve(method, torch.zeros_like(right), right, *arguments)
         return Answer(answer, status != Status.CONVERGED, own)
 
-    def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[LoopState, tuple[Tensor, ...]]:
-        """Run the loop on a root; the trace comes along, if it was asked for."""
+    def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[Outcome, tuple[Tensor, ...]]:
+        """Run the loop; the trace comes along, if it was asked for."""
         if not (self.trace or wrap or torch.is_grad_enabled() or transform_active()):
-            return self.driver.run(self.equation, self.solver, self.termination, y0, inputs), ()
+            return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), (y0, *inputs))[:4]), ()
         problem = self.equation.problem(inputs, y0)
         recorder = Recorder(problem, self.termination) if self.trace else None
         state = loop(problem, self.solver, self.termination, y0, recorder, wrap)
-        return state, () if recorder is None else recorder.tensors(state)
+        trace = () if recorder is None else recorder.tensors(state)
+        return Outcome(state.x, state.status, state.distance, state.steps), trace
 
-    def solve(self, y0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[LoopState, tuple[Tensor, ...]]:
-        """Run the loop on plain tensors and tell of failures."""
-        if isinstance(self.equation, Root):
-            state, trace = self.run(y0, inputs)
-            report(state.status, state.distance, state.steps, self.on_failure)
-            return state, trace
-        # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
-        largest = max_norm(inputs[0]).unsqueeze(-1)
-        largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
-        v = inputs[0] / largest
-        state = self.driver.run(self.equation, self.solver, self.termination, y0, (v, *inputs[1:]))
-        size = self.termination.size(v)
-        relative = state.distance / torch.where(size > 0, size, 1)
-        if self.report is not None:
-            self.report.records.append(AdjointRecord(*(t.detach() for t in (state.status, relative, state.steps))))
-        report(state.status, relative, state.steps, self.on_failure, adjoint=True)
-        return state._replace(x=state.x * largest, distance=relative), ()
+    def tell(self, outcome: Outcome, adjoint: bool) -> bool:
+        """Apply the failure policy to how a solve ended; whether every sample converged."""
+        if adjoint and self.report is not None:
+            told = (outcome.status, outcome.distance, outcome.steps)
+            self.report.records.append(AdjointRecord(*(t.detach() for t in told)))
+        converged = not bool(outcome.status.any())
+        if not converged:
+            report(outcome.status, outcome.distance, outcome.steps, self.on_failure, adjoint)
+        return converged
 
 
 class _Solve(torch.autograd.Function):
@@ -194,9 +192,10 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        state, trace = method.solve(y0, inputs)
-        own = separable(method.equation, state, inputs)
-        return state.x, state.status, state.distance, state.steps, own, *trace
+        outcome, trace = method.run(y0, inputs)
+        converged = method.tell(outcome, adjoint=isinstance(method.equation, Linear))
+        own = y0.new_zeros((2, 0), dtype=torch.bool) if converged else separable(method.equation, outcome, inputs)
+        return *outcome, own, *trace
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -254,31 +253,18 @@ def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, st
     """Equation (1)."""
     adjoint = method.adjoint
     assert adjoint is not None
-    failed = status != Status.CONVERGED
-    quarantine = Quarantine(failed, own, inputs)
+    quarantine = Quarantine(status != Status.CONVERGED, own, inputs)
     y, v, safe = quarantine.answer(y), quarantine.silence(v), quarantine.inputs()
-    u, adjoint_failed, adjoint_own = adjoint.linear_solve(method, True, v, y, safe)
-    quarantine = Quarantine(failed | adjoint_failed, own | adjoint_own[:, adjoint_own.shape[1] - len(inputs) :], inputs)
-    gradients = _input_gradients(method.equation, wanted, quarantine.silence(u), y, safe)
+    if own.shape[1] or torch.is_grad_enabled() or transform_active():
+        answer = adjoint.linear_solve(method, True, v, y, safe)
+    else:
+        answer, gradients = adjoint.pull(method, wanted, v, y, safe)
+        if gradients is not None:
+            return gradients
+    quarantine = quarantine.joined(answer.failed, answer.own)
+    gradients = input_gradients(method.equation, wanted, quarantine.silence(answer.value), y, safe)
     gradients = adjoint.guard(gradients, (y, *safe))
     return [quarantine.mark(k, g, want) for k, (g, want) in enumerate(zip(gradients, wanted, strict=True))]
-
-
-def _input_gradients(equation: Equation, wanted: tuple[bool, ...], u: Tensor, y: Tensor,
-                     inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
-    """−(∂F/∂inputs)ᵀ u for the inputs that are wanted."""
-    chosen = [k for k, want in enumerate(wanted) if want]
-
-    def residual(*values: Tensor) -> Tensor:
-        full = list(inputs)
-        for k, value in zip(chosen, values, strict=True):
-            full[k] = value
-        return equation.residual(y, *full)
-
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for k, g in zip(chosen, pullback(residual, [inputs[k] for k in chosen], -u), strict=True):
-        gradients[k] = g
-    return gradients
 
 
 def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, status: Tensor, own: Tensor,

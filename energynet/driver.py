@@ -1,30 +1,43 @@
 """Who runs the loop: Python, or one compiled program."""
 
 import dataclasses
+import itertools
 import threading
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
+from energynet import _tree
+from energynet._autodiff import transform_active
 from energynet._program import Program
-from energynet.equation import Equation, Linear
-from energynet.fingerprint import fingerprint
-from energynet.loop import LoopState, loop
-from energynet.solvers import Solver
-from energynet.termination import Termination
+from energynet.binding import Binding
+from energynet.fingerprint import Fingerprint
+from energynet.pure import Pure
+from energynet.step import Step
+
+T = TypeVar("T")
 
 
 class Driver(ABC):
     """Who runs the loop. The result is the same to rounding."""
 
     @abstractmethod
-    def run(self, equation: Equation, solver: Solver, termination: Termination, x0: Tensor, inputs: tuple[Tensor, ...]
-            ) -> LoopState:  # fmt: skip
-        """Solve the equation on plain tensors, from ``x0``, ``(*batch, n)``."""
+    def bind(self, step: Step) -> Binding:
+        """The step's tensors as inputs."""
+
+    @abstractmethod
+    def examined(self, binding: Binding, tensors: Any, examine: Callable[[], T]) -> T:
+        """What a look at the user's function says, once for each kind of arguments if the driver can tell."""
+
+    @abstractmethod
+    def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Evaluate the function on plain tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +49,14 @@ class Eager(Driver):
         Eager()
     """
 
-    def run(self, equation: Equation, solver: Solver, termination: Termination, x0: Tensor, inputs: tuple[Tensor, ...]
-            ) -> LoopState:  # fmt: skip
-        return loop(equation.problem(inputs, x0), solver, termination, x0)
+    def bind(self, step: Step) -> Binding:
+        return Binding.of(step)
+
+    def examined(self, binding: Binding, tensors: Any, examine: Callable[[], T]) -> T:
+        return examine()
+
+    def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return function(*tensors)
 
 
 class CompilationError(RuntimeError):
@@ -49,7 +67,8 @@ class Compiled(Driver):
     """The whole solve as one program of machine code, compiled at the first call for an energy and its shapes.
 
     Keep the object, because the programs are its own; a copy or a pickle has none. Forward and adjoint solves, of any order
-    and under ``torch.func``, are programs each. With ``trace=True`` and `UnrolledAdjoint` Python runs the loop.
+    and under ``torch.func``, are programs each. A changed batch size compiles once more, for every size from 2. With
+    ``trace=True`` and `UnrolledAdjoint` Python runs the loop.
 
     Example:
         >>> Compiled()
@@ -70,40 +89,88 @@ class Compiled(Driver):
         self.strict, self.capacity = strict, capacity
         self.compilations = 0
         """How many programs have been compiled."""
-        self._programs: OrderedDict[Hashable, Program | None] = OrderedDict()  # None: could not be compiled
         self._lock = threading.RLock()
+        self._counter = itertools.count()
+        self._marks: _Recent[int] = _Recent(capacity)  # fingerprint -> a number
+        self._met: _Recent[list[Tensor]] = _Recent(capacity)  # of that number
+        self._bound: _Recent[tuple[Fingerprint, Binding]] = _Recent(capacity)  # step -> its binding, while it is unchanged
+        self._examined: _Recent[Any] = _Recent(16 * capacity)
+        self._families: _Recent[list[Program]] = _Recent(capacity)  # function -> its programs, but for the sizes of batches
+        self._exact: _Recent[Program | None] = _Recent(16 * capacity)  # function and shapes -> program; None: it has none
 
-    def run(self, equation: Equation, solver: Solver, termination: Termination, x0: Tensor, inputs: tuple[Tensor, ...]
-            ) -> LoopState:  # fmt: skip
-        root = equation.root if isinstance(equation, Linear) else equation
-        code, met = fingerprint((equation, solver, termination), root.binding.tensors)
-        key = (code, *((t.shape, t.stride(), t.dtype, t.device) for t in (x0, *inputs)))
+    def bind(self, step: Step) -> Binding:
+        fields = vars(step)
+        where = (type(step), *((k, v if isinstance(v, (float, int)) else id(v)) for k, v in fields.items()))
         with self._lock:
-            if key not in self._programs:
-                self._programs[key] = self._compiled(equation, solver, termination, x0, inputs, met)
-                if len(self._programs) > self.capacity:
-                    self._programs.popitem(last=False)
-            self._programs.move_to_end(key)
-            program = self._programs[key]
-        if program is None:
-            return Eager().run(equation, solver, termination, x0, inputs)
-        x, status, steps, distance, scale = program((x0, *inputs))
-        return LoopState(x, None, status, steps, distance, scale, distance, x, distance)
+            if (known := self._bound.get(where)) and known[0].unchanged():
+                return known[1]
+            binding = Binding.of(step)
+            seen = Fingerprint(step, binding.tensors)
+            resolved = {id(t) for t in binding.tensors}.difference(map(id, seen.inputs))  # such as parametrised weights
+            if resolved:
+                seen = Fingerprint(binding.step, binding.tensors)
+            binding = dataclasses.replace(binding, mark=self._mark(seen))
+            if not resolved and (where in self._bound or _forget_with(fields.values(), self._bound, where)):
+                self._bound.put(where, (seen, binding))
+            return binding
 
-    def _compiled(self, equation: Equation, solver: Solver, termination: Termination, x0: Tensor, inputs: tuple[Tensor, ...],
-                  met: list[Tensor]) -> Program | None:  # fmt: skip
-        def solve(x0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            state = loop(equation.problem(inputs, x0), solver, termination, x0)
-            return state.x, state.status, state.steps, state.distance, state.scale
+    def _mark(self, seen: Fingerprint) -> int:
+        mark = self._marks.get(seen.key)
+        if mark is None:
+            mark = next(self._counter)
+            self._marks.put(seen.key, mark)
+        self._met.put(mark, seen.met)
+        return mark
 
+    def examined(self, binding: Binding, tensors: Any, examine: Callable[[], T]) -> T:
+        if transform_active() or binding.mark is None:
+            return examine()
+        leaves, spec = _tree.flatten(tensors)
+        kinds = (_kind(t) if isinstance(t, Tensor) else Fingerprint(t).key for t in leaves)
+        key = (binding.mark, torch.is_grad_enabled(), spec, *kinds, *map(_kind, binding.tensors))
+        with self._lock:
+            known = self._examined.get(key)
+        if known is None:
+            known = (examine(),)
+            with self._lock:
+                self._examined.put(key, known)
+        result: T = known[0]
+        return result
+
+    def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        key = (function.key, function.binding.mark, *map(_kind, tensors))
+        with self._lock:
+            if key in self._exact:
+                program = self._exact.get(key)
+            else:
+                program = self._found(function, tensors)
+                self._exact.put(key, program)
+        return function(*tensors) if program is None else program(tensors)
+
+    def _found(self, function: Pure, tensors: tuple[Tensor, ...]) -> Program | None:
+        """A program for these shapes: an earlier one that serves every batch size, or a new one."""
+        like = tuple((t.ndim, _order(t), t.dtype, t.device) for t in tensors)
+        family = (function.key, function.binding.mark, like)
+        programs = self._families.get(family) or []
+        fitting = next((p for p in programs if p.fits(tensors)), None)
+        if fitting is not None:
+            return fitting
+        program = self._compiled(function, tensors, _changed([p.sizes for p in programs], tensors, function.batch_dims))
+        if program is not None:
+            self._families.put(family, [*programs, program])
+        return program
+
+    def _compiled(self, function: Pure, tensors: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]]) -> Program | None:
         try:
-            examples = (x0, *inputs)
-            program = Program(solve, examples, [()] * len(examples), {"cpp_wrapper": x0.device.type == "cpu"})
-            known = {id(t) for t in met}
+            program = Program(function, tensors, dynamic, {"cpp_wrapper": tensors[0].device.type == "cpu"})
+            mark = function.binding.mark
+            known = {id(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
             lost = [tuple(t.shape) for t in program.captured if id(t) not in known and t.ndim]
             if lost:
                 raise CompilationError(f"it uses tensors of shapes {lost} that were found in no attribute, closure or global")
         except Exception as error:  # whatever the tracer and the compiler raise
+            if any(dynamic):
+                return self._compiled(function, tensors, [()] * len(tensors))
             self._refuse(error)
             return None
         self.compilations += 1
@@ -128,6 +195,60 @@ class Compiled(Driver):
 
     def __deepcopy__(self, memo: Any) -> "Compiled":
         return _again(self.strict, self.capacity)
+
+
+class _Recent(Generic[T]):
+    """A dictionary that forgets what was longest unused."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self.values
+
+    def get(self, key: Hashable) -> T | None:
+        value = self.values.get(key)
+        if value is not None:
+            self.put(key, value)
+        return value
+
+    def put(self, key: Hashable, value: T) -> None:
+        self.values[key] = value
+        self.values.move_to_end(key)
+        if len(self.values) > self.capacity:
+            self.values.popitem(last=False)
+
+    def forget(self, key: Hashable) -> None:
+        self.values.pop(key, None)
+
+
+def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> bool:
+    """Have an entry forgotten when one of the values that its key names by id is no more, since ids come again."""
+    named = [v for v in values if not isinstance(v, (float, int, type(None)))]
+    try:
+        for value in named:
+            weakref.finalize(value, cache.forget, key).atexit = False
+    except TypeError:  # it cannot tell of its end
+        return False
+    return True
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _order(tensor: Tensor) -> Hashable:
+    """How the memory is laid out, but for the sizes."""
+    return tensor.is_contiguous() or tensor.stride()
+
+
+def _changed(earlier: Sequence[Sequence[torch.Size]], tensors: Sequence[Tensor], batch_dims: int) -> list[list[int]]:
+    """For each tensor the batch dimensions whose sizes differ from those of earlier ones."""
+    return [
+        [d for d in range(min(t.ndim, batch_dims)) if t.shape[d] > 1 and any(sizes[k][d] != t.shape[d] for sizes in earlier)]
+        for k, t in enumerate(tensors)
+    ]
 
 
 def _again(strict: bool, capacity: int) -> Compiled:

@@ -5,7 +5,7 @@ be differentiated to any order.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from energynet._autodiff import linearise, pullback, pushforward, transform_acti
 from energynet._tree import Layout
 from energynet.binding import Binding
 from energynet.energy import evaluate
+from energynet.fingerprint import Fingerprint
 from energynet.problem import Problem
 from energynet.step import Kind, Step, per_sample
 
@@ -40,6 +41,12 @@ class Root:
     code_leaves: tuple[Constant | None, ...]  # None where a tensor goes
     encoded: bool
     vmaps: tuple[tuple[tuple[int | None, ...], str], ...] = ()
+
+    @property
+    def key(self) -> Hashable:
+        """What it reads besides its inputs and the step."""
+        constants = tuple(None if leaf is None else Fingerprint(leaf.value).key for leaf in self.code_leaves)
+        return self.layout, self.code_spec, constants, self.encoded, self.vmaps
 
     @property
     def symmetric(self) -> bool:
@@ -139,6 +146,14 @@ class Linear:
 
     root: Root
     transposed: bool
+
+    @property
+    def key(self) -> Hashable:
+        return self.root.key, self.transposed
+
+    @property
+    def binding(self) -> Binding:
+        return self.root.binding
 
     @property
     def symmetric(self) -> bool:

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from energynet._autodiff import readable
 from energynet.equation import Equation
-from energynet.loop import LoopState
+from energynet.pure import Outcome
 from energynet.solution import Status
 
 
-def separable(equation: Equation, state: LoopState, inputs: tuple[Tensor, ...]) -> Tensor:
+def separable(equation: Equation, state: Outcome, inputs: tuple[Tensor, ...]) -> Tensor:
     """``(2, len(inputs))`` bool: which inputs hold one row a sample to replace, and to mark with NaN.
 
-    Looked at only where a sample failed. Shapes do not tell (a matrix shared by all may have as many rows as there are
-    samples), so it is tried: replacing the failed samples' rows leaves the others' residuals as they are.
+    Looked at only where a sample failed; without columns otherwise. Shapes do not tell (a matrix shared by all may have as
+    many rows as there are samples), so it is tried: replacing the failed samples' rows leaves the others' residuals as they are.
     """
-    own = torch.zeros(2, len(inputs), dtype=torch.bool, device=state.x.device)
+    own = torch.zeros(2, len(inputs), dtype=torch.bool, device=state.value.device)
     failed = state.status != Status.CONVERGED
     if not bool(failed.any()):
         return own
     donor = _donor(failed)
-    x = _replaced(state.x, failed, donor)
+    x = _replaced(state.value, failed, donor)
     expected = equation.residual(x, *inputs)[~failed]
     for k in range(equation.num_shared, len(inputs)):
         if not inputs[k].is_floating_point() or inputs[k].shape[: failed.ndim] != failed.shape:
@@ -60,12 +60,19 @@ class Quarantine(NamedTuple):
     """Keeps failed samples away from what samples share; does nothing where none failed."""
 
     failed: Tensor  # (*batch) bool
-    own: Tensor  # (2, len(inputs)) bool
+    own: Tensor  # of `separable`
     values: tuple[Tensor, ...]
 
     @property
     def active(self) -> bool:
-        return not readable(self.failed) or bool(self.failed.any())
+        return self.own.shape[1] > 0 and (not readable(self.failed) or bool(self.failed.any()))
+
+    def joined(self, failed: Tensor, own: Tensor) -> "Quarantine":
+        """With the samples that failed in the adjoint as well, whose last inputs are these."""
+        if not own.shape[1]:
+            return self
+        own = own[:, own.shape[1] - len(self.values) :]
+        return Quarantine(self.failed | failed, self.own | own if self.own.shape[1] else own, self.values)
 
     def answer(self, y: Tensor) -> Tensor:
         return _replaced(y, self.failed, _donor(self.failed)) if self.active else y

@@ -200,13 +200,14 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         step = make_step(*arguments)
         check_options(step, options.solver, options.adjoint, options.on_failure)
         check_start(x0)
-        binding = Binding.of(step)
+        binding = options.driver.bind(step)
         code = binding.step.encode(*context)
         if options.on_failure != "raise":
             x0, code = _without_nonfinite(binding.step, x0, context, code)
-        layout = Layout.of(x0, examine(binding, x0, code, batch_dims))
+        looked_at = (x0, code, batch_dims)
+        layout = Layout.of(x0, options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims)))
         if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
-            binding = Binding.of(_with_step_size(binding.step, layout, x0, context))
+            binding = options.driver.bind(_with_step_size(binding.step, layout, x0, context))
         root, inputs = _equation(binding, layout, code, context)
         adjoint = options.adjoint if isinstance(options.adjoint, RootAdjoint) else None
         how = options.solver, options.termination, options.on_failure, adjoint

@@ -30,7 +30,7 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet.fingerprint import fingerprint
+from energynet.fingerprint import Fingerprint
 
 COMPILES = [
     pytest.mark.slow,
@@ -60,16 +60,16 @@ class Scaled(nn.Module):
 
 def test_a_fingerprint_sees_what_the_code_may_read(monkeypatch: pytest.MonkeyPatch) -> None:
     energy = Scaled()
-    before = fingerprint(energy, [energy.weight])[0]
-    assert fingerprint(copy.deepcopy(energy))[0] != before  # its weight is no input
-    assert fingerprint(energy, [energy.weight])[0] == before
+    before = Fingerprint(energy, [energy.weight]).key
+    assert Fingerprint(copy.deepcopy(energy)).key != before  # its weight is no input
+    assert Fingerprint(energy, [energy.weight]).key == before
     energy.factor = 4.0
-    assert fingerprint(energy, [energy.weight])[0] != before
+    assert Fingerprint(energy, [energy.weight]).key != before
     energy.factor = 3.0
-    assert fingerprint(energy.eval(), [energy.weight])[0] != before
-    assert fingerprint(energy.train(), [energy.weight])[0] == before
+    assert Fingerprint(energy.eval(), [energy.weight]).key != before
+    assert Fingerprint(energy.train(), [energy.weight]).key == before
     monkeypatch.setattr("test_driver.SCALE", 2.0)
-    assert fingerprint(energy, [energy.weight])[0] != before
+    assert Fingerprint(energy, [energy.weight]).key != before
 
 
 def test_functions_made_anew_are_the_same_and_their_closures_count() -> None:
@@ -77,10 +77,10 @@ def test_functions_made_anew_are_the_same_and_their_closures_count() -> None:
         return lambda x: a * x + t
 
     t = torch.ones(2)
-    assert fingerprint(make(1.0, t)) == fingerprint(make(1.0, t))
-    assert fingerprint(make(1.0, t))[0] != fingerprint(make(2.0, t))[0]
-    assert fingerprint(make(1.0, t))[0] != fingerprint(make(1.0, t.clone()))[0]
-    assert fingerprint(make(1.0, t))[1][0] is t
+    assert Fingerprint(make(1.0, t)).key == Fingerprint(make(1.0, t)).key
+    assert Fingerprint(make(1.0, t)).key != Fingerprint(make(2.0, t)).key
+    assert Fingerprint(make(1.0, t)).key != Fingerprint(make(1.0, t.clone())).key
+    assert Fingerprint(make(1.0, t)).met[0] is t
 
 
 def choosy(x: Tensor, z: Tensor) -> Tensor:

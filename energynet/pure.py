@@ -1,0 +1,135 @@
+"""What a driver evaluates, itself or as a compiled program: a solve and a gradient, as functions of tensors only."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._autodiff import pullback
+from energynet.binding import Binding
+from energynet.equation import Equation, Linear
+from energynet.fingerprint import told
+from energynet.loop import loop
+from energynet.solvers import Solver
+from energynet.termination import Termination, max_norm
+
+
+class Pure(ABC):
+    """A function of tensors: what else it reads is a step, in its binding, and what its key says."""
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """All that it reads besides its arguments and the step."""
+
+    @property
+    @abstractmethod
+    def binding(self) -> Binding:
+        """The user's step in it."""
+
+    @property
+    @abstractmethod
+    def batch_dims(self) -> int:
+        """How many leading dimensions count samples."""
+
+    @abstractmethod
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate it."""
+
+
+class Outcome(NamedTuple):
+    """How a solve ended, sample by sample."""
+
+    value: Tensor  # (*batch, n)
+    status: Tensor  # (*batch) int8
+    distance: Tensor  # (*batch), of a linear equation relative to its right-hand side
+    steps: Tensor  # (*batch) int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solve(Pure):
+    """(y0, \\*inputs) -> the root of an equation and how it was found."""
+
+    equation: Equation
+    solver: Solver
+    termination: Termination
+
+    @property
+    def key(self) -> Hashable:
+        return "solve", self.equation.key, told(self.solver), told(self.termination)
+
+    @property
+    def binding(self) -> Binding:
+        return self.equation.binding
+
+    @property
+    def batch_dims(self) -> int:
+        return self.equation.batch_dims
+
+    def __call__(self, *tensors: Tensor) -> Outcome:
+        y0, inputs = tensors[0], tensors[1:]
+        if not isinstance(self.equation, Linear):
+            state = loop(self.equation.problem(inputs, y0), self.solver, self.termination, y0)
+            return Outcome(state.x, state.status, state.distance, state.steps)
+        # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
+        largest = max_norm(inputs[0]).unsqueeze(-1)
+        largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+        v = inputs[0] / largest
+        state = loop(self.equation.problem((v, *inputs[1:]), y0), self.solver, self.termination, y0)
+        size = self.termination.size(v)
+        return Outcome(state.x * largest, state.status, state.distance / torch.where(size > 0, size, 1), state.steps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pull(Pure):
+    """(v, y, \\*inputs) -> how the adjoint equation at the root y was solved, and the gradients of the inputs that are wanted."""
+
+    equation: Equation
+    solver: Solver
+    termination: Termination
+    wanted: tuple[bool, ...]
+
+    @property
+    def key(self) -> Hashable:
+        return "pull", self.equation.key, told(self.solver), told(self.termination), self.wanted
+
+    @property
+    def binding(self) -> Binding:
+        return self.equation.binding
+
+    @property
+    def batch_dims(self) -> int:
+        return self.equation.batch_dims
+
+    def linear(self, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Linear, tuple[Tensor, ...]]:
+        """The adjoint equation, and its inputs after v."""
+        root, flipped, arguments = self.equation.linearisation(y, inputs)
+        return Linear(root, not flipped), arguments
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        v, y, inputs = tensors[0], tensors[1], tensors[2:]
+        equation, arguments = self.linear(y, inputs)
+        outcome = Solve(equation, self.solver, self.termination)(torch.zeros_like(v), v, *arguments)
+        gradients = input_gradients(self.equation, self.wanted, outcome.value, y, inputs)
+        found = [torch.zeros_like(t) if g is None else g for g, t, want in zip(gradients, inputs, self.wanted) if want]
+        return *outcome, *found
+
+
+def input_gradients(equation: Equation, wanted: tuple[bool, ...], u: Tensor, y: Tensor,
+                    inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
+    """−(∂F/∂inputs)ᵀ u for the inputs that are wanted."""
+    chosen = [k for k, want in enumerate(wanted) if want]
+
+    def residual(*values: Tensor) -> Tensor:
+        full = list(inputs)
+        for k, value in zip(chosen, values, strict=True):
+            full[k] = value
+        return equation.residual(y, *full)
+
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for k, g in zip(chosen, pullback(residual, [inputs[k] for k in chosen], -u), strict=True):
+        gradients[k] = g
+    return gradients
