@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from energynet import _tree
 from energynet._autodiff import readable, recording_program, tracing
+from energynet._cpp import cache_key, loops_in_place
 
 
 def while_loop(condition: Callable[[Any], Tensor], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
@@ -120,7 +121,8 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """The same for two views of the same elements."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype
+    where = (tensor.storage_offset(), *tensor.size(), *tensor.stride())
+    return tensor.untyped_storage()._cdata, *map(str, where), tensor.dtype  # as text: sizes may be symbols
 
 
 def _widen(graph: fx.GraphModule, position: int, count: int) -> None:
@@ -213,8 +215,8 @@ class Program:
         """Tensors that the function took from elsewhere."""
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
         constants = [_fake(mode, t, ()) for t in self.captured]
-        with torch.no_grad():
-            self._run = torch._inductor.compile(graph, [*fakes, *constants], options=options)
+        with torch.no_grad(), loops_in_place():
+            self._run = torch._inductor.compile(graph, [*fakes, *constants], options={**options, **cache_key()})
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors of these sizes are what the program was compiled for."""
