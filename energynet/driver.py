@@ -105,10 +105,10 @@ class Compiled(Driver):
             if (known := self._bound.get(where)) and known[0].unchanged():
                 return known[1]
             binding = Binding.of(step)
-            seen = Fingerprint(step, binding.tensors)
+            seen = Fingerprint(_parts(step), binding.tensors)
             resolved = {id(t) for t in binding.tensors}.difference(map(id, seen.inputs))  # such as parametrised weights
             if resolved:
-                seen = Fingerprint(binding.step, binding.tensors)
+                seen = Fingerprint(_parts(binding.step), binding.tensors)
             binding = dataclasses.replace(binding, mark=self._mark(seen))
             if not resolved and (where in self._bound or _forget_with(fields.values(), self._bound, where)):
                 self._bound.put(where, (seen, binding))
@@ -232,6 +232,11 @@ def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> b
     except TypeError:  # it cannot tell of its end
         return False
     return True
+
+
+def _parts(step: Step) -> tuple[Any, ...]:
+    """What a step consists of; itself it is made anew at each call."""
+    return type(step), tuple(vars(step)), *vars(step).values()
 
 
 def _kind(tensor: Tensor) -> Hashable:

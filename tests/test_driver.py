@@ -1,9 +1,11 @@
 """The compiled driver: the results of the eager one, and no second compilation."""
 
 import copy
+import gc
 import pickle
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,18 +21,25 @@ from energynet import (
     Broyden,
     CompilationError,
     Compiled,
+    Driver,
     Eager,
+    GradientStep,
+    LostGradientError,
     Nesterov,
     NewtonCG,
     Picard,
     Solver,
     Status,
+    Step,
     Termination,
     UnrolledAdjoint,
     fixed_point,
     minimize,
 )
+from energynet._cpp import in_place
+from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
+from energynet.pure import Pure
 
 COMPILES = [
     pytest.mark.slow,
@@ -181,3 +190,125 @@ def test_unrolled_gradients_and_traces_are_run_by_python() -> None:
     torch.testing.assert_close(torch.autograd.grad(x.sum(), z)[0], torch.full((2, 1), 2.0), rtol=0, atol=1e-2)
     assert fixed_point(lambda x: 0.5 * x, torch.ones(2, 1), trace=True, driver=driver).trace is not None
     assert driver.compilations == 0
+
+
+def test_a_step_is_bound_once_until_something_that_it_reads_changes() -> None:
+    energy, driver, shift = Scaled(), Compiled(), torch.zeros(())
+
+    def around(x: Tensor, z: Tensor) -> Tensor:
+        value: Tensor = energy(x, z) + shift
+        return value
+
+    first = driver.bind(GradientStep(around, 0.1))
+    assert driver.bind(GradientStep(around, 0.1)) is first
+    assert driver.bind(GradientStep(around, 0.2)) is not first
+    energy.factor = 4.0
+    assert driver.bind(GradientStep(around, 0.1)).mark != first.mark
+    energy.factor = 3.0
+    assert driver.bind(GradientStep(around, 0.1)).mark == first.mark
+    shift.requires_grad_()
+    assert driver.bind(GradientStep(around, 0.1)).mark != first.mark
+    shift = torch.ones(())
+    assert driver.bind(GradientStep(around, 0.1)).mark != first.mark
+
+
+def test_what_was_bound_is_forgotten_with_the_energy() -> None:
+    driver, energy = Compiled(), Scaled()
+    driver.bind(GradientStep(energy, 0.1))
+    assert len(driver._bound.values) == 1
+    alive = weakref.ref(energy)
+    del energy
+    gc.collect()
+    assert alive() is None and not driver._bound.values
+
+
+def test_a_lost_gradient_is_told_at_a_later_call_as_well() -> None:
+    weight, z = torch.ones(3), torch.ones(2, 3, requires_grad=True)
+
+    def energy(x: Tensor, z: Tensor) -> Tensor:
+        return (x - weight * z).square().sum(-1)
+
+    driver = Recording()
+    for _ in range(2):
+        minimize(energy, torch.zeros(2, 3), z, driver=driver)
+    assert driver.looks == 1
+    weight.requires_grad_()
+    with pytest.raises(LostGradientError):
+        minimize(energy, torch.zeros(2, 3), z, driver=driver)
+
+
+class Recording(Driver):
+    """Binds and looks as `Compiled` does, counts the looks, and runs Python."""
+
+    def __init__(self) -> None:
+        self.compiled, self.looks = Compiled(), 0
+
+    def bind(self, step: Step) -> Binding:
+        return self.compiled.bind(step)
+
+    def examined(self, binding: Binding, tensors: Any, examine: Callable[[], Any]) -> Any:
+        def look() -> Any:
+            self.looks += 1
+            return examine()
+
+        return self.compiled.examined(binding, tensors, look)
+
+    def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return function(*tensors)
+
+
+@compiles
+def test_a_changed_batch_compiles_once_more_for_every_size() -> None:
+    energy, driver = LogCosh(), Compiled(strict=True)
+    layer = FPI_GD(energy, energy.step_size, start=energy.start, termination=TIGHT, driver=driver)
+    for batch, programs in ((3, 2), (5, 4), (64, 4), (2, 4), (3, 4)):
+        z = some_context(batch, requires_grad=True)
+        found = torch.autograd.grad(layer(z).square().sum(), [z, energy.A])
+        eager = FPI_GD(energy, energy.step_size, start=energy.start, termination=TIGHT)
+        expected = torch.autograd.grad(eager(z).square().sum(), [z, energy.A])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        assert driver.compilations == programs
+
+
+LOOP = """
+    AtenTensorHandle buf1_handle;
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors_out(arg0_1, &buf1_handle));
+    RAIIAtenTensorHandle buf1(buf1_handle);
+    while (1) {
+        AtenTensorHandle body_arg0_handle;
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors_out(buf1, &body_arg0_handle));
+        RAIIAtenTensorHandle body_arg0(body_arg0_handle);
+        static constexpr int64_t int_array_0[] = {3L, };
+        AtenTensorHandle body_buf0_handle;
+        AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, int_array_0, int_array_0, f64, cpu, 0, &body_buf0_handle));
+        RAIIAtenTensorHandle body_buf0(body_buf0_handle);
+        kernel((double*)(body_arg0.data_ptr()), (double*)(body_buf0.data_ptr()));
+        body_arg0.reset();
+        buf1.reset();
+        buf1 = std::move(body_buf0);
+    }"""
+
+
+def test_a_loop_in_place_makes_its_memory_once_and_leaves_the_input_alone() -> None:
+    code = in_place(LOOP)
+    before, _, turn = code.partition("while (1) {")
+    assert before.count("aoti_torch_empty_strided") == 2 and "aoti_torch_copy_(buf1, arg0_1, 0)" in before
+    assert "aoti_torch" not in turn and "std::swap(buf1, body_buf0);" in turn and "auto& body_arg0 = buf1;" in turn
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "auto body_buf1 = wrap_with_raii_handle(reinterpret_tensor_wrapper(body_buf0, 0, i, i, 0L)); body_buf0.reset();",
+        "auto body_buf1 = std::move(body_buf0);  // reuse\n        auto body_buf2 = f(reinterpret_tensor_wrapper(body_buf1, 0));",
+    ],
+)
+def test_memory_that_goes_on_as_another_shape_is_made_at_each_turn(line: str) -> None:
+    code = in_place(LOOP.replace("        body_arg0.reset();", f"        {line}\n        body_arg0.reset();"))
+    before, _, turn = code.partition("while (1) {")
+    assert "aoti_torch_empty_strided" not in before and "aoti_torch_empty_strided" in turn and "swap" not in turn
+
+
+def test_code_of_another_form_is_left_alone() -> None:
+    unknown = LOOP.replace("aoti_torch_assign_tensors_out(arg0_1, &buf1_handle)", "other(arg0_1, &buf1_handle)")
+    assert in_place(unknown) == unknown
