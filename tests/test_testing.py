@@ -89,6 +89,11 @@ def test_a_minimiser_is_as_good_a_point_as_any():
         check_energy(lambda x, z: skewed(x, z) + 1e-3 * (x.detach() * x).sum(-1), x, Z)
 
 
+def test_a_leak_that_vanishes_at_the_given_point_is_seen():
+    with pytest.raises(CheckError, match="batch"):
+        check_energy(lambda x, z: x.square().sum(-1) + (z * x).sum(), torch.zeros(4, 2), Z)
+
+
 def test_energy_with_parameters_dropout_in_encode_and_frozen_context_passes():
     network = Network()
     before = {k: v.clone() for k, v in network.state_dict().items()}
