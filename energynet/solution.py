@@ -46,9 +46,10 @@ class Status(enum.IntEnum):
 _FORWARD = {
     Status.CONVERGED: "converged.",
     Status.MAX_STEPS: (
-        "ran out of steps, or no step improved it further. Likely cause: the map contracts slowly, the step size is too small, "
-        "or the tolerance lies below what the dtype can reach (about its rounding unit times the condition number). Try a better "
-        "step size, Anderson, LBFGS, a larger max_steps, a looser tolerance or float64."
+        "ran out of steps, or no step improved it further. Likely cause: the map contracts slowly, the step size is too small "
+        "or so large that the iterates jump to and fro, the energy has no minimiser, or the tolerance lies below what the dtype "
+        "can reach (about its rounding unit times the condition number). Try a better step size, Anderson, LBFGS, a larger "
+        "max_steps, a looser tolerance or float64."
     ),
     Status.NONFINITE: (
         "met NaN or Inf. Likely cause: NaN in the context or x0, a step size that is too large, or an energy outside its "

@@ -76,6 +76,24 @@ def test_good_energies_pass():
     assert "curvature = (3." in repr(report) and repr(report).startswith("EnergyReport: passed\n")
 
 
+def test_a_minimiser_is_as_good_a_point_as_any():
+    """There the derivative vanishes, and all that differences see is their own truncation and rounding."""
+
+    def skewed(x, z):  # flat and without height at x = z, and a third derivative of 1000
+        u = 10 * (x - z)
+        return (u.exp() - u - 1).sum(-1)
+
+    x = Z + 1e-9
+    assert check_energy(skewed, x, Z).gradient_error < 1e-6
+    with pytest.raises(CheckError, match="detach"):  # a wrong derivative is still seen there
+        check_energy(lambda x, z: skewed(x, z) + 1e-3 * (x.detach() * x).sum(-1), x, Z)
+
+
+def test_a_leak_that_vanishes_at_the_given_point_is_seen():
+    with pytest.raises(CheckError, match="batch"):
+        check_energy(lambda x, z: x.square().sum(-1) + (z * x).sum(), torch.zeros(4, 2), Z)
+
+
 def test_energy_with_parameters_dropout_in_encode_and_frozen_context_passes():
     network = Network()
     before = {k: v.clone() for k, v in network.state_dict().items()}

@@ -185,11 +185,14 @@ def _directional_error(function: Callable[[list[Tensor]], Tensor], values: list[
     best = (float("inf"), slope, float("nan"))
     for h in (1e-4, 1e-5, 1e-3):
         ends = [
-            float(function([*values[:k], values[k].detach() + s * h * direction, *values[k + 1 :]]).detach()) for s in (1, -1)
+            float(function([*values[:k], values[k].detach() + s * h * direction, *values[k + 1 :]]).detach())
+            for s in (1, -1, 0.5, -0.5)
         ]
-        difference = (ends[0] - ends[1]) / (2 * h)
-        rounding = noise * (abs(ends[0]) + abs(ends[1])) / h  # what lies below cannot be told from zero
-        error = abs(difference - slope) / max(typical, abs(slope), abs(difference), rounding / limit, 1e-300)
+        coarse, fine = (ends[0] - ends[1]) / (2 * h), (ends[2] - ends[3]) / h
+        difference = (4 * fine - coarse) / 3  # Richardson's extrapolation
+        # What lies below rounding or truncation cannot be told from zero: at a minimum, that is all of the slope.
+        unknown = noise * (abs(ends[0]) + abs(ends[1])) / h + abs(difference - fine)
+        error = abs(difference - slope) / max(typical, abs(slope), abs(difference), unknown / limit, 1e-300)
         best = min(best, (error if error == error else float("inf"), slope, difference))
         if best[0] <= 0.01 * limit:
             break
