@@ -236,7 +236,8 @@ for j, name in enumerate(SEGMENTS):
 axes[0].axhline(0, color="black", linewidth=0.7)
 axes[0].set(title="Logits settle (orange: lit in truth)", xlabel="step", ylabel="logit")
 axes[0].spines[["top", "right"]].set_visible(False)
-for axis, matrix, title in zip(axes[1:], (pull, correlation), ("Pull learned by the energy", "Correlation of labels"), strict=True):
+pairs = (pull, "Pull learned by the energy"), (correlation, "Correlation of labels")
+for axis, (matrix, title) in zip(axes[1:], pairs, strict=True):
     limit = matrix.abs().max().item()
     picture = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
     axis.set(title=title, xticks=range(7), yticks=range(7), xticklabels=SEGMENTS, yticklabels=SEGMENTS)
