@@ -24,9 +24,10 @@ def reference(x: Tensor, weight: Tensor, boundary: Boundary) -> Tensor:
     return conv2d(x if boundary is Boundary.INSIDE else pad(x, margin, mode=boundary.value), weight)
 
 
-def image_energy(boundary: Boundary = Boundary.REFLECT, channels: int = 1, concavity: float = 0.0, seed: int = 0) -> ImageEnergy:
+def image_energy(boundary: Boundary = Boundary.REFLECT, channels: int = 1, concavity: float = 0.0, seed: int = 0,
+                 strength: float = 8.0) -> ImageEnergy:  # fmt: skip
     torch.manual_seed(seed)
-    energy = ImageEnergy(channels, num_filters=4, size=3, strength=8.0, concavity=concavity, boundary=boundary).to(DOUBLE)
+    energy = ImageEnergy(channels, num_filters=4, size=3, strength=strength, concavity=concavity, boundary=boundary).to(DOUBLE)
     with torch.no_grad():
         for parameter in energy.parameters():
             parameter.copy_(3 * torch.randn_like(parameter))
@@ -170,11 +171,11 @@ def test_away_from_the_border_every_boundary_is_the_same_and_equivariant() -> No
     torch.testing.assert_close(filter_bank(x[..., 2:, 1:], weight), inside[..., 2:, 1:])
 
 
-@pytest.mark.parametrize("concavity", [0.0, 0.9])
+@pytest.mark.parametrize("concavity", [0.0, 0.5])
 def test_minimiser_and_exact_gradients(concavity: float) -> None:
-    energy = image_energy(concavity=concavity)
+    energy = image_energy(concavity=concavity, strength=2.0)
     layer = FPI_GD(energy, energy.step_size, termination=TIGHT)
-    y = torch.randn(2, 1, 4, 4, dtype=DOUBLE, requires_grad=True)
+    y = torch.randn(2, 1, 3, 3, dtype=DOUBLE, requires_grad=True)
     p = (0.3 + 0.7 * torch.rand(2, dtype=DOUBLE)).requires_grad_() if not concavity else None
     context = (y,) if p is None else (y, p)
     x = layer(*context)
@@ -196,14 +197,14 @@ def test_each_image_is_judged_by_itself_and_check_energy_agrees() -> None:
 
 
 def test_filters_are_learned_through_the_solver() -> None:
-    clean = torch.zeros(1, 1, 20, 20)
-    clean[..., 5:15, 7:16] = 1.0
+    clean = torch.zeros(1, 1, 16, 16)
+    clean[..., 4:12, 5:13] = 1.0
     noisy = clean + 0.1 * torch.randn_like(clean)
     energy = ImageEnergy(num_filters=8, size=3, strength=20.0, concavity=0.9)
     layer = FPI_GD(energy, energy.step_size)
-    optimiser = torch.optim.Adam(energy.parameters(), lr=0.1)
+    optimiser = torch.optim.Adam(energy.parameters(), lr=0.15)
     losses = []
-    for _ in range(15):
+    for _ in range(12):
         optimiser.zero_grad()
         loss = (layer(noisy) - clean).square().mean()
         loss.backward()

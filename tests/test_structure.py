@@ -24,6 +24,7 @@ ORDER = [
     "termination",
     "distance",
     "solution",
+    "warm_start",
     "solvers",
     "linear",
     "loop",
