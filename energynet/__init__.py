@@ -31,6 +31,7 @@ from energynet.solvers import (
 )
 from energynet.step import DampedStep, GradientStep, Kind, MapStep, OptimalityStep, Prox, ProximalStep, Step
 from energynet.termination import Termination
+from energynet.warm_start import WarmStart
 
 __version__ = "0.1.0"
 
@@ -87,6 +88,7 @@ __all__ = [
     "Termination",
     "Trace",
     "UnrolledAdjoint",
+    "WarmStart",
     "constraints",
     "diagnostics",
     "fixed_point",

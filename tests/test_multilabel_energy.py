@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
+from problems import TIGHT
+from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-from energynet import FPI_GD, FPI_NN, Termination
-from energynet.energies import BoundedNorm, LabelContraction, LabelFeatures, MultiLabelEnergy
+from energynet import FPI_GD, FPI_NN, Termination, minimize
+from energynet.energies import BoundedNorm, LabelContraction, LabelFeatures, MultiLabelEnergy, StructuredEnergy
 
 L, M, B = 5, 2, 4
 
@@ -85,3 +87,54 @@ def test_features_give_one_score_per_expert_and_label() -> None:
     features = LabelFeatures(6, L, num_experts=M, hidden=8)
     assert features(torch.ones(B, 6)).shape == (B, M, L)
     assert sum(isinstance(module, nn.Dropout) for module in features.modules()) == 2 * M
+
+
+def structured() -> StructuredEnergy:
+    torch.manual_seed(3)
+    energy = StructuredEnergy(6, L, hidden=7, ridge=0.3).double()
+    with torch.no_grad():
+        energy.labels.weight.normal_()
+    return energy
+
+
+class Unhoisted(nn.Module):
+    """The energy without its `encode`."""
+
+    def __init__(self, energy: StructuredEnergy) -> None:
+        super().__init__()
+        self.energy = energy
+
+    def forward(self, u: Tensor, z: Tensor) -> Tensor:
+        return self.energy(u, z)
+
+
+def test_structured_energy_is_what_its_docstring_says() -> None:
+    energy = structured()
+    u, z = torch.randn(B, L, dtype=torch.float64), torch.randn(B, 6, dtype=torch.float64)
+    weight = torch.cat([energy.features.weight, energy.labels.weight], 1)
+    hidden = softplus(torch.cat([z, torch.sigmoid(u)], 1) @ weight.T + energy.features.bias)
+    torch.testing.assert_close(energy(u, z), hidden.square().mean(1) + 0.15 * u.square().sum(1))
+
+
+def test_what_is_computed_once_changes_no_derivative_of_the_structured_energy() -> None:
+    energy = structured()
+    z = torch.randn(B, 6, dtype=torch.float64, requires_grad=True)
+    variables = (z, *energy.parameters())
+    results = []
+    for same in (energy, Unhoisted(energy)):
+        value = minimize(same, energy.start(z), z, termination=TIGHT).value
+        first = torch.autograd.grad(value.sin().sum(), variables, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), variables)
+        results.append([value, *first, *second])
+    for hoisted, plain in zip(*results, strict=True):
+        torch.testing.assert_close(hoisted, plain, rtol=1e-8, atol=1e-10)
+
+
+def test_structured_energy_falls_to_a_minimum() -> None:
+    energy = structured()
+    z = torch.randn(B, 6, dtype=torch.float64)
+    u = minimize(energy, None, z, termination=TIGHT).value.detach()
+    assert torch.func.grad(lambda u: energy(u, z).sum())(u).norm() < 1e-9
+    assert (energy(u, z) < energy(u + 0.1 * torch.randn_like(u), z)).all()
+    with pytest.raises(ValueError, match="infinity"):
+        StructuredEnergy(6, L, ridge=0.0)

@@ -25,6 +25,7 @@ ORDER = [
     "termination",
     "distance",
     "solution",
+    "warm_start",
     "solvers",
     "linear",
     "loop",

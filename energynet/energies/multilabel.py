@@ -1,4 +1,4 @@
-"""Multi-label classification: an energy over label logits, and a contracting network as its rival."""
+"""Multi-label classification: energies over label logits, and a contracting network as their rival."""
 
 import math
 
@@ -117,6 +117,54 @@ class MultiLabelEnergy(Energy):
     def evaluate(self, u: Tensor, mean: Tensor, spread: Tensor) -> Tensor:  # (B, L), (B, L), (B,) -> (B,)
         ridges = (torch.tanh(self.amplitude) * _log_cosh(u @ self.weight.T + self.shift)).sum(-1)
         return 0.5 * (u - mean).square().sum(-1) + spread - self.coupling * ridges
+
+
+class StructuredEnergy(Energy):
+    r"""A network's energy over label probabilities σ(u) and features z, with a ridge so that it has a minimiser:
+
+    .. math::
+        E(u; z) = \frac1K \sum_k \mathrm{softplus}\bigl((V z + W σ(u) + b)_k\bigr)^2 + \tfrac{μ}{2} \|u\|^2.
+
+    The weight on [z; σ(u)] is kept in two parts, because V z + b does not depend on u: it is computed once a solve, which for
+    many features is most of the work (``python -m tests.benchmarks.hoisting``). Without the ridge some logits run to −∞. E
+    need not be convex: a small μ allows several minima, and the one is found that the start leads to.
+
+    Example:
+        >>> from energynet import minimize
+        >>> minimize(StructuredEnergy(6, 3, hidden=8), None, torch.ones(5, 6)).value.shape      # z (B, D) -> u* (B, L)
+        torch.Size([5, 3])
+
+    Args:
+        num_features: D, length of z.
+        num_labels: L, length of u.
+        hidden: K, number of hidden units.
+        ridge: μ, added to every curvature.
+
+    Raises:
+        ValueError: if the ridge is not positive and finite.
+
+    Source: the energies of Belanger and McCallum (2016), Structured prediction energy networks; the ridge is added.
+    """
+
+    def __init__(self, num_features: int, num_labels: int, *, hidden: int = 512, ridge: float = 0.01) -> None:
+        super().__init__()
+        if not 0 < ridge < math.inf:
+            raise ValueError(f"ridge must be positive and finite, got {ridge}: without one, logits run to infinity.")
+        self.ridge, self.num_labels = ridge, num_labels
+        self.features = nn.Linear(num_features, hidden)
+        self.labels = nn.Linear(num_labels, hidden, bias=False)
+
+    def start(self, z: Tensor) -> Tensor:  # (B, D) -> (B, L)
+        """Zero: every label as likely as not."""
+        return z.new_zeros(z.shape[0], self.num_labels)
+
+    def encode(self, z: Tensor) -> Tensor:  # (B, D) -> (B, K)
+        """V z + b."""
+        return self.features(z)
+
+    def evaluate(self, u: Tensor, shift: Tensor) -> Tensor:  # (B, L), (B, K) -> (B,)
+        hidden = nn.functional.softplus(self.labels(torch.sigmoid(u)) + shift)
+        return hidden.square().mean(-1) + 0.5 * self.ridge * u.square().sum(-1)
 
 
 class LabelContraction(nn.Module):

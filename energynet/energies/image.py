@@ -1,0 +1,117 @@
+"""Images: a data term and learned filters with learned potentials."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from energynet.energies.filters import Boundary, BoundedFilters, filter_bank
+from energynet.energy import Energy
+
+
+class ImageEnergy(Energy):
+    r"""A convex-ridge energy over images, whose minimiser is y made regular:
+
+    .. math::
+        E(x; y, p) = \tfrac12 \sum_q p_q (x_q - y_q)^2 + \lambda \sum_i \sum_q \phi_i\bigl((w_i * x)_q\bigr), \quad
+        \phi_i(t) = h_{s_i}(t) - \kappa_i h_{s_i/\kappa_i}(t), \quad h_s(t) = s \bigl(\sqrt{s^2 + t^2} - s\bigr),
+
+    with q the pixels. h is quadratic below its scale s and linear above, a smooth Huber function with 0 < h″ ≤ 1. Filters
+    (zero mean), scales and λ are learned. How strongly a filter counts is in its norm. With ``concavity`` c > 0 the
+    κ are learned too: the potentials level off, which spares edges; c = 0 stands for κ = 0, a convex energy.
+
+    The filters are scaled so that ‖(w₁ * x, w₂ * x, …)‖ ≤ ‖x‖, λ stays below the strength S and λκ below c. So the Hessian lies
+    between p − c and p + S whatever is learned: with p = 1 and c < 1 there is one minimiser, and `step_size` reaches it.
+
+    Example:
+        >>> from energynet import FPI_GD
+        >>> energy = ImageEnergy(num_filters=8)
+        >>> denoise = FPI_GD(energy, energy.step_size)
+        >>> denoise(torch.rand(2, 1, 16, 16)).shape                     # y (B, C, H, W) -> x* (B, C, H, W)
+        torch.Size([2, 1, 16, 16])
+        >>> mask = (torch.rand(2, 1, 16, 16) > 0.2).float()             # inpainting: p is zero where y is not known
+        >>> energy(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16), mask).shape
+        torch.Size([2])
+
+    Args:
+        channels: C, 1 for grey images.
+        num_filters: number of filters.
+        size: k, of the k × k filters, odd (with ``Boundary.INSIDE`` any).
+        strength: S, the largest curvature of the regulariser; more noise takes more, a tenth of the range about 10.
+        concavity: c, in [0, 1) and below the strength.
+        scale: of the potentials at first, in units of the filters' responses.
+        boundary: what a filter sees beyond the border. S is reached with ``INSIDE``, ``ZERO`` and ``PERIODIC``; with
+            ``REFLECT`` a pixel may be seen four times, which the bound allows for: λ stays below about S/2 in effect.
+
+    Raises:
+        ValueError: if strength, scale or concavity is out of range.
+
+    Source: Goujon et al. (2023), A neural-network-based convex regularizer; Goujon et al. (2024), Learning weakly convex
+        regularizers: the form, with potentials in closed form in place of splines.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        *,
+        num_filters: int = 32,
+        size: int = 5,
+        strength: float = 10.0,
+        concavity: float = 0.0,
+        scale: float = 0.01,
+        boundary: Boundary = Boundary.REFLECT,
+    ) -> None:
+        super().__init__()
+        if not (0 < strength < math.inf and 0 < scale < math.inf):
+            raise ValueError(f"strength and scale must be positive and finite, got {strength} and {scale}.")
+        if not 0 <= concavity < min(1, strength):
+            raise ValueError(
+                f"concavity must lie in [0, 1) and below strength={strength}, got {concavity}: the data term adds a curvature of "
+                "1, and one minimiser needs what is left to be positive."
+            )
+        self.strength, self.concavity, self.boundary = strength, concavity, boundary
+        self.raw_strength = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.full((num_filters,), math.log(scale)))
+        self.raw_mixing = nn.Parameter(torch.zeros(num_filters)) if concavity else None
+        self.weight = nn.Parameter(torch.randn(num_filters, channels, size, size))
+        register_parametrization(self, "weight", BoundedFilters(boundary))
+
+    @property
+    def step_size(self) -> float:
+        """2/(μ + L), the best fixed step for the bounds of the Hessian with p = 1; safe for all p between 0 and 1."""
+        return 2 / (2 - self.concavity + self.strength)
+
+    def start(self, y: Tensor, precision: Tensor | float = 1.0) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        """The image given."""
+        return y
+
+    def encode(self, y: Tensor, precision: Tensor | float = 1.0) -> tuple[Tensor | float | None, ...]:
+        """The filters in units of their scales, and the factors of the potentials ``(F,)``.
+
+        Args:
+            y: images, ``(B, C, H, W)``.
+            precision: p, the weight of the data, relative to the noise that was learned for, (σ₀/σ)²: a float, one value
+                a sample ``(B,)``, or one a pixel, like y.
+        """
+        scale = self.log_scale.exp()
+        filters = self.weight / scale[:, None, None, None]
+        factor = self.strength * torch.sigmoid(self.raw_strength) * scale.square()
+        if isinstance(precision, Tensor) and precision.ndim == 1:
+            precision = precision[:, None, None, None]
+        if self.raw_mixing is None:
+            return y, precision, filters, factor, None
+        return y, precision, filters, factor, self.concavity / self.strength * torch.sigmoid(self.raw_mixing)
+
+    def evaluate(self, x: Tensor, y: Tensor, precision: Tensor | float, filters: Tensor, factor: Tensor,
+                 mixing: Tensor | None) -> Tensor:  # -> (B,)  # fmt: skip
+        u = filter_bank(x, filters, self.boundary).flatten(2)  # (B, F, pixels)
+        potential = _bend(u)
+        if mixing is not None:
+            potential = potential - _bend(mixing[:, None] * u) / mixing[:, None]
+        return 0.5 * (precision * (x - y).square()).sum((1, 2, 3)) + potential.sum(-1) @ factor
+
+
+def _bend(u: Tensor) -> Tensor:
+    # √(1 + u²) − 1, subtracted pixel by pixel: of the sum little would be left. hypot is one operation, and its derivative two.
+    return torch.hypot(u, u.new_ones(())) - 1

@@ -1,0 +1,168 @@
+"""Answers of earlier epochs as starting points."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+from energynet.solution import Solution
+
+
+class WarmStart:
+    """The last answer of each sample, kept by its number, to begin there when the sample comes again.
+
+    Training changes the parameters a little from step to step, so an old answer is close to the new one. Where there is one
+    minimum, or one fixed point, the answer stays the same to the tolerance and takes fewer steps; with several minima a warm
+    start follows one of them. Calls are thread-safe; a copy or a pickle holds the same answers.
+
+    Example:
+        >>> import torch
+        >>> from energynet import FPI_GD
+        >>> layer = FPI_GD(lambda x, z: 0.5 * (x - z).square().sum(-1), step_size=0.5)
+        >>> cache = WarmStart()
+        >>> z, index = torch.ones(2, 3), torch.tensor([7, 4])           # (B, n), the samples' numbers (B,)
+        >>> for epoch in range(2):
+        ...     solution = layer.solve(z, x0=cache.start(index, torch.zeros_like(z)))
+        ...     cache.store(index, solution)
+        ...     print(solution.num_steps.tolist())
+        [12, 12]
+        [0, 0]
+
+    Args:
+        capacity: most samples that are kept, those stored last; None: all.
+        device: where answers are kept, such as ``torch.device("cpu")`` to spare a GPU's memory; None: where they are.
+
+    Raises:
+        ValueError: if capacity < 1.
+    """
+
+    def __init__(self, capacity: int | None = None, *, device: torch.device | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"WarmStart needs capacity ≥ 1 or None, got {capacity}.")
+        self.capacity, self.device = capacity, device
+        self._rows: OrderedDict[int, int] = OrderedDict()  # number -> row of the tables, the one stored longest ago first
+        self._tables: list[Tensor] = []  # of each leaf of x, (rows, ...)
+        self._lock = threading.Lock()
+
+    def start(self, index: Tensor | Sequence[int], default: Any) -> Any:
+        """Where to begin: the kept answer of each sample, and the default for samples that have none.
+
+        Args:
+            index: the samples' numbers, ``(B,)`` integers.
+            default: a tensor ``(B, ...)`` or a pytree of such.
+
+        Returns:
+            Like ``default``, on its devices and of its dtypes, without a graph.
+
+        Raises:
+            ValueError: if there is not one number a sample, or kept answers have other shapes.
+        """
+        leaves, spec = _tree.flatten(default)
+        numbers = _numbers(index, leaves)
+        result = [leaf.detach().clone() for leaf in leaves]
+        with self._lock:
+            self._check(leaves)
+            known = [k for k, number in enumerate(numbers) if number in self._rows]
+            rows = [self._rows[numbers[k]] for k in known]
+            for leaf, table in zip(result, self._tables):
+                leaf[known] = table[rows].to(leaf)
+        return _tree.unflatten(result, spec)
+
+    def store(self, index: Tensor | Sequence[int], solution: Solution) -> None:
+        """Keep the answers of the samples that converged, without their graph.
+
+        Args:
+            index: the samples' numbers, ``(B,)`` integers; of two equal ones the later counts.
+            solution: of ``minimize``, ``fixed_point`` or a layer's ``solve``, of one batch.
+
+        Raises:
+            ValueError: if there is not one number a sample, or answers kept before have other shapes.
+        """
+        leaves = _tree.leaves(solution.value)
+        numbers = _numbers(index, leaves)
+        positions = {n: k for k, (n, good) in enumerate(zip(numbers, solution.converged.tolist())) if good}
+        kept = list(positions.items())[-self.capacity :] if self.capacity else list(positions.items())
+        if not kept:
+            return
+        with self._lock:
+            self._check(leaves)
+            rows = [self._row(number) for number, _ in kept]
+            self._grow(leaves, max(rows) + 1)
+            for table, leaf in zip(self._tables, leaves):
+                table[rows] = leaf.detach()[[k for _, k in kept]].to(table)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers ``(N,)`` and the answers, a list of tensors ``(N, ...)``: loads with ``weights_only=True``."""
+        with self._lock:
+            rows = list(self._rows.values())
+            numbers = torch.tensor(list(self._rows), dtype=torch.int64)
+            return {"numbers": numbers, "answers": [table[rows] for table in self._tables]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the answers of a `state_dict` in place of those kept; of too many the first are left out."""
+        numbers = state["numbers"].tolist()
+        first = max(0, len(numbers) - self.capacity) if self.capacity else 0
+        with self._lock:
+            self._tables = [table[first:].to(device=self.device, copy=True) for table in state["answers"]]
+            self._rows = OrderedDict((number, row) for row, number in enumerate(numbers[first:]))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._rows
+
+    def __repr__(self) -> str:
+        return f"WarmStart(capacity={self.capacity}, device={self.device}, {len(self)} samples)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"capacity": self.capacity, "device": self.device, **self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["capacity"], device=state["device"])  # type: ignore[misc]
+        self.load_state_dict(state)
+
+    def _row(self, number: int) -> int:
+        """The row of a sample, now the last to go: its own, a new one, or that of the sample stored longest ago."""
+        row = self._rows.pop(number, None)
+        if row is None:
+            full = self.capacity is not None and len(self._rows) >= self.capacity
+            row = self._rows.popitem(last=False)[1] if full else len(self._rows)
+        self._rows[number] = row
+        return row
+
+    def _grow(self, leaves: list[Tensor], needed: int) -> None:
+        """Room for so many rows; half of it may be spare."""
+        if self._tables and len(self._tables[0]) >= needed:
+            return
+        size = max(needed, 2 * len(self._tables[0]) if self._tables else 0)
+        size = size if self.capacity is None else min(size, self.capacity)
+        tables = [leaf.new_empty((size, *leaf.shape[1:]), device=self.device, requires_grad=False) for leaf in leaves]
+        for table, old in zip(tables, self._tables):
+            table[: len(old)] = old
+        self._tables = tables
+
+    def _check(self, leaves: list[Tensor]) -> None:
+        kept = [tuple(table.shape[1:]) for table in self._tables]
+        seen = [tuple(leaf.shape[1:]) for leaf in leaves]
+        if kept and kept != seen:
+            raise ValueError(
+                f"WarmStart keeps answers of shapes {kept} a sample, and was given {seen}. Likely cause: images of several sizes, "
+                "or one cache for two layers. Use a WarmStart for each."
+            )
+
+
+def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
+    numbers = index.tolist() if isinstance(index, Tensor) else [int(number) for number in index]
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    if not isinstance(numbers, list) or sizes != {len(numbers)} or not all(isinstance(n, int) for n in numbers):
+        shape = tuple(index.shape) if isinstance(index, Tensor) else len(numbers)
+        raise ValueError(
+            f"WarmStart needs one whole number a sample, got index {shape} for x of shapes {[tuple(t.shape) for t in leaves]}. "
+            "Let the data set return its index beside each sample."
+        )
+    return numbers
