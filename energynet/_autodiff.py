@@ -28,7 +28,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def opaque(function: Function) -> Function:
     """What ``torch.compiler.disable`` does, without its import of Dynamo, which takes as long as that of PyTorch itself."""
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
@@ -36,7 +35,7 @@ def opaque(function: Function) -> Function:
     frames = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP  # where Dynamo meets this frame: neither it nor what it calls is looked at
     frames.set_code_exec_strategy(call.__code__, frames._FrameExecStrategy(skip, skip))
-    return call  # type: ignore[return-value]
+    return functools.wraps(function)(call)  # type: ignore[return-value]
 
 
 class _Recording(threading.local):
