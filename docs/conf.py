@@ -38,7 +38,7 @@ author = copyright = "energynet contributors"
 version = release = energynet.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb", "mathml"]
-exclude_patterns = ["conf.py", "_build", "_generated", "results", "figures", "tutorials/notebooks", "**/.ipynb_checkpoints"]
+exclude_patterns = ["*.py", "_build", "_generated", "results", "figures", "tutorials/notebooks", "**/.ipynb_checkpoints"]
 default_role = "any"
 html_theme = "furo"
 html_title = "energynet"

@@ -25,14 +25,20 @@ def measured(path: Path, command: str) -> dict[str, str]:
 
 
 def races(path: Path, command: str) -> str:
-    """Every race of ``{"machine": {...}, "rows": [Row, ...]}``, the rows as the harness of tests/benchmarks has them."""
+    """Every workload of ``{"W1": {"title", "date", "machine", "versions", "rows"}, ...}``, as tests/benchmarks/report.py writes."""
     if not path.is_file():
         return NONE_YET.format(command=command)
-    seen = json.loads(path.read_text())
-    parts = ["; ".join(f"{key.replace('_', ' ')} {value}" for key, value in seen.get("machine", {}).items()) + "\n"]
-    for (case, task), rows in groupby(seen["rows"], key=lambda row: (row["case"], row["task"])):
-        parts += [f"### {case}: {task}\n", _race(list(rows))]
+    parts = []
+    for name, seen in json.loads(path.read_text()).items():
+        parts.append(f"## {name}: {seen['title']}\n")
+        for (case, task), rows in groupby(seen["rows"], key=lambda row: (row["case"], row["task"])):
+            parts += [f"**{task if case == name else f'{case}, {task}'}**\n", _race(list(rows))]
+        parts.append(f"{seen['date']}; {_told(seen['machine'])}; {_told(seen['versions'])}. Printed by `{command}`.\n")
     return "\n".join(parts)
+
+
+def _told(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if isinstance(value, str | int | float))
 
 
 def _race(rows: list[dict[str, Any]]) -> str:
@@ -43,7 +49,7 @@ def _race(rows: list[dict[str, Any]]) -> str:
         "ms": lambda row: _number(row["seconds"], "{:.3g}", 1e3),
         "ratio": lambda row: _number(row["ratio"], "{:.3g}"),
         "target": lambda row: _number(row["target"], "≤ {:.3g}"),
-        "first call, s": lambda row: _number(row["first_seconds"], "{:.1f}"),
+        "compile, s": lambda row: _number(row["first_seconds"], "{:.1f}"),
         "memory, MiB": lambda row: _number(row["peak_mib"], "{:.0f}"),
         "note": lambda row: row["note"],
     }
@@ -61,7 +67,7 @@ def write(results: Path, folder: Path, notebooks: Iterable[str]) -> None:
     choosing = "python -m tests.benchmarks.choosing --driver --json docs/results/choosing.json"
     parts = {f"choosing-{name}": NONE_YET.format(command=choosing) for name in ("solvers", "adjoints", "tolerances", "drivers")}
     parts |= {f"choosing-{name}": text for name, text in measured(results / "choosing.json", choosing).items()}
-    parts["benchmarks"] = races(results / "benchmarks.json", "python -m tests.benchmarks --json docs/results/benchmarks.json")
+    parts["benchmarks"] = races(results / "benchmarks.json", "python -m tests.benchmarks")
     parts["notebooks"] = "\n".join(f"- {{download}}`{name}.ipynb <tutorials/notebooks/{name}.ipynb>`" for name in notebooks) + "\n"
     folder.mkdir(exist_ok=True)
     for name, text in parts.items():
