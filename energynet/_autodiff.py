@@ -5,9 +5,10 @@ transforms and dual numbers. The choice between them is made here and nowhere el
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -19,6 +20,22 @@ from energynet import _tree
 def transform_active() -> bool:
     """Whether a ``torch.func`` transform or a dual level of ``torch.autograd.forward_ad`` is open."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def opaque(function: Function) -> Function:
+    """What ``torch.compiler.disable`` does, without its import of Dynamo, which takes as long as that of PyTorch itself."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # a caller that Dynamo traces calls it as it is
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP  # where Dynamo meets this frame: neither it nor what it calls is looked at
+    frames.set_code_exec_strategy(call.__code__, frames._FrameExecStrategy(skip, skip))
+    return functools.wraps(function)(call)  # type: ignore[return-value]
 
 
 class _Recording(threading.local):

@@ -30,6 +30,7 @@ from energynet._autodiff import (
     alive,
     inside_jvp,
     is_grads_batched,
+    opaque,
     pushforward,
     readable,
     transform_active,
@@ -209,7 +210,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_forward(y, status, own, *tensors)
 
     @staticmethod
-    @torch.compiler.disable  # a compiled training step calls this from outside its graphs, where Dynamo listens still
+    @opaque  # a compiled training step calls this from outside its graphs, where Dynamo listens still
     def backward(ctx: Any, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
         y, status, own, *inputs = alive(ctx.saved_tensors)
         if v is None:
@@ -221,7 +222,7 @@ class _Solve(torch.autograd.Function):
         return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
 
     @staticmethod
-    @torch.compiler.disable
+    @opaque
     def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         with inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
             return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), *[None] * (4 + ctx.traces)

@@ -177,7 +177,7 @@ def describe(status: Tensor, residual: Tensor, steps: Tensor, adjoint: bool) -> 
             first = tuple(i[0] for i in torch.nonzero(failed, as_tuple=True)) if failed.ndim else ()
             parts.append(
                 f"{kind.name}: {samples(failed)} {sentences[kind]} Seen: residual {float(residual[first]):.3g} "
-                f"after {int(steps[first])} steps."
+                f"after {int(steps[first])} step{'' if int(steps[first]) == 1 else 's'}."
             )
     return ("The adjoint solve (the gradient) failed. " if adjoint else "The solve failed. ") + " ".join(parts)
 
@@ -188,4 +188,6 @@ def samples(mask: Tensor) -> str:
         return "the problem"
     where = [tuple(i) if len(i) > 1 else i[0] for i in torch.nonzero(mask).tolist()]
     named = ", ".join(map(str, where[:8])) + (", ..." if len(where) > 8 else "")
+    if mask.numel() == 1:
+        return "the only sample (number 0)"
     return f"{len(where)} of {mask.numel()} samples (number {named})"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
-from energynet._autodiff import readable, recording
+from energynet._autodiff import opaque, readable, recording
 from energynet._tree import Layout
 from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
@@ -193,7 +193,7 @@ def _rows(values: Tensor, best: Tensor) -> Tensor:  # (S, *batch, ...), (1, *bat
     return values.gather(0, index)[0]
 
 
-@torch.compiler.disable  # Dynamo would unroll the loop
+@opaque  # Dynamo would unroll the loop
 def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, context: tuple[Any, ...],
            batch_dims: int | None, options: _Options) -> Solution:  # fmt: skip
     with recording((arguments, x0, context)) as (arguments, x0, context):

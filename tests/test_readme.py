@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import energynet
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -31,6 +33,21 @@ def test_each_command_is_one_line_and_pins_torch() -> None:
         words = shlex.split(command)
         assert "-c" in words and words[words.index("-c") + 1] == "constraints.txt"
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_each_row_of_the_comparison_names_a_test() -> None:
+    table = README.split("| What | Tests |\n|---|---|\n")[1].split("\n\n")[0]
+    for row in table.splitlines():
+        assert re.search(r"\| `tests/test_\w+\.py(::\w+)?` \|$", row), row
+
+
+def test_front_page_has_a_figure_before_the_commands() -> None:
+    assert README.index("](docs/figures/readme.png)") < README.index("```sh")
+
+
+def test_citation_names_version_and_paper() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {energynet.__version__}\n" in citation and "arXiv:2002.02868" in citation
 
 
 def test_named_tests_exist() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,3 +138,29 @@ def test_public_name_has_docstring_and_page(name: str) -> None:
         assert ">>>" in (thing.__doc__ or ""), f"{name} has no example"
     page = (ROOT / "docs" / "api.md").read_text()
     assert f"energynet.{name}\n" in page, f"{name} is not in docs/api.md"
+
+
+def cpu_seconds(statement: str) -> float:
+    """Of a fresh interpreter, the least of three."""
+    program = f"import os, {statement}; print(sum(os.times()[:2]))"
+    return min(float(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT)) for _ in range(3))
+
+
+@pytest.mark.slow
+def test_import_takes_little_longer_than_that_of_torch() -> None:
+    """Wall-clock time would depend on what else the machine does."""
+    ours, torch = cpu_seconds("energynet"), cpu_seconds("torch")
+    print(f"import energynet {ours:.2f} s, import torch {torch:.2f} s, ratio {ours / torch:.2f}")
+    assert ours < 1.5 * torch
+
+
+def test_import_and_first_gradient_leave_the_compiler_alone() -> None:
+    """Importing Dynamo takes as long as importing PyTorch."""
+    program = """
+import sys, torch, energynet
+z = torch.ones(2, 3, requires_grad=True)
+energynet.minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(2, 3), z).value.sum().backward()
+print([name for name in ("torch._dynamo", "torch._inductor", "matplotlib") if name in sys.modules])
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"

@@ -1,0 +1,75 @@
+"""Tables of measurements, from docs/results/*.json to Markdown; conf.py writes them to docs/_generated at each build."""
+
+import json
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+NONE_YET = "*Nothing has been recorded yet; `{command}` writes this table.*\n"
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; numbers to the right."""
+    columns, rows = list(columns), [list(row) for row in rows]
+    bar = ["---" if k == 0 else "---:" for k in range(len(columns))]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (columns, bar, *rows)) + "\n"
+
+
+def measured(path: Path, command: str) -> dict[str, str]:
+    """Name to Markdown, of a file ``{"tables": [{"name", "columns", "rows", "note"}, ...]}``."""
+    if not path.is_file():
+        return {}
+    tables = json.loads(path.read_text())["tables"]
+    return {t["name"]: f"{table(t['columns'], t['rows'])}\n{t['note']} Printed by `{command}`.\n" for t in tables}
+
+
+def races(path: Path, command: str) -> str:
+    """Every workload of ``{"W1": {"title", "date", "machine", "versions", "rows"}, ...}``, as tests/benchmarks/report.py writes."""
+    if not path.is_file():
+        return NONE_YET.format(command=command)
+    parts = []
+    for name, seen in json.loads(path.read_text()).items():
+        parts.append(f"## {name}: {seen['title']}\n")
+        for (case, task), rows in groupby(seen["rows"], key=lambda row: (row["case"], row["task"])):
+            parts += [f"**{task if case == name else f'{case}, {task}'}**\n", _race(list(rows))]
+        parts.append(f"{seen['date']}; {_told(seen['machine'])}; {_told(seen['versions'])}. Printed by `{command}`.\n")
+    return "\n".join(parts)
+
+
+def _told(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if isinstance(value, str | int | float))
+
+
+def _race(rows: list[dict[str, Any]]) -> str:
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "": lambda row: row["contender"] if row["right"] or row["seconds"] is None else f"{row['contender']} (wrong)",
+        "steps": lambda row: row["steps"],
+        "error": lambda row: _number(row["error"], "{:.0e}"),
+        "ms": lambda row: _number(row["seconds"], "{:.3g}", 1e3),
+        "ratio": lambda row: _number(row["ratio"], "{:.3g}"),
+        "target": lambda row: _number(row["target"], "≤ {:.3g}"),
+        "compile, s": lambda row: _number(row["first_seconds"], "{:.1f}"),
+        "memory, MiB": lambda row: _number(row["peak_mib"], "{:.0f}"),
+        "note": lambda row: row["note"],
+    }
+    cells = {heading: [show(row) for row in rows] for heading, show in columns.items()}
+    shown = [heading for heading in cells if any(cells[heading])]
+    return table(shown, zip(*(cells[heading] for heading in shown)))
+
+
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else form.format(unit * value)
+
+
+def write(results: Path, folder: Path, notebooks: Iterable[str]) -> None:
+    """The generated parts of pages, each a file that a page includes."""
+    choosing = "python -m tests.benchmarks.choosing --driver --json docs/results/choosing.json"
+    parts = {f"choosing-{name}": NONE_YET.format(command=choosing) for name in ("solvers", "adjoints", "tolerances")}
+    parts["choosing-drivers"] = ""  # times, which only a quiet machine should record
+    parts |= {f"choosing-{name}": text for name, text in measured(results / "choosing.json", choosing).items()}
+    parts["benchmarks"] = races(results / "benchmarks.json", "python -m tests.benchmarks")
+    parts["notebooks"] = "\n".join(f"- {{download}}`{name}.ipynb <tutorials/notebooks/{name}.ipynb>`" for name in notebooks) + "\n"
+    folder.mkdir(exist_ok=True)
+    for name, text in parts.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
