@@ -234,7 +234,7 @@ class Affine(Prox):
 
     def __call__(self, x: Any, step_size: float | Tensor, *code: Any) -> Any:
         q, particular = code or self.encode()
-        return _each(lambda x: x - (q @ (q.mT @ x.unsqueeze(-1))).squeeze(-1) + particular, x)
+        return _each(lambda x: x - (q @ (q.mT @ x.to(q.dtype).unsqueeze(-1))).squeeze(-1) + particular, x)
 
 
 @final
@@ -277,6 +277,10 @@ class TotalVariation(Prox):
 
     def _flatten(self, x: Tensor, threshold: float | Tensor) -> Tensor:
         """On one leaf: each index of the leading dimensions is a problem of its own."""
+        if x.ndim < self.dims:
+            raise ValueError(f"TotalVariation(dims={self.dims}) needs as many dimensions at least; x has shape {tuple(x.shape)}.")
+        if not x.numel():
+            return x
         shape = x.shape[: x.ndim - self.dims]
         thresholds = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).expand(shape).reshape(-1)
         rows = x.reshape(-1, *x.shape[len(shape) :])
@@ -361,11 +365,24 @@ def _onto_ball(x: Tensor, radius: Any, center: Any) -> Tensor:
 
 def _onto_simplex(x: Tensor, radius: Any) -> Tensor:
     """x − τ where that is positive, τ such that the sum is right: linear in x and radius on each support."""
+    if not x.shape[-1]:
+        return _of_no_numbers(x, radius)
     radius = _last(radius)
     y = x - x.detach().amax(-1, keepdim=True)  # moves τ only, and keeps its digits
     support = _support(y.detach(), radius.detach() if isinstance(radius, Tensor) else radius)
     threshold = (torch.where(support, y, 0).sum(-1, keepdim=True) - radius) / support.sum(-1, keepdim=True)
-    return (y - threshold).relu()
+    # Not relu: on the edge of the support τ counts a number, so its own derivative belongs to it as well.
+    above = y - threshold
+    rounding = above.detach().clamp_min(0) - above.detach()
+    return torch.where(support, above + rounding, 0)
+
+
+def _of_no_numbers(x: Tensor, radius: Any) -> Tensor:
+    """Nothing sums to zero."""
+    positive = radius.detach() > 0 if isinstance(radius, Tensor) else torch.tensor(radius > 0)
+    if x.shape[0] and readable(positive) and bool(positive.any()):
+        raise ValueError(f"Simplex asks for a positive sum of no number: x has shape {tuple(x.shape)}. Nothing meets that.")
+    return x
 
 
 def _support(y: Tensor, radius: Any) -> Tensor:
@@ -378,6 +395,8 @@ def _support(y: Tensor, radius: Any) -> Tensor:
 
 def _length(x: Tensor) -> Tensor:  # (..., n) -> (..., 1)
     """Norm along the last dimension with derivative 0 at 0; scaled, so that no square over- or underflows."""
+    if not x.shape[-1]:
+        return x.sum(-1, keepdim=True)
     largest = x.detach().abs().amax(-1, keepdim=True)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
     square = (x / scale).square().sum(-1, keepdim=True)

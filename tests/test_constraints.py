@@ -250,7 +250,41 @@ def test_where_a_term_does_nothing_the_derivative_is_the_identity(prox: Prox) ->
     close(torch.func.jacrev(lambda x: prox(x, 1.0))(x).reshape(3, 3), torch.eye(3).double(), 0)
 
 
+def test_a_kink_of_the_simplex_has_the_derivative_of_one_side() -> None:
+    """Σ x = r on either side, so that Σ dx = dr; with r = 0 there is one side only."""
+    for z, radius in ((tensor(1.0, 0.0), 1.0), (tensor(0.3, -2.0), 0.0), (tensor(0.5, 0.5), 0.0), (tensor(2.0, 1.0, 1.0), 1.0)):
+        r = tensor(radius).requires_grad_()
+        rate = torch.func.jacrev(lambda r, z=z: Simplex(r)(z[None], 1.0)[0])(r).sum()
+        close(rate, torch.ones_like(rate), 1e-15)
+        x = torch.func.jacrev(lambda z, r=r: Simplex(r)(z[None], 1.0)[0].sum())(z)
+        close(x, torch.zeros_like(x), 1e-15)
+
+
 # ------------------------------------------------------------------------------------------------- per sample, pytrees, errors
+
+
+@pytest.mark.parametrize("prox", [Box(0.0, 1.0), NonNegative(), Simplex(0.0), L2Ball(), L1(0.1), GroupL2(0.1), TotalVariation(0.1)],
+                         ids=repr)  # fmt: skip
+def test_samples_of_no_numbers_and_no_samples(prox: Prox) -> None:
+    for shape in ((2, 0), (0, 3), (0, 0)):
+        assert prox(torch.zeros(shape), 1.0).shape == shape
+        assert minimize(lambda x: x.square().sum(-1), torch.zeros(shape), prox=prox).value.shape == shape
+
+
+def test_sets_that_are_empty_and_images_that_are_none() -> None:
+    with pytest.raises(ValueError, match=r"Simplex.*no number.*\(2, 0\)"):
+        Simplex()(torch.zeros(2, 0), 1.0)
+    with pytest.raises(ValueError, match=r"dims=2.*\(4,\)"):
+        TotalVariation(0.1, dims=2)(torch.zeros(4), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_affine_keeps_a_low_precision(dtype: torch.dtype) -> None:
+    plane = Affine(torch.ones(1, 4), torch.ones(1))  # no factorisation in half precision exists
+    z = torch.linspace(-1, 1, 12).reshape(3, 4)
+    x = minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(3, 4, dtype=dtype), z.to(dtype), prox=plane).value
+    assert x.dtype == dtype
+    torch.testing.assert_close(x.float(), plane(z, 1.0), rtol=0, atol=0.05)
 
 
 def test_per_sample_bounds_and_step_sizes_are_those_of_each_sample_alone() -> None:
