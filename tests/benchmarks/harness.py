@@ -167,11 +167,9 @@ def check(row: Row, contender: Contender, work: Work, task: Task, options: Optio
 
 
 def accuracy(work: Work, task: Task) -> float:
-    """The relative error that is allowed: ten times what the tolerances promise."""
-    problem = work.problem
-    forward = work.distance / float(problem.rows(work.answers[Task.FORWARD][0]).norm(dim=1).min())
-    promised = forward if task is Task.FORWARD else forward + problem.adjoint_tolerance / (1 - work.contraction)
-    return 10 * promised
+    """The relative error that is allowed: ten times the tolerance of its own kind."""
+    forward = work.distance / float(work.problem.rows(work.answers[Task.FORWARD][0]).norm(dim=1).min())
+    return 10 * (forward if task is Task.FORWARD else max(forward, work.problem.adjoint_tolerance))
 
 
 def race(racers: Sequence[Racer], options: Options, doing: Callable[[str], None]) -> None:

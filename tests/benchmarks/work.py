@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from .ops import TORCH, Ops
@@ -129,16 +130,37 @@ class Work:
 
 
 def prepare(problem: Problem, tasks: Sequence[Task]) -> Work:
-    """Solve in float64 with dense Hessians, then see how the plain iteration goes."""
+    """Solve in float64, with a dense Hessian where it fits, then see how the plain iteration goes."""
     double = problem.double()
     x = _newton(double)
-    hessian = dense_hessian(double, x)
-    spectrum = torch.linalg.eigvalsh(hessian)
-    smallest, largest = float(spectrum.amin()), float(spectrum.amax())
+    hessian = dense_hessian(double, x) if double.rows(x).shape[1] <= DENSE else None
+    smallest, largest = _extremes(double, x) if hessian is None else _bounds(torch.linalg.eigvalsh(hessian))
     step_size, contraction = 2 / (smallest + largest), (largest - smallest) / (largest + smallest)
     answers = {task: _answer(double, task, x, hessian) for task in tasks}
     steps, distance, whole = _calibrate(problem, step_size, x)
     return Work(problem, step_size, contraction, steps, distance, whole, answers)
+
+
+DENSE = 1000
+"""Unknowns up to which the reference solves with dense Hessians; beyond, by conjugate gradients to 1e-13."""
+
+
+def _bounds(spectrum: Tensor) -> tuple[float, float]:
+    return float(spectrum.amin()), float(spectrum.amax())
+
+
+def _extremes(problem: Problem, x: Tensor) -> tuple[float, float]:
+    """Smallest and largest curvature of all samples, by Lanczos' iteration."""
+    product = _product(problem, x)
+    operator = LinearOperator((x.numel(),) * 2, lambda p: product(torch.from_numpy(p).to(x).reshape(x.shape)).cpu().ravel().numpy())
+    smallest, largest = (float(eigsh(operator, 1, which=end, tol=1e-3, return_eigenvectors=False)[0]) for end in ("SA", "LA"))
+    return smallest, largest
+
+
+def _product(problem: Problem, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """p -> ∇²E(x) p."""
+    x, _, slope = _slope(problem, x, problem.code())
+    return lambda p: torch.autograd.grad(slope, x, p, retain_graph=True)[0]
 
 
 def dense_hessian(problem: Problem, x: Tensor) -> Tensor:  # (*shape) -> (B, n, n)
@@ -165,7 +187,7 @@ def _newton(problem: Problem) -> Tensor:
         if size < 1e-9 and size >= 0.5 * before:
             return found
         before = size
-        move = conjugate_gradients(lambda p: torch.autograd.grad(slope, x, p, retain_graph=True)[0], slope.detach(), 1e-12)  # noqa: B023
+        move = conjugate_gradients(_product(problem, found), slope.detach(), 1e-6)
         found = _shortened(problem, found, move, energy, code)
     raise RuntimeError("The reference did not converge: the benchmark's energy has no clear minimum.")
 
@@ -198,14 +220,20 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor, tole
     return u
 
 
-def _answer(problem: Problem, task: Task, x: Tensor, hessian: Tensor) -> Tensors:
+def _solved(problem: Problem, x: Tensor, hessian: Tensor | None, v: Tensor) -> Tensor:
+    """H⁻¹ v."""
+    if hessian is None:
+        return conjugate_gradients(_product(problem, x), v, 1e-13)
+    return torch.cholesky_solve(problem.rows(v).unsqueeze(-1), torch.linalg.cholesky(hessian)).reshape(x.shape)
+
+
+def _answer(problem: Problem, task: Task, x: Tensor, hessian: Tensor | None) -> Tensors:
     if task is Task.FORWARD:
         return (x,)
-    factor = torch.linalg.cholesky(hessian)
     if task is Task.GRADIENT:
         leaf = x.clone().requires_grad_()
         (v,) = torch.autograd.grad(problem.loss(leaf), leaf)
-        u = torch.cholesky_solve(problem.rows(v).unsqueeze(-1), factor).reshape(x.shape)
+        u = _solved(problem, x, hessian, v)
         inputs, wanted = problem.leaves()
         (slope,) = torch.autograd.grad(problem.energy(leaf, *inputs).sum(), leaf, create_graph=True)
         return tuple(-t for t in torch.autograd.grad((slope * u).sum(), wanted))

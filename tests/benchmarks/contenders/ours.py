@@ -1,5 +1,6 @@
 """energynet, with each driver."""
 
+from abc import ABC
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -29,19 +30,19 @@ class Written(Energy):
         return energies
 
 
-class _Ours(Differentiable):
+class _Ours(Differentiable, ABC):
     """Gradient steps of the same length, stopped by the distance from the answer; conjugate gradients backward."""
 
     peer: ClassVar[bool] = False
 
-    def driver(self) -> Driver:
-        raise NotImplementedError
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
 
     def layer(self, work: Work, report: AdjointReport | None = None) -> FPI_GD:
         problem = work.problem
         backward = Termination(rtol=problem.adjoint_tolerance, max_steps=problem.max_steps)
         return FPI_GD(
-            Written(problem.formula), work.step_size, start=problem.x0, solver=Picard(), driver=self.driver(),
+            Written(problem.formula), work.step_size, start=problem.x0, solver=Picard(), driver=self.driver,
             termination=Termination(atol=work.distance, rtol=0.0, max_steps=problem.max_steps),
             adjoint=ImplicitAdjoint(termination=backward, report=report),
         )  # fmt: skip
@@ -70,14 +71,14 @@ class _Ours(Differentiable):
 class OursEager(_Ours):
     name: ClassVar[str] = "energynet eager"
 
-    def driver(self) -> Driver:
-        return Eager()
+    def __init__(self) -> None:
+        super().__init__(Eager())
 
 
 class OursCompiled(_Ours):
-    """The forward and backward of one work share their programs, as those of a model do."""
+    """All tasks share the driver: the program of the forward is compiled once."""
 
     name: ClassVar[str] = OURS
 
-    def driver(self) -> Driver:
-        return Compiled(strict=True)
+    def __init__(self) -> None:
+        super().__init__(Compiled(strict=True))
