@@ -1,0 +1,1 @@
+"""energynet and its peers on the same work: ``python -m tests.benchmarks``."""

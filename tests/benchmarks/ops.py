@@ -1,0 +1,36 @@
+"""The functions that the energies are made of, so that each energy is written once for PyTorch and JAX alike."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+
+class Ops(NamedTuple):
+    """What the arrays' own methods do not offer under the same name in both libraries."""
+
+    cosh: Callable[[Any], Any]
+    log: Callable[[Any], Any]
+    sqrt: Callable[[Any], Any]
+    relu: Callable[[Any], Any]
+    sigmoid: Callable[[Any], Any]
+    softplus: Callable[[Any], Any]
+    conv: Callable[[Any, Any], Any]  # (B, 1, H, W), (K, 1, s, s) -> (B, K, H, W), s odd, zeros around
+
+
+def _conv(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+    return functional.conv2d(x, filters, padding=filters.shape[-1] // 2)
+
+
+TORCH = Ops(torch.cosh, torch.log, torch.sqrt, torch.relu, torch.sigmoid, functional.softplus, _conv)
+
+
+def jax_ops() -> Ops:
+    import jax
+    from jax import numpy as jnp
+
+    def conv(x: Any, filters: Any) -> Any:
+        return jax.lax.conv_general_dilated(x, filters, (1, 1), "SAME")
+
+    return Ops(jnp.cosh, jnp.log, jnp.sqrt, jax.nn.relu, jax.nn.sigmoid, jax.nn.softplus, conv)
