@@ -18,8 +18,9 @@ from energynet import _tree
 
 
 def transform_active() -> bool:
-    """Whether a ``torch.func`` transform or a dual level of ``torch.autograd.forward_ad`` is open."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Whether a ``torch.func`` transform or a dual level of ``torch.autograd.forward_ad`` is open, and at work here."""
+    dual = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()  # not in a Function's forward
+    return torch._C._functorch.peek_interpreter_stack() is not None or dual
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
