@@ -32,13 +32,13 @@ from energynet import LBFGS, Anderson, Compiled, Energy, Nesterov, NewtonCG, Pic
 # All numbers that you may want to change:
 
 # %%
+torch.manual_seed(0)
 FEATURES, HIDDEN, UNKNOWNS = 1024, 256, 32
 BATCHES = (1, 16, 256, 1024)
 COMPILED_BATCH = 16  # one batch size only: a program is compiled for its shapes, and that takes seconds
 REPEATS = 3  # each time is the median of so many
 CONDITIONS = (10, 100, 1_000, 10_000)  # largest curvature over smallest
 MOST_STEPS = 800
-torch.manual_seed(0)
 
 # %% [markdown]
 # ## An energy, written twice
