@@ -67,8 +67,8 @@ print("features", tuple(features.shape), "labels", tuple(labels.shape), f"{len(t
 #
 # which stays near the scores s, but is rewarded or punished for 32 learned combinations of labels. With c < 1 and bounded
 # weights it has exactly one minimiser, whatever was learned. `FPI_NN` does the same with a network,
-# u = s + V tanh(Wu + b), that contracts. Both are ready-made; [tutorial 3](03_your_own_energy.py) and
-# [tutorial 9](09_denoising.py) write their own.
+# u = s + V tanh(Wu + b), that contracts. Both are ready-made; tutorials 3 and 9 write
+# their own.
 
 
 # %%
@@ -249,7 +249,7 @@ plt.show()
 #
 # Somebody tells us three of the seven labels of each test image. A network that maps image to labels has no input for that.
 # The energy needs none: hold the known logits fixed, by a box with equal bounds, and let the others settle
-# ([tutorial 6](06_constraints.py) explains `prox`). Nothing is trained again.
+# (tutorial 6 explains `prox`). Nothing is trained again.
 
 # %%
 told = torch.rand(len(test), 7, generator=torch.Generator().manual_seed(2)).argsort(1) < KNOWN  # (599, 7) bool, three a row
