@@ -151,7 +151,7 @@ class WarmStart:
         seen = [tuple(leaf.shape[1:]) for leaf in leaves]
         if kept and kept != seen:
             raise ValueError(
-                f"WarmStart keeps answers of shapes {kept} a sample, and was given {seen}. Likely cause: images of several sizes, "
+                f"WarmStart keeps answers of shapes {kept} a sample, and was given {seen}. Likely cause: several image sizes, "
                 "or one cache for two layers. Use a WarmStart for each."
             )
 
