@@ -162,12 +162,14 @@ def adjoint_table() -> dict[str, Any]:
         "columns": ["adjoint", "energy, condition 1e2", "energy, condition 1e4", "map, contraction 0.9", "map, contraction 0.99"],
         "rows": rows,
         "note": f"Steps of the adjoint solve at relative tolerance 1e-6 · relative error of the gradient; {N} unknowns, float64, "
-                "x* solved to 1e-12. –: did not converge.",
+                "x* solved to 1e-12; errors against a dense solve. –: did not converge.",
     }  # fmt: skip
 
 
 def named(adjoint: Adjoint) -> str:
-    return f"ImplicitAdjoint({adjoint.solver})" if isinstance(adjoint, ImplicitAdjoint) else repr(adjoint)
+    if isinstance(adjoint, ImplicitAdjoint):
+        return f"ImplicitAdjoint({type(adjoint.solver).__name__}())"
+    return f"NeumannAdjoint({adjoint.terms})" if isinstance(adjoint, NeumannAdjoint) else repr(adjoint)
 
 
 Problem = Callable[[Tensor, Adjoint], Solution]
