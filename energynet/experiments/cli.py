@@ -85,7 +85,9 @@ def multilabel(
     ] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results folder. Default: a new one under results/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    threads: Annotated[int, typer.Option(min=0, metavar="N", show_default=False, help="CPU threads of PyTorch. Default: its own choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, metavar="N", show_default=False, help="CPU threads of PyTorch. Default: its own choice.")
+    ] = 0,
     test: Annotated[bool, typer.Option("--test/--no-test", help="Evaluate on test rows, once, at the end.")] = True,
     test_log: Annotated[
         Path | None,

@@ -107,7 +107,8 @@ def show(console: Console, table: Table) -> None:
     console.print(str(table.title), highlight=False)
     headings = [str(column.header) for column in table.columns[1:]]
     for name, *figures in zip(*(column.cells for column in table.columns)):
-        console.print(str(name), *(f"  {heading:6} {value}" for heading, value in zip(headings, figures)), sep="\n", highlight=False)
+        lines = [f"  {heading:6} {value}" for heading, value in zip(headings, figures)]
+        console.print(str(name), *lines, sep="\n", highlight=False)
     console.print(str(table.caption), highlight=False)
 
 
