@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import operator
 import re
 import runpy
 from pathlib import Path
@@ -110,3 +111,11 @@ def test_tables_from_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((DOCS / "results").glob("*.json")), ids=lambda path: path.name)
 def test_recorded_results_are_readable(path: Path) -> None:
     json.loads(path.read_text())
+
+
+def test_references_name_what_exists() -> None:
+    named = re.findall(r"`([\w.]+)`", (DOCS / "references.md").read_text())
+    assert len(named) > 30
+    importlib.import_module("energynet.energies")
+    for name in named:
+        assert operator.attrgetter(name)(importlib.import_module("energynet")), name
