@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 
 # docutils knows these by their LaTeX names only.
 NAMES = {"∇": r"\nabla ", "∂": r"\partial ", "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "∑": r"\sum ", "→": r"\to ",
-         "∈": r"\in ", "·": r"\cdot ", "×": r"\times ", "−": "-", "∞": r"\infty ", "½": r"\tfrac12 ", "‖": r"\Vert ", "←": r"\leftarrow ",
-         "…": r"\dots ", "ᵀ": r"^\top "}  # fmt: skip
+         "∈": r"\in ", "·": r"\cdot ", "×": r"\times ", "−": "-", "∞": r"\infty ", "½": r"\tfrac12 ", "‖": r"\Vert ",
+         "←": r"\leftarrow ", "…": r"\dots ", "ᵀ": r"^\top "}  # fmt: skip
 TAG = re.compile(r"\\tag\{(.*?)\}")
 
 

@@ -25,7 +25,7 @@ def measured(path: Path, command: str) -> dict[str, str]:
 
 
 def races(path: Path, command: str) -> str:
-    """Every workload of ``{"W1": {"title", "date", "machine", "versions", "rows"}, ...}``, as tests/benchmarks/report.py writes."""
+    """Every workload of ``{"W1": {"title", "date", "machine", "versions", "rows"}, ...}``, see tests/benchmarks/report.py."""
     if not path.is_file():
         return NONE_YET.format(command=command)
     parts = []
@@ -69,7 +69,7 @@ def write(results: Path, folder: Path, notebooks: Iterable[str]) -> None:
     parts["choosing-drivers"] = ""  # times, which only a quiet machine should record
     parts |= {f"choosing-{name}": text for name, text in measured(results / "choosing.json", choosing).items()}
     parts["benchmarks"] = races(results / "benchmarks.json", "python -m tests.benchmarks")
-    parts["notebooks"] = "\n".join(f"- {{download}}`{name}.ipynb <tutorials/notebooks/{name}.ipynb>`" for name in notebooks) + "\n"
+    parts["notebooks"] = "".join(f"- {{download}}`{name}.ipynb <tutorials/notebooks/{name}.ipynb>`\n" for name in notebooks)
     folder.mkdir(exist_ok=True)
     for name, text in parts.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")

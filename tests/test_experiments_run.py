@@ -15,12 +15,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import energynet
 from energynet.experiments import multilabel
 from energynet.experiments.cli import app
 from energynet.experiments.data import MultiLabelData, load
 from energynet.experiments.models import FORWARD, MethodName, Size, build
 from energynet.experiments.multilabel import Plan, Watcher, run_one
-from energynet.experiments.report import Display, describe, result_table
+from energynet.experiments.report import Display, describe, result_table, show
 from energynet.experiments.results import ResumeError, load_model, read_json
 from energynet.experiments.training import Epoch, LossName, Recipe, loss_function, predict, total_loss
 
@@ -178,6 +179,25 @@ def test_table_fits_a_narrow_terminal(tmp_path: Path) -> None:
     console = Console(width=60, record=True, file=io.StringIO(), no_color=True)
     console.print(result_table(plan_for(tmp_path), "tiny", [run, run], None))
     assert max(len(line) for line in console.export_text().splitlines()) <= 60
+    narrow = Console(width=40, record=True, file=io.StringIO(), no_color=True)
+    show(narrow, result_table(plan_for(tmp_path), "tiny", [run, run], None))
+    told = narrow.export_text()
+    assert "…" not in told and "  steps  5.0+4.0\n" in told and "fpi-gd ×3\n" in told
+    assert max(len(line) for line in told.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "multilabel", "--help"]])
+def test_help_is_whole_in_a_narrow_window(arguments: list[str]) -> None:
+    environment = {**os.environ, "COLUMNS": "40", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "energynet", *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True).stdout
+    cut = told.replace("[ARGS]...", "").replace("0 … N-1", "")
+    assert "…" not in cut and "..." not in cut and "\x1b" not in told
+    assert max(len(line) for line in told.splitlines()) <= 50
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.startswith(f"energynet {energynet.__version__}, torch ")
 
 
 def test_an_epoch_in_words() -> None:

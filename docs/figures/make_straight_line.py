@@ -1,4 +1,4 @@
-"""Draw the straight line of docs/concepts.md: ``python docs/figures/make_straight_line.py`` writes straight_line.svg beside it."""
+"""Draw the straight line of docs/concepts.md: ``python docs/figures/make_straight_line.py`` writes straight_line.svg."""
 
 from pathlib import Path
 
@@ -70,8 +70,8 @@ def drawing() -> str:
     parts.append(text(right + 52 + BOX + 10, middle("loop") + 5, "how to move", 14))
     # Back: the adjoint's linear equation through the same loop; then the vjp of the step.
     start, down = top("adjoint") + 5, middle("loop") + 26
-    parts.append(arrow(f"M{right + 1} {start} H{edge - 8} Q{edge} {start} {edge} {start + 8} V{down - 8} "
-                       f"Q{edge} {down} {edge - 8} {down} H{centre + 66} L{centre + 50} {top('loop') + TALL + 2}", BACKWARD))  # fmt: skip
+    around = f"H{edge - 8} Q{edge} {start} {edge} {start + 8} V{down - 8} Q{edge} {down} {edge - 8} {down}"
+    parts.append(arrow(f"M{right + 1} {start} {around} H{centre + 66} L{centre + 50} {top('loop') + TALL + 2}", BACKWARD))
     parts.append(text(edge - 8, middle("derivative") + 34, "Aᵀu = v, the same loop,", 13, BACKWARD, text_anchor="end"))
     parts.append(text(edge - 8, middle("derivative") + 51, "a linear solver", 13, BACKWARD, text_anchor="end"))
     y = middle("step") + 29

@@ -10,18 +10,21 @@ import torch
 import typer
 from rich.console import Console
 
+from energynet import __version__
+
 from .data import MultiLabelData, digits, load
 from .models import MethodName
 from .multilabel import Plan, read_log, run_one
 from .plot import plot_curves
-from .report import Display, agreement_lines, result_table
+from .report import Display, agreement_lines, result_table, show
 from .results import ResumeError, RunFolder, write_json
 from .training import LossName, Trainer
 
 LOG_FOLDER = Path("docs/results")
 
-app = typer.Typer(help="Define an energy, get a differentiable solver.", no_args_is_help=True, add_completion=False)
-run = typer.Typer(help="Run an experiment of the paper.", no_args_is_help=True)
+# Plain help and errors: boxes and columns cut words short in a narrow window.
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+run = typer.Typer(help="Run an experiment.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(run, name="run")
 
 
@@ -39,40 +42,64 @@ class MethodChoice(StrEnum):
         return tuple(MethodName) if self is MethodChoice.ALL else (MethodName(self.value),)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"energynet {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _top() -> None:
-    """Keep `run` a command of its own, however few there are."""
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    """Define an energy, get a differentiable solver: the experiments."""
 
 
 @run.callback()
 def _run() -> None:
-    """Keep `multilabel` a command of its own, however few there are."""
+    """Run an experiment."""
 
 
-@run.command()
+@run.command(short_help="Multi-label classification.")
 def multilabel(
     data: Annotated[
         Path | None,
-        typer.Option(envvar="ENERGYNET_DATA", help="Folder with NAME.npz or Mulan's files. Default: scikit-learn's digits."),
+        typer.Option(
+            metavar="DIR", envvar="ENERGYNET_DATA", help="Folder with NAME.npz or Mulan's files. Default: scikit-learn's digits."
+        ),
     ] = None,
     method: Annotated[MethodChoice, typer.Option(help="What to train.")] = MethodChoice.ALL,
     loss: Annotated[LossName, typer.Option(help="Cross-entropy, or soft F1 with a little of it.")] = LossName.BCE,
-    seeds: Annotated[int, typer.Option(min=1, help="Train with the seeds 0 … N-1.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs; held-out rows choose the best.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train with the seeds 0 … N-1.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Epochs; held-out rows choose the best.")] = 20,
     experts: Annotated[
         int,
-        typer.Option(min=0, help="Networks whose scores a method combines. 0: five for fpi-gd and fpi-nn, one for mlp."),
+        typer.Option(
+            min=0,
+            metavar="N",
+            show_default=False,
+            help="Networks whose scores a method combines. Default: five for fpi-gd and fpi-nn, one for mlp.",
+        ),
     ] = 0,
-    out: Annotated[Path | None, typer.Option(help="Results folder. Default: a new one under results/.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results folder. Default: a new one under results/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of PyTorch; 0: its own choice.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, metavar="N", show_default=False, help="CPU threads of PyTorch. Default: its own choice.")
+    ] = 0,
     test: Annotated[bool, typer.Option("--test/--no-test", help="Evaluate on test rows, once, at the end.")] = True,
     test_log: Annotated[
         Path | None,
-        typer.Option(help="Log of test evaluations. With --data and a folder docs/results: test_log.json in it."),
+        typer.Option(metavar="FILE", help="Log of test evaluations. With --data and a folder docs/results: test_log.json in it."),
     ] = None,
 ) -> None:
-    """Multi-label classification: an energy, a fixed-point network and their rivals under one protocol."""
+    """Multi-label classification: an energy, a fixed-point network and their rivals under one protocol.
+
+    Trains each method with each seed, prints a table, and writes figures, weights and curves into a folder.
+
+    A first look: energynet run multilabel --seeds 1 --epochs 5
+    """
     console = Console()
     if resume and out is None:
         raise typer.BadParameter("--resume needs --out, the folder of the run to go on with.")
@@ -91,7 +118,7 @@ def _load(folder: Path | None) -> MultiLabelData:
     try:
         return digits() if folder is None else load(folder)
     except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--data") from error
+        raise typer.BadParameter(str(error)) from error
 
 
 def _train(console: Console, plan: Plan, data: MultiLabelData) -> list[dict[str, Any]]:
@@ -117,7 +144,7 @@ def _finish(console: Console, plan: Plan, data: MultiLabelData, metrics: list[di
         RunFolder(plan.out / recipe.method.value / f"seed-{recipe.seed}").restore(trainer)
         histories[recipe.method.value, recipe.seed] = trainer.history
     plot_curves(histories, f"{data.name} · {plan.loss.value} loss", plan.out / "curves.png")
-    console.print(result_table(plan, data.name, metrics, logged))
+    show(console, result_table(plan, data.name, metrics, logged))
     for line in agreement_lines(metrics):
         console.print(line, highlight=False)
     console.print(f"Results in {plan.out}{os.sep}, curves in {plan.out / 'curves.png'}", soft_wrap=True, highlight=False)

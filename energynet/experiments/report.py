@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
@@ -96,6 +97,19 @@ def result_table(plan: Plan, name: str, metrics: list[dict[str, Any]], logged: i
         figures = [_mean_and_deviation([100 * run[rows][figure] for run in runs]) for figure in _FIGURES]
         table.add_row(_name(method, runs), *figures, *_solves(runs))
     return table
+
+
+def show(console: Console, table: Table) -> None:
+    """A table where it fits, else a line for each figure: a narrow table would cut them short."""
+    if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
+        console.print(table)
+        return
+    console.print(str(table.title), highlight=False)
+    headings = [str(column.header) for column in table.columns[1:]]
+    for name, *figures in zip(*(column.cells for column in table.columns)):
+        lines = [f"  {heading:6} {value}" for heading, value in zip(headings, figures)]
+        console.print(str(name), *lines, sep="\n", highlight=False)
+    console.print(str(table.caption), highlight=False)
 
 
 def agreement_lines(metrics: list[dict[str, Any]]) -> list[str]:
