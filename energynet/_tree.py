@@ -50,6 +50,11 @@ class Layout:
     def dtype(self) -> torch.dtype:
         return reduce(torch.promote_types, self.dtypes)
 
+    @property
+    def rounding(self) -> float:
+        """The rounding unit of the least precise tensor."""
+        return max(torch.finfo(dtype).eps for dtype in self.dtypes)
+
     def ravel(self, tree: Any) -> Tensor:  # -> (*batch, n)
         tensors = leaves(tree)
         batch = tensors[0].shape[: self.batch_dims]

@@ -167,13 +167,18 @@ class Method:
         answer, status, _, _, own, *_ = solve(method, torch.zeros_like(right), right, *arguments)
         return Answer(answer, status != Status.CONVERGED, own)
 
+    @property
+    def limits(self) -> Termination:
+        """The termination, at the precision of what is solved for."""
+        return self.termination.at_precision(self.equation.rounding)
+
     def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[Outcome, tuple[Tensor, ...]]:
         """Run the loop; the trace comes along, if it was asked for."""
         if not (self.trace or wrap or torch.is_grad_enabled() or transform_active()):
             return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), (y0, *inputs))[:4]), ()
         problem = self.equation.problem(inputs, y0)
-        recorder = Recorder(problem, self.termination) if self.trace else None
-        state = loop(problem, self.solver, self.termination, y0, recorder, wrap)
+        recorder = Recorder(problem, self.limits) if self.trace else None
+        state = loop(problem, self.solver, self.limits, y0, recorder, wrap)
         trace = () if recorder is None else recorder.tensors(state)
         return Outcome(state.x, state.status, state.distance, state.steps), trace
 

@@ -18,7 +18,7 @@ from energynet.binding import Binding
 from energynet.energy import evaluate
 from energynet.fingerprint import Fingerprint
 from energynet.problem import Problem
-from energynet.step import Kind, Step, per_sample
+from energynet.step import Kind, ProximalStep, Step, per_sample
 
 
 class Constant(NamedTuple):
@@ -66,6 +66,11 @@ class Root:
         return self.layout.batch_dims + len(self.vmaps)
 
     @property
+    def rounding(self) -> float:
+        """The rounding unit of the least precise tensor in x."""
+        return self.layout.rounding
+
+    @property
     def num_shared(self) -> int:
         """Leading inputs that belong to no sample: the step's own tensors."""
         return len(self.binding.tensors)
@@ -88,15 +93,22 @@ class Root:
 
     def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
         """On plain tensors, for a solve that begins at ``start``, ``(*batch, n)``."""
-        residual = self.function(inputs)
-        energy = self._mapped(self._energy, inputs) if self.kind is Kind.ENERGY else None
+        residual, step = self.function(inputs), self.binding.step
+        energy = self._mapped(self._energy, inputs)
+        land = self._mapped(self._land, inputs)
+
+        def value_and_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+            return value_and_gradient_of_sum(energy, x)
+
         return Problem(
             residual,
             self.step_size(inputs, start),
             self.batch_dims,
-            value_and_gradient=None if energy is None else lambda x: value_and_gradient_of_sum(energy, x),
-            jacobian=None if self.binding.step.normalised else lambda x: _jacobian(residual, x, self.symmetric),
+            value_and_gradient=value_and_gradient if self.kind is Kind.ENERGY else None,
+            jacobian=None if step.normalised else lambda x: _jacobian(residual, x, self.symmetric),
             start=start,
+            smooth=value_and_gradient if step.guessed else None,
+            land=(lambda x, gamma: land(torch.cat([x, gamma], -1))) if isinstance(step, ProximalStep) else None,
         )
 
     def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor | None:
@@ -132,7 +144,12 @@ class Root:
     def _energy(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         energy = step.energy_of
         assert energy is not None
-        return evaluate(energy, self.layout.unravel(x), code)
+        return evaluate(energy, self.layout.unravel(x), code[1:] if isinstance(step, ProximalStep) else code)
+
+    def _land(self, step: Step, code: tuple[Any, ...], target: Tensor) -> Tensor:  # (*batch, n + 1), the last number is γ
+        assert isinstance(step, ProximalStep)
+        step = dataclasses.replace(step, step_size=target[..., -1])
+        return self.layout.ravel(step.land(self.layout.unravel(target[..., :-1]), *code)).to(target.dtype)
 
     def _step_size(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         """γ as ``(*batch, 1)``."""
@@ -170,6 +187,10 @@ class Linear:
     @property
     def batch_dims(self) -> int:
         return self.root.batch_dims
+
+    @property
+    def rounding(self) -> float:
+        return self.root.rounding
 
     @property
     def num_shared(self) -> int:

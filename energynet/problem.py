@@ -29,6 +29,8 @@ class Problem:
         right: of a linear problem F(u) = A u − v, the right-hand side v.
         start: where the solve begins, which is where γ is estimated.
         symmetric: of a linear problem, whether A is.
+        smooth: where γ is a guess, x -> the energy ``(*batch)`` of the smooth part and its gradient, by which steps are judged.
+        land: of a proximal step with such a γ, (x − γ ∇E(x), γ) -> where the step lands.
     """
 
     residual: Callable[[Tensor], Tensor]
@@ -39,6 +41,8 @@ class Problem:
     right: Tensor | None = None
     start: Tensor | None = None
     symmetric: bool = False
+    smooth: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    land: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def map(self, x: Tensor) -> Tensor:
         """The fixed-point map g(x) = x − γ F(x)."""
@@ -66,6 +70,10 @@ class Problem:
         assert self.start is not None and self.jacobian is not None
         with torch.no_grad():
             return self._guarded(self.start, safe_step_size(self.jacobian(self.start), self.residual(self.start)))
+
+    def each_gamma(self, x: Tensor) -> Tensor:
+        """γ of each sample, ``(*batch, 1)``."""
+        return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + self.gamma
 
     def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Backtracking: halve γ until the first step lowers the energy by half of what its slope promises."""

@@ -13,7 +13,11 @@ from energynet.binding import Binding
 from energynet.equation import Equation, Linear
 from energynet.fingerprint import told
 from energynet.loop import loop
+from energynet.problem import Problem
+from energynet.solution import Status
 from energynet.solvers import Solver
+from energynet.spectrum import ritz_values
+from energynet.step import Kind
 from energynet.termination import Termination, max_norm
 
 
@@ -71,16 +75,34 @@ class Solve(Pure):
 
     def __call__(self, *tensors: Tensor) -> Outcome:
         y0, inputs = tensors[0], tensors[1:]
+        termination = self.termination.at_precision(self.equation.rounding)
         if not isinstance(self.equation, Linear):
-            state = loop(self.equation.problem(inputs, y0), self.solver, self.termination, y0)
+            state = loop(self.equation.problem(inputs, y0), self.solver, termination, y0)
             return Outcome(state.x, state.status, state.distance, state.steps)
         # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
         largest = max_norm(inputs[0]).unsqueeze(-1)
         largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
         v = inputs[0] / largest
-        state = loop(self.equation.problem((v, *inputs[1:]), y0), self.solver, self.termination, y0)
-        size = self.termination.size(v)
-        return Outcome(state.x * largest, state.status, state.distance / torch.where(size > 0, size, 1), state.steps)
+        problem = self.equation.problem((v, *inputs[1:]), y0)
+        state = loop(problem, self.solver, termination, y0)
+        status = state.status
+        if self.equation.root.kind is Kind.ENERGY and not self.solver.sees_saddles:
+            status = torch.where(_negative_curvature(problem), Status.DIVERGED, status).to(torch.int8)
+        size = termination.size(v)
+        return Outcome(state.x * largest, status, state.distance / torch.where(size > 0, size, 1), state.steps)
+
+
+def _negative_curvature(problem: Problem) -> Tensor:  # -> (*batch) bool
+    """Whether the first products of the right-hand side with the Hessian show that the answer is no minimum.
+
+    The equation has an answer at a saddle too, but it is the derivative of no argmin.
+    """
+    assert problem.jacobian is not None and problem.right is not None
+    values = ritz_values(problem.jacobian(problem.right), problem.right, PRODUCTS)
+    return values.amin(-1) < -100 * torch.finfo(values.dtype).eps * values.abs().amax(-1)
+
+
+PRODUCTS = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

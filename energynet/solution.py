@@ -64,9 +64,9 @@ _FORWARD = {
 _ADJOINT = {
     Status.CONVERGED: "converged.",
     Status.MAX_STEPS: (
-        "ran out of steps, so the gradient would be truncated. Likely cause: an ill-conditioned problem or a tolerance below "
-        "what the dtype can reach. Try ImplicitAdjoint(termination=Termination(rtol=..., max_steps=...)), another solver, "
-        "or float64."
+        "ran out of steps, so the gradient would be truncated. Likely cause: a singular or ill-conditioned problem (a flat "
+        "direction at the solution), or a tolerance below what the dtype can reach. Try a ridge in x, "
+        "ImplicitAdjoint(termination=Termination(rtol=..., max_steps=...)), another solver, or float64."
     ),
     Status.NONFINITE: (
         "met NaN or Inf. Likely cause: the loss's gradient is not finite at the solution, or the energy's second derivative "

@@ -232,7 +232,7 @@ def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, context: Any) -
     with unwatched():
         gamma = root.problem(inputs, layout.ravel(x0)).gamma
     assert isinstance(gamma, Tensor)
-    return dataclasses.replace(step, step_size=gamma.squeeze(-1))
+    return dataclasses.replace(step, step_size=gamma.squeeze(-1), guessed=True)
 
 
 def _without_nonfinite(step: Step, x0: Any, context: Any, code: Any) -> tuple[Any, Any]:

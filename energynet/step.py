@@ -41,6 +41,8 @@ class Step(ABC):
     """Whether F is in units of ``x``, as x − g(x) is; otherwise residuals are divided by its derivative, as ∇E by a curvature."""
     step_size: float | Tensor | None = 1.0
     """γ; None where it is not known, so that solvers which need one estimate it."""
+    guessed: bool = False
+    """Whether γ is an estimate, which a solver may find too long on its way."""
 
     @abstractmethod
     def optimality(self, x: Any, *code: Any) -> Any:
@@ -119,6 +121,10 @@ class GradientStep(Step):
     normalised: ClassVar[bool] = False
 
     @property
+    def guessed(self) -> bool:  # type: ignore[override]
+        return self.step_size is None
+
+    @property
     def kind(self) -> Kind:
         return Kind.ENERGY
 
@@ -172,6 +178,10 @@ class DampedStep(Step):
     @property
     def kind(self) -> Kind:
         return self.step.kind
+
+    @property
+    def guessed(self) -> bool:  # type: ignore[override]
+        return self.step.guessed
 
     @property
     def step_size(self) -> float | Tensor | None:  # type: ignore[override]
@@ -273,6 +283,7 @@ class ProximalStep(Step):
         energy: the smooth part, E(x, \\*context) -> ``(B,)``.
         step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None where it is not known yet.
         prox: a `Prox`, or any callable (x, γ) -> like x.
+        guessed: whether solvers that can shall shorten γ where it turns out too long, as they do where `minimize` is given none.
 
     Raises:
         ValueError: when evaluated without a step size, or if the prox returns other shapes than those of ``x``.
@@ -283,6 +294,7 @@ class ProximalStep(Step):
     energy: EnergyLike
     step_size: float | Tensor | None = dataclasses.field()  # no default, though the base class has one
     prox: Prox | Callable[[Any, float | Tensor], Any]
+    guessed: bool = dataclasses.field(default=False, kw_only=True)
     normalised: ClassVar[bool] = False
 
     @property
@@ -306,6 +318,10 @@ class ProximalStep(Step):
         """One step from ``x``: not x − γ F(x), whose rounding would leave the set."""
         prox_code, *code = self.encode(*context)
         return self._moved(x, prox_code, tuple(code))
+
+    def land(self, target: Any, prox_code: tuple[Any, ...], *code: Any) -> Any:
+        """Where a step lands whose gradient part has led to ``target``."""
+        return self._proximal(target, target, prox_code)
 
     @property
     def _gamma(self) -> float | Tensor:

@@ -38,7 +38,8 @@ class Termination:
         Termination(atol=0.0, rtol=1e-06, max_steps=50)
 
     Args:
-        atol: absolute tolerance, in units of ``x``; default ε^¾ of the dtype (float32 6e-6, float64 2e-12).
+        atol: absolute tolerance, in units of ``x``; default ε^¾ of the dtype (float32 6e-6, float64 2e-12), of a pytree of
+            several dtypes that of the least precise.
         rtol: relative tolerance; default √ε of the dtype (float32 3e-4, float64 1.5e-8).
         max_steps: updates a sample may take.
         norm: a norm over the last dimension, ``(*batch, n) -> (*batch)``.
@@ -69,6 +70,10 @@ class Termination:
         eps = torch.finfo(x.dtype).eps
         atol = eps**0.75 if self.atol is None else self.atol
         return atol + self.relative(eps) * self.size(x)
+
+    def at_precision(self, eps: float) -> "Termination":
+        """With the defaults of a dtype of rounding unit ``eps`` in place of those of the tensors that are judged."""
+        return dataclasses.replace(self, atol=eps**0.75 if self.atol is None else self.atol, rtol=self.relative(eps))
 
     def relative(self, eps: float) -> float:
         """The relative tolerance for a dtype of rounding unit ``eps``."""

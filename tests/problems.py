@@ -438,3 +438,28 @@ CLASSICS: tuple[Classic, ...] = (
     Classic("Chebyquad", chebyquad, tuple(j / 9 for j in range(1, 9)), (3.516873726e-3,)),
     Classic("Himmelblau", himmelblau, (1.0, 1.0), (0.0,)),
 )
+
+
+# Convex energies of six variables, whose curvature at a start of zeros says little of that on the way: four samples each.
+_GENERATOR = torch.Generator().manual_seed(0)
+_A = torch.randn(4, 9, 6, dtype=torch.float64, generator=_GENERATOR)
+_B = torch.randn(4, 9, dtype=torch.float64, generator=_GENERATOR)
+
+
+def _fit(x: Tensor) -> Tensor:
+    return (_A @ x[..., None])[..., 0]
+
+
+CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "least squares": lambda x: 0.5 * (_fit(x) - _B).square().sum(-1) + 0.05 * x.square().sum(-1),
+    "condition 1e3": lambda x: 0.5 * (torch.logspace(-3, 0, 6, dtype=x.dtype) * (x - 1).square()).sum(-1),
+    "log cosh": lambda x: torch.nn.functional.softplus(2 * (_fit(x) - _B)).sum(-1) - _fit(x).sum(-1) + 0.05 * x.square().sum(-1),
+    "cosh": lambda x: 0.1 * (x - 3).cosh().sum(-1) + 0.5 * (_fit(x) - _B).square().sum(-1),
+    "exponential": lambda x: (x.exp() - 5 * x).sum(-1),
+    "Poisson": lambda x: (_fit(x).exp() - _fit(x) * _B.exp().round()).sum(-1) + 0.1 * x.square().sum(-1),
+    "quartic": lambda x: (x - 2).pow(4).sum(-1) + 0.1 * x.square().sum(-1),
+    "Huber": lambda x: torch.nn.functional.huber_loss(x, 5 + 0 * x, reduction="none").sum(-1) + 0.01 * x.square().sum(-1),
+    "pseudo-Huber": lambda x: (1 + (x - 30).square()).sqrt().sum(-1),
+    "logistic": lambda x: torch.nn.functional.softplus(_fit(x)).sum(-1) - (_fit(x) * (_B > 0)).sum(-1) + 0.1 * x.square().sum(-1),
+    "soft maximum": lambda x: torch.logsumexp(10 * _fit(x), -1) / 10 + 0.05 * (x - 1).square().sum(-1),
+}  # fmt: skip

@@ -263,8 +263,9 @@ def test_a_kink_of_the_simplex_has_the_derivative_of_one_side() -> None:
 # ------------------------------------------------------------------------------------------------- per sample, pytrees, errors
 
 
-@pytest.mark.parametrize("prox", [Box(0.0, 1.0), NonNegative(), Simplex(0.0), L2Ball(), L1(0.1), GroupL2(0.1), TotalVariation(0.1)],
-                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "prox", [Box(0.0, 1.0), NonNegative(), Simplex(0.0), L2Ball(), L1(0.1), GroupL2(0.1), TotalVariation(0.1)], ids=repr
+)
 def test_samples_of_no_numbers_and_no_samples(prox: Prox) -> None:
     for shape in ((2, 0), (0, 3), (0, 0)):
         assert prox(torch.zeros(shape), 1.0).shape == shape

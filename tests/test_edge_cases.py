@@ -191,3 +191,16 @@ def test_x0_of_wrong_shape_dtype_or_device_is_told() -> None:
         minimize(multiplied, torch.zeros(2, 4, dtype=torch.float64), z)
     with pytest.raises(RuntimeError, match=r"x0: \(3, 3\) float64 meta; the context: \(3, 3\) float64 cpu"):
         minimize(pull, torch.zeros(3, 3, dtype=torch.float64, device="meta"), z)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_pytree_of_several_dtypes_is_judged_by_the_least_precise(solver: Solver) -> None:
+    z = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2).requires_grad_()
+    energy = lambda x, z: pull(x["a"], z) + pull(x["b"][0], 2 * z)  # noqa: E731
+    start = {"a": torch.zeros(3, 2), "b": (torch.zeros(3, 2, dtype=torch.float64),)}
+    x = minimize(energy, start, z, solver=solver).value
+    assert x["a"].dtype == torch.float32 and x["b"][0].dtype == torch.float64
+    exact = minimize(pull, torch.zeros(3, 2, dtype=torch.float64), z).value
+    torch.testing.assert_close(x["a"].double(), exact, rtol=0, atol=1e-3)
+    (got,) = torch.autograd.grad(x["a"].sum(), z)
+    torch.testing.assert_close(got, torch.autograd.grad(exact.sum(), z)[0], rtol=0, atol=1e-3)

@@ -23,11 +23,13 @@ from energynet import (
     Status,
     Termination,
     fixed_point,
+    implicit,
     minimize,
 )
 from energynet.linear import GMRES, MINRES, BiCGSTAB, Dense
 from energynet.loop import LoopState, loop
 from energynet.problem import Problem
+from energynet.solution import OnFailure
 from energynet.solvers import Solver
 from energynet.solvers.broyden import Broyden
 
@@ -446,22 +448,39 @@ def test_a_flat_direction_is_said_with_its_sample(solver: Solver) -> None:
         x.sum().backward()
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(), Dense()], ids=str)
-def test_a_saddle_is_said_with_its_sample(solver: Solver) -> None:
+@pytest.mark.parametrize("solver", FOR_ENERGIES, ids=str)
+@pytest.mark.parametrize("slope", [1.0, 0.25])  # with 1, vᵀu = vᵀH⁻¹v = 0 tells nothing
+def test_a_saddle_is_said_with_its_sample(solver: Solver, slope: float) -> None:
     weights = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     z = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     x = minimize(weighted, torch.zeros_like(z), z, weights, step_size=0.4, adjoint=ImplicitAdjoint(solver)).value
     with pytest.raises(ConvergenceError, match=r"DIVERGED: 1 of 2 samples \(number 1\).*singular or indefinite"):
-        x.sum().backward()
+        (x[:, 0] + slope * x[:, 1]).sum().backward()
+
+
+@pytest.mark.parametrize("solver", FOR_ENERGIES, ids=str)
+def test_a_singular_hessian_is_said_with_its_sample_and_is_no_zero(solver: Solver) -> None:
+    z = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    flat = torch.tensor([False, True, False])
+
+    def energy(x: Tensor, z: Tensor) -> Tensor:
+        return torch.where(flat, 0.25 * (x - z).pow(4).sum(-1), 0.5 * (x - z).square().sum(-1))
+
+    def answer(policy: OnFailure) -> Tensor:
+        return minimize(energy, z.detach().clone(), z, step_size=0.4, adjoint=ImplicitAdjoint(solver), on_failure=policy).value
+
+    with pytest.raises(ConvergenceError, match=r"1 of 3 samples \(number 1\).*singular"):
+        answer("raise").sum().backward()
+    (gradient,) = grad(answer("ignore").sum(), z)
+    assert gradient[1].isnan().all()
+    torch.testing.assert_close(gradient[[0, 2]], torch.ones(2, 2, dtype=torch.float64), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("solver", [MINRES(), GMRES(), BiCGSTAB()], ids=str)
 def test_at_a_saddle_the_derivative_of_the_stationary_point(solver: Solver) -> None:
-    weights = torch.tensor([[3.0, -0.5]], dtype=torch.float64)
-    z = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    adjoint = ImplicitAdjoint(solver)
-    x = minimize(weighted, torch.zeros_like(z), z, weights, step_size=0.3, termination=TIGHT, adjoint=adjoint).value
-    torch.testing.assert_close(grad(x.sum(), z)[0], -1 / weights)
+    weights = torch.tensor([3.0, -0.5], dtype=torch.float64)
+    point = implicit(lambda z: -z / weights, lambda x, z: weights * x + z, symmetric=True, adjoint=ImplicitAdjoint(solver))
+    torch.testing.assert_close(torch.func.jacrev(point)(torch.ones(2, dtype=torch.float64)), torch.diag(-1 / weights))
 
 
 def test_krylov_spaces_need_fewer_products_than_the_backward_iteration() -> None:

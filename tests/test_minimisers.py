@@ -5,7 +5,7 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import CLASSICS, TIGHT, Classic, LogCosh, newton_minimum, some_context
+from problems import CLASSICS, CONVEX, TIGHT, Classic, LogCosh, newton_minimum, some_context
 from torch import Tensor
 
 from energynet import (
@@ -15,6 +15,7 @@ from energynet import (
     Backtracking,
     BacktrackingStep,
     BarzilaiBorwein,
+    Compiled,
     FixedStep,
     GradientDescent,
     ImplicitAdjoint,
@@ -25,9 +26,11 @@ from energynet import (
     Solver,
     Status,
     Termination,
+    UnrolledAdjoint,
     fixed_point,
     minimize,
 )
+from energynet.constraints import Box
 
 ALL = [LBFGS(), LBFGS(search=Backtracking()), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()),
        GradientDescent(FixedStep()), Nesterov(), Anderson(), Picard()]  # fmt: skip
@@ -79,6 +82,61 @@ def test_unknown_step_size_converges_on_convex_energies_of_any_scale(seed: int, 
     solution = minimize(energy, torch.full((3, 5), 2.0, dtype=torch.float64), solver=solver, termination=limit)
     slope = torch.func.grad(lambda x: energy(x).sum())(solution.value)
     assert (slope.norm(dim=-1) <= 1e-5 * 10**exponent).all()
+
+
+GUARDED = [None, NewtonCG(), GradientDescent(BarzilaiBorwein()), Nesterov()]
+BOX = Box(-0.5, 0.5)
+ZERO = torch.zeros(4, 6, dtype=torch.float64)
+MILD = Termination(atol=1e-7, rtol=1e-7, max_steps=10_000)
+
+
+@pytest.mark.parametrize("exponent", [-8, 0, 8])
+@pytest.mark.parametrize("name", CONVEX)
+def test_nobody_needs_to_know_the_step_size_of_a_convex_energy(name: str, exponent: int) -> None:
+    energy = CONVEX[name]
+    exact = minimize(energy, ZERO, solver=NewtonCG(), termination=TIGHT, on_failure="ignore").value
+    for solver in GUARDED:
+        x = minimize(lambda x: 10.0**exponent * energy(x), ZERO, solver=solver, termination=MILD).value
+        torch.testing.assert_close(x, exact, rtol=0, atol=1e-4, msg=lambda m, solver=solver: f"{solver}: {m}")
+
+
+@pytest.mark.parametrize("exponent", [-8, 0, 8])
+@pytest.mark.parametrize("name", CONVEX)
+def test_nor_where_it_is_constrained(name: str, exponent: int) -> None:
+    energy = CONVEX[name]
+    x = minimize(lambda x: 10.0**exponent * energy(x), ZERO, prox=BOX, termination=MILD).value
+    slope = torch.func.grad(lambda x: energy(x).sum())(x)
+    scale = torch.linalg.eigvalsh(torch.func.vmap(torch.func.hessian(lambda x: energy(x.expand(4, 6))[0]))(x)).amax()
+    assert ((BOX(x - slope / scale, 1.0) - x).abs() <= 1e-5).all()
+
+
+def test_a_guessed_step_size_changes_no_derivative() -> None:
+    z = torch.tensor([[0.5, 3.0, 20.0]], dtype=torch.float64, requires_grad=True)  # exp(x) = z, but x ≤ 2
+    energy = lambda x, z: (x.exp() - z * x).sum(-1)  # noqa: E731
+    limits = {"prox": Box(None, 2.0), "termination": TIGHT}
+    for solver in (Nesterov(), Picard()):
+        solve = lambda z, solver=solver: minimize(energy, torch.zeros_like(z), z, solver=solver, **limits).value  # noqa: E731
+        x = solve(z)
+        torch.testing.assert_close(x, z.log().clamp(max=2), rtol=0, atol=1e-9)
+        (first,) = torch.autograd.grad(x.sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), z)
+        inside = z.log() < 2
+        torch.testing.assert_close(first, torch.where(inside, 1 / z, 0), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(second, torch.where(inside, -1 / z**2, 0), rtol=1e-7, atol=1e-12)
+        unrolled = minimize(energy, torch.zeros_like(z), z, solver=solver, termination=TIGHT, adjoint=UnrolledAdjoint()).value
+        torch.testing.assert_close(torch.autograd.grad(unrolled.sum(), z)[0], 1 / z, rtol=1e-6, atol=0)
+        rows = torch.stack([z.detach(), 2 * z.detach()])
+        torch.testing.assert_close(torch.func.vmap(solve)(rows), rows.log().clamp(max=2), rtol=0, atol=1e-9)
+        slopes = torch.func.vmap(torch.func.jacrev(lambda z, solve=solve: solve(z).sum()))(rows)
+        torch.testing.assert_close(slopes, torch.where(rows.log() < 2, 1 / rows, 0), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_guessed_step_size_in_a_program() -> None:
+    z = torch.tensor([[0.5, 3.0, 20.0]], dtype=torch.float64)
+    x = minimize(lambda x, z: (x.exp() - z * x).sum(-1), torch.zeros_like(z), z, prox=Box(None, 2.0), termination=TIGHT,
+                 driver=Compiled(strict=True)).value  # fmt: skip
+    torch.testing.assert_close(x, z.log().clamp(max=2), rtol=0, atol=1e-9)
 
 
 def test_a_layer_needs_no_step_size() -> None:

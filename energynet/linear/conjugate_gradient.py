@@ -35,6 +35,7 @@ class ConjugateGradient(Solver):
     Source: Hestenes and Stiefel (1952).
     """
 
+    sees_saddles: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
 

@@ -38,6 +38,7 @@ class Dense(Solver):
     Source: Golub and Van Loan (2013), Matrix computations, sections 3.4, 3.5 and 4.2.
     """
 
+    sees_saddles: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.LINEAR, Kind.SYMMETRIC})
 
     def init(self, problem: Problem, x0: Tensor) -> DenseState:

@@ -34,18 +34,17 @@ class MINRESState(NamedTuple):
 class MINRES(Solver):
     """Minimal residual over the Krylov space of a symmetric H, which may be indefinite, in short recurrences.
 
-    At a saddle it gives the exact derivative of the stationary point; use `ConjugateGradient` where a saddle is to be an
-    error. A singular H for which no u exists is reported as DIVERGED.
+    At a saddle, the answer of no minimisation, `minimize` and `FPI_GD` say so; `implicit` with ``symmetric=True`` gets the exact
+    derivative of the stationary point. A singular H for which no u exists is reported as DIVERGED.
 
     Example:
         >>> import torch
-        >>> from energynet import FPI_GD, ImplicitAdjoint
+        >>> from energynet import ImplicitAdjoint, implicit
         >>> from energynet.linear import MINRES
-        >>> saddle = lambda x, z: 0.5 * x[:, 0] ** 2 - 0.5 * x[:, 1] ** 2 + (x * z).sum(-1)
-        >>> layer = FPI_GD(saddle, 1.0, adjoint=ImplicitAdjoint(MINRES()))
-        >>> z = torch.tensor([[1.0, 0.0]], requires_grad=True)
-        >>> torch.autograd.grad(layer(z, x0=torch.zeros(1, 2)).sum(), z)[0].round(decimals=3)
-        tensor([[-1., 1.]])
+        >>> slope = lambda x, z: torch.stack([x[0], -x[1]]) + z                       # of ½ x₀² − ½ x₁² + xᵀz
+        >>> saddle = implicit(lambda z: torch.stack([-z[0], z[1]]), slope, symmetric=True, adjoint=ImplicitAdjoint(MINRES()))
+        >>> torch.func.jacrev(saddle)(torch.ones(2)).diagonal()
+        tensor([-1.,  1.])
 
     Source: Paige and Saunders (1975); the stopping rule for singular systems is that of Choi, Paige and Saunders (2011).
     """

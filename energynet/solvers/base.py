@@ -29,6 +29,9 @@ class Solver(ABC):
     descends: ClassVar[bool] = False
     """Whether the energy never rises for long, so that a large gradient is no sign of divergence."""
 
+    sees_saddles: ClassVar[bool] = False
+    """Whether, of a symmetric linear equation, it fails where it meets a direction of negative curvature."""
+
     @abstractmethod
     def init(self, problem: Problem, x0: Tensor) -> Any:
         """The state at ``x0``, ``(*batch, n)``."""

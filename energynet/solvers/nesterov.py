@@ -8,6 +8,7 @@ from torch import Tensor
 
 from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.guard import Guarded, attempt, look
 from energynet.step import Kind
 
 
@@ -17,12 +18,20 @@ class NesterovState(NamedTuple):
     age: Tensor  # t of Nesterov's sequence 1, 1.62, 2.19, ..., (*batch)
 
 
+class GuardedNesterovState(NamedTuple):
+    residual: Tensor
+    previous: Tensor
+    age: Tensor
+    guarded: Guarded
+
+
 @dataclasses.dataclass(frozen=True)
 class Nesterov(Solver):
     """Accelerated descent, x ← g(y) with y ← x + β (x − x_before), restarted sample by sample where momentum points uphill.
 
     One evaluation a step; on a `ProximalStep` it is FISTA. What it returns is y, where F is known. Bounds and zeros that
-    have held for two steps hold there as they do at x; another constraint may be exceeded by the tolerance.
+    have held for two steps hold there as they do at x; another constraint may be exceeded by the tolerance. Where γ is not
+    given, one that turns out too long on the way is halved.
 
     Example:
         >>> import torch
@@ -40,16 +49,29 @@ class Nesterov(Solver):
     restart: bool = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.MAP, Kind.ENERGY})
 
-    def init(self, problem: Problem, x0: Tensor) -> NesterovState:
-        return NesterovState(problem.residual(x0), x0, torch.ones_like(x0.detach().sum(-1)))
+    def init(self, problem: Problem, x0: Tensor) -> NesterovState | GuardedNesterovState:
+        age = torch.ones_like(x0.detach().sum(-1))
+        if problem.smooth is None:
+            return NesterovState(problem.residual(x0), x0, age)
+        residual, guarded = look(problem, x0, problem.each_gamma(x0))
+        return GuardedNesterovState(residual, x0, age, guarded)
 
-    def update(self, problem: Problem, x: Tensor, state: NesterovState) -> tuple[Tensor, NesterovState]:
-        moved = problem.move(x, state.residual)
-        change = moved - state.previous
-        age = state.age
+    def update(self, problem: Problem, x: Tensor, state: NesterovState | GuardedNesterovState) -> tuple[Tensor, NamedTuple]:
+        if isinstance(state, NesterovState):
+            moved = problem.move(x, state.residual)
+            y, older = self._extrapolated(x, moved, state.previous, state.age)
+            return y, NesterovState(problem.residual(y), moved, older)
+        moved, taken, gamma = attempt(problem, x, state.residual, state.guarded)
+        y, older = self._extrapolated(x, moved, state.previous, state.age)
+        y, moved = torch.where(taken, y, x), torch.where(taken, moved, state.previous)
+        residual, guarded = look(problem, y, gamma)
+        return y, GuardedNesterovState(residual, moved, torch.where(taken.squeeze(-1), older, state.age), guarded)
+
+    def _extrapolated(self, x: Tensor, moved: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+        """The point beyond the step from x, and the age of the momentum that led there."""
+        change = moved - previous
         if self.restart:
             uphill = ((x - moved) * change).detach().sum(-1) > 0
             age = torch.where(uphill, 1, age)
         older = 0.5 + (0.25 + age.square()).sqrt()
-        y = moved + ((age - 1) / older).unsqueeze(-1) * change
-        return y, NesterovState(problem.residual(y), moved, older)
+        return moved + ((age - 1) / older).unsqueeze(-1) * change, older

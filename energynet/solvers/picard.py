@@ -1,23 +1,31 @@
 """Picard: take the map's own step."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.guard import Guarded, attempt, look
 
 
 class PicardState(NamedTuple):
     residual: Tensor  # F(x), (*batch, n)
 
 
+class GuardedPicardState(NamedTuple):
+    residual: Tensor  # F(x), (*batch, n)
+    guarded: Guarded
+
+
 @dataclasses.dataclass(frozen=True)
 class Picard(Solver):
     """Plain fixed-point iteration x ← g(x); on a gradient step, gradient descent.
 
-    Converges linearly at the contraction factor of g, one evaluation a step.
+    Converges linearly at the contraction factor of g, one evaluation a step. Where γ is not given, one that turns out too
+    long on the way is halved.
 
     Example:
         >>> import torch
@@ -28,9 +36,17 @@ class Picard(Solver):
     Source: Banach (1922); the forward and the backward iteration of arXiv 2002.02868.
     """
 
-    def init(self, problem: Problem, x0: Tensor) -> PicardState:
-        return PicardState(problem.residual(x0))
+    sees_saddles: ClassVar[bool] = True  # it diverges there
 
-    def update(self, problem: Problem, x: Tensor, state: PicardState) -> tuple[Tensor, PicardState]:
-        x = problem.move(x, state.residual)
-        return x, PicardState(problem.residual(x))
+    def init(self, problem: Problem, x0: Tensor) -> PicardState | GuardedPicardState:
+        if problem.smooth is None:
+            return PicardState(problem.residual(x0))
+        return GuardedPicardState(*look(problem, x0, problem.each_gamma(x0)))
+
+    def update(self, problem: Problem, x: Tensor, state: PicardState | GuardedPicardState) -> tuple[Tensor, NamedTuple]:
+        if isinstance(state, PicardState):
+            x = problem.move(x, state.residual)
+            return x, PicardState(problem.residual(x))
+        moved, taken, gamma = attempt(problem, x, state.residual, state.guarded)
+        x = torch.where(taken, moved, x)
+        return x, GuardedPicardState(*look(problem, x, gamma))
