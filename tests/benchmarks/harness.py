@@ -62,9 +62,6 @@ class Contender(ABC):
     """A way to do the work."""
 
     name: ClassVar[str]
-    peer: ClassVar[bool] = True
-    """Whether it is somebody else's library."""
-
     @abstractmethod
     def call(self, work: Work, task: Task) -> Call:
         """What is timed; everything that is done once a model stands before.
