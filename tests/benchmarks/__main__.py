@@ -1,6 +1,7 @@
 """``python -m tests.benchmarks``: the table, live, and ``docs/results/benchmarks.json``."""
 
 import argparse
+import dataclasses
 import os
 import tempfile
 import time
@@ -20,9 +21,11 @@ from .w1_single import Single
 from .w2_batch import Batch
 from .w3_labels import Labels
 from .w4_images import Images
+from .w5_accuracy import Accuracy
+from .w6_scaling import Scaling, plot
 from .workload import Workload
 
-WORKLOADS: list[Workload] = [Single(), Batch(), Labels(), Images()]
+WORKLOADS: list[Workload] = [Single(), Batch(), Labels(), Images(), Accuracy(), Scaling()]
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "benchmarks.json"
 
 
@@ -75,6 +78,8 @@ def main() -> None:
         console.print(report.table(workload, rows))
         if output is not None:
             report.write(output, workload, rows, options)
+            if isinstance(workload, Scaling):
+                plot([dataclasses.asdict(row) for row in rows], output.with_name("scaling.png"))
 
 
 if __name__ == "__main__":

@@ -62,9 +62,6 @@ class Contender(ABC):
     """A way to do the work."""
 
     name: ClassVar[str]
-    peer: ClassVar[bool] = True
-    """Whether it is somebody else's library."""
-
     @abstractmethod
     def call(self, work: Work, task: Task) -> Call:
         """What is timed; everything that is done once a model stands before.
@@ -172,7 +169,7 @@ def accuracy(work: Work, task: Task) -> float:
     return 10 * (forward if task is Task.FORWARD else max(forward, work.problem.adjoint_tolerance))
 
 
-def race(racers: Sequence[Racer], options: Options, doing: Callable[[str], None]) -> None:
+def race(racers: Sequence[Racer], options: Options, doing: Callable[[str], None], *others: str) -> None:
     """Call them in turn, round by round, so that what slows the machine slows all; medians, and medians of ratios."""
     with quiet():
         for racer in racers:
@@ -186,7 +183,7 @@ def race(racers: Sequence[Racer], options: Options, doing: Callable[[str], None]
                     doing(f"round {k + 1} of {options.repeats}, {racer.row.contender}")
                     racer.samples.append(racer.sample(options.device))
     names = {racer.row.contender: racer for racer in racers}
-    base = names.get(BASE) or names.get(SECOND_BASE)
+    base = next((names[name] for name in (BASE, SECOND_BASE, *others) if name in names), None)
     for racer in racers:
         _summarise(racer, base)
 

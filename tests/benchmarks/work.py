@@ -134,11 +134,18 @@ def prepare(problem: Problem, tasks: Sequence[Task]) -> Work:
     double = problem.double()
     x = _newton(double)
     hessian = dense_hessian(double, x) if double.rows(x).shape[1] <= DENSE else None
-    smallest, largest = _extremes(double, x) if hessian is None else _bounds(torch.linalg.eigvalsh(hessian))
+    smallest, largest = extremes(double, x) if hessian is None else _bounds(torch.linalg.eigvalsh(hessian))
     step_size, contraction = 2 / (smallest + largest), (largest - smallest) / (largest + smallest)
     answers = {task: _answer(double, task, x, hessian) for task in tasks}
     steps, distance, whole = _calibrate(problem, step_size, x)
     return Work(problem, step_size, contraction, steps, distance, whole, answers)
+
+
+def bounded(problem: Problem, smallest: float, largest: float) -> Work:
+    """Without answers: the distance follows from bounds of the curvature."""
+    contraction = (largest - smallest) / (largest + smallest)
+    distance = problem.tolerance * contraction / (1 - contraction)
+    return Work(problem, 2 / (smallest + largest), contraction, 0, distance, problem.tolerance, {})
 
 
 DENSE = 1000
@@ -149,10 +156,14 @@ def _bounds(spectrum: Tensor) -> tuple[float, float]:
     return float(spectrum.amin()), float(spectrum.amax())
 
 
-def _extremes(problem: Problem, x: Tensor) -> tuple[float, float]:
+def extremes(problem: Problem, x: Tensor) -> tuple[float, float]:
     """Smallest and largest curvature of all samples, by Lanczos' iteration."""
     product = _product(problem, x)
-    operator = LinearOperator((x.numel(),) * 2, lambda p: product(torch.from_numpy(p).to(x).reshape(x.shape)).cpu().ravel().numpy())
+
+    def flat(p: Any) -> Any:
+        return product(torch.from_numpy(p).to(x).reshape(x.shape)).cpu().ravel().numpy()
+
+    operator = LinearOperator((x.numel(), x.numel()), flat, dtype="float64")
     smallest, largest = (float(eigsh(operator, 1, which=end, tol=1e-3, return_eigenvectors=False)[0]) for end in ("SA", "LA"))
     return smallest, largest
 
@@ -182,7 +193,7 @@ def _newton(problem: Problem) -> Tensor:
     """x* in float64, by truncated Newton steps, until the gradient is as small as rounding lets it be."""
     found, before, code = problem.x0, float("inf"), problem.code()
     for _ in range(200):
-        x, energy, slope = _slope(problem, found, code)
+        _, energy, slope = _slope(problem, found, code)
         size = float(slope.detach().abs().max())
         if size < 1e-9 and size >= 0.5 * before:
             return found

@@ -1,13 +1,18 @@
 """What the command line runs: a workload states its title, its targets and its rows."""
 
+import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
 from .contenders.handwritten import HandWritten
+from .contenders.jaxopt import JaxOpt
+from .contenders.optimistix import Optimistix
 from .contenders.ours import OursCompiled, OursEager
 from .contenders.plain import Plain
+from .contenders.torchdeq import TorchDEQ
+from .contenders.torchopt import TorchOpt
 from .contenders.unrolled import Unrolled
+from .contenders.xitorch import XiTorch
 from .harness import Contender, Options, Row, Watcher, compete
 from .work import Problem, Task, prepare
 
@@ -38,5 +43,12 @@ class FixedStepWorkload(Workload):
         return compete(self.name, work, self.tasks, contenders(options), options, watch)
 
 
-def contenders(options: Options) -> Sequence[Contender]:
-    return [Plain(), HandWritten(), Unrolled(), OursEager(), OursCompiled()]
+def contenders(options: Options) -> list[Contender]:
+    """All that take part: the peers that are installed come last."""
+    own: list[Contender] = [Plain(), HandWritten(), Unrolled(), OursEager(), OursCompiled()]
+    return own if options.skip_peers else [*own, *installed_peers()]
+
+
+def installed_peers() -> list[Contender]:
+    peers = {"torchdeq": TorchDEQ, "torchopt": TorchOpt, "xitorch": XiTorch, "jaxopt": JaxOpt, "optimistix": Optimistix}
+    return [peer() for module, peer in peers.items() if importlib.util.find_spec(module)]

@@ -20,10 +20,13 @@ class Plain(ByHand):
     name: ClassVar[str] = BASE
 
     def solve(self, work: Work) -> tuple[Tensor, int]:
-        problem, x = work.problem, work.problem.x0
+        return self.solve_from(work, work.problem.x0, work.problem.inputs)
+
+    def solve_from(self, work: Work, x: Tensor, inputs: Tensors) -> tuple[Tensor, int]:
+        problem = work.problem
         for k in range(problem.max_steps):
             leaf = x.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(problem.energy(leaf, *problem.inputs).sum(), leaf)
+            (slope,) = torch.autograd.grad(problem.energy(leaf, *inputs).sum(), leaf)
             moved = x - work.step_size * slope
             longest = problem.rows(moved - x).norm(dim=1).max()
             x = moved

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from ..work import Problem, Task, Tensors, Work
 
 class ByHand(Contender):
     """A loop and an adjoint of one's own: no autograd through the solve."""
-
-    peer: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, work: Work) -> tuple[Tensor, int]:

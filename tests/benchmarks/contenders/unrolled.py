@@ -15,7 +15,6 @@ class Unrolled(Differentiable):
     """The plain loop with every step recorded."""
 
     name: ClassVar[str] = SECOND_BASE
-    peer: ClassVar[bool] = False
 
     def solver(self, work: Work) -> Callable[..., Tensor]:
         problem = work.problem
