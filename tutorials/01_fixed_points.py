@@ -36,7 +36,8 @@ ACCURATE = Termination(atol=1e-10, rtol=0.0)  # when a solve may stop
 PATIENT = Termination(atol=1e-8, rtol=0.0, max_steps=400)
 
 BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#666666"
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## The picture
@@ -134,7 +135,7 @@ print("steps  ", solution.num_steps.tolist())
 # over an interval [μ, L]. Then γ must stay below 2/L, and γ = 2/(L + μ) is the best compromise.
 
 
-# %%
+# %% tags=["hide-input"]
 def walk(gamma, steps):
     """The points x_0 ... x_steps, (steps + 1,)."""
     step, points = GradientStep(energy, gamma), [torch.full((1, 1), START)]
@@ -202,10 +203,11 @@ print(textwrap.fill(message, 110))
 
 # %%
 ignored = minimize(
-    energy, torch.full((8, 1), START), troubled_z, step_size=troubled_γ, solver=Picard(), on_failure="ignore"
+    energy, torch.full((8, 1), START), troubled_z, step_size=troubled_γ,
+    solver=Picard(), on_failure="ignore",
 )  # fmt: skip
-rows = zip(troubled_z.flatten().tolist(), troubled_γ.tolist(), ignored.status.tolist(), ignored.num_steps.tolist(), strict=True)
-for context, gamma, status, steps in rows:
+columns = troubled_z.flatten(), troubled_γ, ignored.status, ignored.num_steps
+for context, gamma, status, steps in zip(*(c.tolist() for c in columns), strict=True):
     print(f"z = {context:4.1f}   γ = {gamma:5.3f}   {Status(status).name:10} {steps:5d} steps")
 
 # %% [markdown]
@@ -219,7 +221,8 @@ def quadratic(x, z):  # (B, 1), (B, 1) -> (B,)
 
 
 steep = minimize(
-    quadratic, torch.zeros(2, 1), torch.ones(2, 1), step_size=torch.tensor([0.45, 0.6]), solver=Picard(), on_failure="ignore"
+    quadratic, torch.zeros(2, 1), torch.ones(2, 1), step_size=torch.tensor([0.45, 0.6]),
+    solver=Picard(), on_failure="ignore",
 )  # fmt: skip
 print([Status(s).name for s in steep.status.tolist()])
 print(textwrap.fill("DIVERGED: " + Status.DIVERGED.sentence, 110))

@@ -37,7 +37,8 @@ ACCURATE = Termination(atol=1e-13, rtol=1e-13, max_steps=5000)
 BUDGETS = (5, 10, 20, 40, 80, 160, 320, 640)  # numbers of iterations to compare
 
 BLUE, GREEN, ORANGE, PINK, GREY = "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#666666"
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## The picture
@@ -172,12 +173,14 @@ print("x*", tuple(x_hand.shape), "  dL/db", tuple(by_hand.shape))
 
 # %%
 def library_gradient(adjoint):
-    x = minimize(energy, x0, leaf, step_size=STEP_SIZE, solver=Picard(), termination=ACCURATE, adjoint=adjoint).value
+    how = {"solver": Picard(), "step_size": STEP_SIZE, "termination": ACCURATE}
+    x = minimize(energy, x0, leaf, adjoint=adjoint, **how).value
     return torch.autograd.grad(loss(x), leaf)[0]
 
 
 def finite_differences(h):
-    nudged = torch.cat([b + h * torch.eye(ROWS), b - h * torch.eye(ROWS)])  # (2m, m): one batch of 200 problems
+    nudges = h * torch.eye(ROWS)
+    nudged = torch.cat([b + nudges, b - nudges])  # (2m, m): one batch of 200 problems
     x = minimize(energy, x0.expand(2 * ROWS, UNKNOWNS), nudged, termination=ACCURATE).value
     up, down = (0.5 * (x - target).square().sum(-1)).chunk(2)
     return ((up - down) / (2 * h))[None]
@@ -231,8 +234,8 @@ def forward_and_bytes(forward):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
         result = forward()
-    memory = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in everything}
-    return result, sum(memory.values())
+    memory = [kept.tensor.untyped_storage() for kept in everything]
+    return result, sum({piece.data_ptr(): piece.nbytes() for piece in memory}.values())
 
 
 def unrolled(k):

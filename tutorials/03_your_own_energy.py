@@ -35,7 +35,8 @@ REST = 0.4 / (BEADS + 1)  # length of a spring that pulls with no force
 TRAINING_STEPS = 40
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## The picture
@@ -66,7 +67,8 @@ class Chain(Energy):
 def curves(across):  # (3, n) -> (3, n), the heights that are wanted
     wave, bridge, camel = across
     humps = [0.3 * torch.exp(-((camel - centre) / 0.12).square()) for centre in (0.32, 0.68)]
-    return torch.stack([0.25 * torch.sin(2 * torch.pi * wave), 0.35 * torch.sin(torch.pi * bridge), humps[0] + humps[1]])
+    wave, bridge = 0.25 * torch.sin(2 * torch.pi * wave), 0.35 * torch.sin(torch.pi * bridge)
+    return torch.stack([wave, bridge, humps[0] + humps[1]])
 
 
 pins = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).expand(3, 2, 2)
@@ -78,7 +80,7 @@ losses, shapes = [], [hang(loads, pins).detach()]
 
 def closure():
     optimiser.zero_grad()
-    x = hang(loads, pins, x0=shapes[-1])  # begins at the last shape: less to do, the same answer
+    x = hang(loads, pins, x0=shapes[-1])  # from the last shape: less to do
     loss = (x[..., 1] - curves(x[..., 0])).square().sum()
     loss.backward()  # through the solve
     losses.append(loss.item())
@@ -181,9 +183,10 @@ print(textwrap.fill(diagnostics.explain(failed), 110))
 # Next mistake, the step size. `FPI_GD` with a `step_size` is plain gradient descent, as in tutorial 1.
 
 # %%
+guess = report.step_size
 attempts = {
     "γ = 1": FPI_GD(Chain(), step_size=1.0, on_failure="ignore"),
-    f"γ = {report.step_size:.3f}, from the report": FPI_GD(Chain(), step_size=report.step_size, on_failure="ignore"),
+    f"γ = {guess:.3f}, from the report": FPI_GD(Chain(), step_size=guess, on_failure="ignore"),
     "no γ: L-BFGS": FPI_GD(Chain(), on_failure="ignore"),
     "no γ: NewtonCG()": FPI_GD(Chain(), solver=NewtonCG(), on_failure="ignore"),
 }

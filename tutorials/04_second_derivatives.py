@@ -36,7 +36,8 @@ LONGEST = 2.0  # a Newton step is not longer than this
 ACCURATE = Termination(atol=1e-12, rtol=1e-12)
 
 BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#666666"
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## The problem
@@ -72,7 +73,8 @@ def energy(w, h):  # (B, n), (B, 2) -> (B,)
 
 
 def fit(h):  # (B, 2) -> (B, n)
-    return minimize(energy, torch.zeros(len(h), COSINES), h, solver=NewtonCG(), termination=ACCURATE).value
+    w0 = torch.zeros(len(h), COSINES)
+    return minimize(energy, w0, h, solver=NewtonCG(), termination=ACCURATE).value
 
 
 def loss(h):  # (2,) -> ()
@@ -97,7 +99,8 @@ def newton(h):
     for _ in range(NEWTON_STEPS):
         slope, hessian = torch.func.grad(loss)(h), torch.func.hessian(loss)(h)  # (2,), (2, 2)
         values, vectors = torch.linalg.eigh(hessian)
-        step = vectors @ ((vectors.mT @ slope) / values.abs().clamp_min(1e-6))  # |eigenvalues|: downhill also from a saddle
+        curvatures = values.abs().clamp_min(1e-6)  # so that it goes downhill near a saddle, too
+        step = vectors @ ((vectors.mT @ slope) / curvatures)
         h = h - step * min(1.0, LONGEST / float(step.norm()))
         points.append(h)
     return torch.stack(points)
@@ -207,7 +210,8 @@ def usual_fit(h):  # (1, 2) -> (1, n)
     with torch.no_grad():
         w = minimize(energy, torch.zeros(1, COSINES), h.detach(), termination=ACCURATE).value
     w = w.detach()
-    hessian = torch.func.hessian(lambda w: energy(w[None], h.detach())[0])(w[0])  # I − J, for a step of γ = 1
+    # I − J for a step of γ = 1:
+    hessian = torch.func.hessian(lambda w: energy(w[None], h.detach())[0])(w[0])
     step = w - gradient(energy, w, h)  # equal to w, and tied to h
     if step.requires_grad:
         step.register_hook(lambda v: torch.linalg.solve(hessian, v[0])[None])  # (I − Jᵀ) c = v

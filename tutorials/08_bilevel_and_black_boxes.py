@@ -38,7 +38,8 @@ TOLLS = torch.linspace(0.0, 1.2, 31)  # minutes that one would drive to save the
 SHOWN = 1.2  # a demand to look at closely
 
 BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#666666"
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## The problem
@@ -64,7 +65,8 @@ def felt(x, toll):  # (B, 2), (B, 1) -> (B, 3), the toll counts like minutes
 
 
 def traffic(x, toll, demand):  # (B, 2), (B, 1), (B,) -> (B,)
-    return 0.5 * x.square().sum(-1) + demand * SPREAD * torch.logsumexp(-felt(x, toll) / SPREAD, dim=-1)
+    choice = SPREAD * torch.logsumexp(-felt(x, toll) / SPREAD, dim=-1)
+    return 0.5 * x.square().sum(-1) + demand * choice
 
 
 def settle(toll, demand):  # (B, 1), (B,) -> (B, 2)
@@ -210,8 +212,9 @@ for name, function in (("black box", trip_of_black_box), ("minimize", trip_of_mi
 # %%
 with torch.no_grad():
     nudge = 1e-4
-    ahead, behind = (minimize(city, best.value, DEMANDS + s * nudge, solver=NewtonCG()).value.flatten() for s in (1, -1))
-quotient = (ahead - behind) / (2 * nudge)
+    ahead = minimize(city, best.value, DEMANDS + nudge, solver=NewtonCG()).value
+    behind = minimize(city, best.value, DEMANDS - nudge, solver=NewtonCG()).value
+quotient = (ahead - behind).flatten() / (2 * nudge)
 for k in range(1, len(DEMANDS), 6):
     print(f"demand {DEMANDS[k]:.2f}   toll* {tolls[k]:.4f}   slope {slope[k]:8.5f}   difference quotient {quotient[k]:8.5f}")
 
