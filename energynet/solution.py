@@ -82,7 +82,9 @@ _ADJOINT = {
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a solve looked like from its start, step by step; T is the number of updates of the slowest sample.
+    """What a solve looked like from its start, turn by turn of the loop; a sample that rests repeats its row.
+
+    T is at least the number of updates of the slowest sample, and more where one that had stopped too early went on later.
 
     Example:
         >>> import torch

@@ -67,8 +67,7 @@ print("features", tuple(features.shape), "labels", tuple(labels.shape), f"{len(t
 #
 # which stays near the scores s, but is rewarded or punished for 32 learned combinations of labels. With c < 1 and bounded
 # weights it has exactly one minimiser, whatever was learned. `FPI_NN` does the same with a network,
-# u = s + V tanh(Wu + b), that contracts. Both are ready-made; tutorials 3 and 9 write
-# their own.
+# u = s + V tanh(Wu + b), that contracts. Both are ready-made; tutorials 3 and 9 write their own.
 
 
 # %%
@@ -229,10 +228,9 @@ some = int(shown[int(right["linear + FPI_GD"][shown].nonzero()[0])])  # the firs
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.7), layout="constrained", width_ratios=[1.25, 1, 1])
 for j, name in enumerate(SEGMENTS):
     is_lit = bool(labels[test[some], j])
-    steps = int(solution.num_steps[some]) + 1
-    line = solution.trace.value[:steps, some, j].detach()
+    line = solution.trace.value[:, some, j].detach()
     axes[0].plot(line, "o-", color="#d55e00" if is_lit else "0.5", markersize=3, linewidth=1.2)
-    axes[0].annotate(name, (steps - 1, line[-1]), xytext=(4 + 9 * (j % 2), 0), textcoords="offset points", va="center")
+    axes[0].annotate(name, (len(line) - 1, line[-1]), xytext=(4 + 9 * (j % 2), 0), textcoords="offset points", va="center")
 axes[0].axhline(0, color="black", linewidth=0.7)
 axes[0].set(title="Logits settle (orange: lit in truth)", xlabel="step", ylabel="logit")
 axes[0].spines[["top", "right"]].set_visible(False)
