@@ -124,6 +124,9 @@ def gradient_of_sum(function: Callable[[Any], Tensor], x: Any) -> Any:
     """Gradient of ``function(x).sum()`` with respect to the pytree ``x``; differentiable where a graph is being built."""
     if transform_active():
         return torch.func.grad(lambda x: function(x).sum())(x)
+    if isinstance(x, Tensor):
+        (gradient,) = _pull(lambda x: function(x).sum(), [x], None)
+        return torch.zeros_like(x) if gradient is None else gradient
     leaves, spec = _tree.flatten(x)
     gradients = _pull(lambda *leaves: function(_tree.unflatten(leaves, spec)).sum(), leaves, None)
     return _tree.unflatten([torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients)], spec)

@@ -16,7 +16,7 @@ from energynet._autodiff import readable, recording_program, tracing
 from energynet._cpp import cache_key, loops_in_place
 
 
-def while_loop(condition: Callable[[Any], Tensor], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
+def while_loop(condition: Callable[[Any], Tensor | bool], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
                every: int = 1) -> Any:  # fmt: skip
     """``while condition(carry): carry = body(carry)``, at most ``limit`` times; in a program, one loop of machine code.
 
@@ -26,7 +26,7 @@ def while_loop(condition: Callable[[Any], Tensor], body: Callable[[Any], Any], c
         tensor(192)
 
     Args:
-        condition: carry -> 0-d bool.
+        condition: carry -> 0-d bool, or a bool where its values can be read.
         body: carry -> carry of the same shapes and dtypes; both may use tensors from around.
         carry: a pytree of tensors.
         limit: most updates; where no value can be read, as under ``vmap``, so many are made.
@@ -35,13 +35,17 @@ def while_loop(condition: Callable[[Any], Tensor], body: Callable[[Any], Any], c
     if tracing():
         return _traced_loop(condition, body, carry, limit)
     for k in range(int(limit)):
-        if k % every == 0 and readable(goes_on := condition(carry)) and not bool(goes_on):
+        if k % every == 0 and _says_no(condition(carry)):
             break
         carry = body(carry)
     return carry
 
 
-def _traced_loop(condition: Callable[[Any], Tensor], body: Callable[[Any], Any], carry: Any, limit: int | Tensor) -> Any:
+def _says_no(condition: Tensor | bool) -> bool:
+    return not condition if isinstance(condition, bool) else readable(condition) and not bool(condition)
+
+
+def _traced_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor) -> Any:
     from torch._higher_order_ops.while_loop import while_loop_op
 
     leaves, spec = _tree.flatten((torch.zeros((), dtype=torch.int64, device=_tree.leaves(carry)[0].device), carry))

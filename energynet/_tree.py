@@ -39,12 +39,13 @@ class Layout:
     shapes: tuple[torch.Size, ...]  # of one sample
     dtypes: tuple[torch.dtype, ...]
     batch_dims: int
+    bare: bool  # one tensor, in no container
 
     @classmethod
     def of(cls, tree: Any, batch_dims: int) -> "Layout":
         tensors, spec = flatten(tree)
         shapes = tuple(t.shape[batch_dims:] for t in tensors)
-        return cls(spec, shapes, tuple(t.dtype for t in tensors), batch_dims)
+        return cls(spec, shapes, tuple(t.dtype for t in tensors), batch_dims, isinstance(tree, Tensor))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +57,7 @@ class Layout:
         return max(torch.finfo(dtype).eps for dtype in self.dtypes)
 
     def ravel(self, tree: Any) -> Tensor:  # -> (*batch, n)
-        tensors = leaves(tree)
+        tensors = [tree] if isinstance(tree, Tensor) else leaves(tree)
         batch = tensors[0].shape[: self.batch_dims]
         parts = [t.reshape((*batch, shape.numel())) for t, shape in zip(tensors, self.shapes, strict=True)]
         if len(parts) == 1:
@@ -65,6 +66,8 @@ class Layout:
 
     def unravel(self, flat: Tensor) -> Any:  # (*batch, n) ->
         batch = flat.shape[:-1]
+        if self.bare:
+            return flat.reshape((*batch, *self.shapes[0])).to(self.dtypes[0])
         sizes = [shape.numel() for shape in self.shapes]
         parts = [flat] if len(sizes) == 1 else flat.split(sizes, dim=-1)
         rows = zip(parts, self.shapes, self.dtypes, strict=True)

@@ -69,9 +69,13 @@ def loop(
         _ = problem.gamma  # once, and not in each update
     state = _begin(problem, solver, termination, x0)
     seen = readable(state.status) or tracing()
+    glance = _Glance() if readable(state.status) and x0.device.type == "cpu" else None
 
     def update(state: LoopState) -> LoopState:
-        return body(problem, solver, termination, state)
+        return body(problem, solver, termination, state, glance)
+
+    def any_running(state: LoopState) -> Tensor | bool:
+        return _any_running(state) if glance is None else glance.any_running(state.status)
 
     advance = update if wrap is None else wrap(update)
 
@@ -84,7 +88,7 @@ def loop(
 
     def rounds(carry: tuple[Tensor, LoopState]) -> tuple[Tensor, LoopState]:
         look, state = carry
-        state = while_loop(_any_running, observed, state, look if scaled else termination.max_steps, every)
+        state = while_loop(any_running, observed, state, look if scaled else termination.max_steps, every)
         state = _verify(problem, solver, termination, state, state.status == RUNNING if scaled else None)
         return 2 * look, state
 
@@ -100,22 +104,53 @@ def loop(
     return _stop(state)
 
 
-def body(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> LoopState:
+class _Glance:
+    """Reads a status once, where reading is cheap: it stays the same object while nothing happens to any sample."""
+
+    def __init__(self) -> None:
+        self.status: Tensor | None = None
+        self.any = self.all = False
+
+    def any_running(self, status: Tensor) -> bool:
+        if status is not self.status:
+            running = status == RUNNING
+            self.status, self.any, self.all = status, bool(running.any()), bool(running.all())
+        return self.any
+
+    def all_running(self, status: Tensor) -> bool:
+        return self.any_running(status) and self.all
+
+
+def body(problem: Problem, solver: Solver, termination: Termination, state: LoopState, glance: _Glance | None) -> LoopState:
     """One update of the samples that still run."""
     running = state.status == RUNNING
     x, inner = solver.update(problem, state.x, state.inner)
-    if not (readable(running) and bool(running.all())):
+    everyone = glance is not None and glance.all_running(state.status)
+    if not everyone:
         x = torch.where(running.unsqueeze(-1), x, state.x)
         inner = _tree.map_structure(lambda new, old: _where(running, new, old), inner, state.inner)
     with torch.no_grad():
         steps = state.steps + running.to(torch.int32)
         size = termination.size(inner.residual)
-        distance = torch.where(running, estimate(problem, termination, x, size, state.scale), state.distance)
+        distance = estimate(problem, termination, x, size, state.scale)
         merit = solver.merit(inner, size)
         better = (merit < state.merit) & running
-        moved = state._replace(x=x, inner=inner, steps=steps, distance=distance, merit=torch.where(better, merit, state.merit))
-        status = torch.where(running, _judge(problem, solver, termination, moved), state.status)
-    return moved._replace(status=status, best=torch.where(better.unsqueeze(-1), x, state.best))
+        merit, best = torch.where(better, merit, state.merit), torch.where(better.unsqueeze(-1), x, state.best)
+        moved = state._replace(x=x, inner=inner, steps=steps, distance=distance, merit=merit, best=best)
+        if everyone and _all_go_on(problem, solver, termination, moved):
+            return moved
+        distance = torch.where(running, distance, state.distance)
+        moved = moved._replace(distance=distance)
+        return moved._replace(status=torch.where(running, _judge(problem, solver, termination, moved), state.status))
+
+
+def _all_go_on(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> bool:
+    """Whether there is nothing to judge: a short form of `_judge` for the usual case."""
+    far = termination.size(state.x) if solver.descends else state.distance
+    goes_on = ~_within_tolerance(problem, termination, state) & (far <= state.limit) & (state.steps < termination.max_steps)
+    for stopped in (solver.stalled(state.inner), solver.breakdown(state.inner)):
+        goes_on = goes_on if stopped is None else goes_on & ~stopped
+    return bool((goes_on & torch.isfinite(state.distance)).all())
 
 
 def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tensor) -> LoopState:
