@@ -135,7 +135,9 @@ def body(problem: Problem, solver: Solver, termination: Termination, state: Loop
         distance = estimate(problem, termination, x, size, state.scale)
         merit = solver.merit(inner, size)
         better = (merit < state.merit) & running
-        merit, best = torch.where(better, merit, state.merit), torch.where(better.unsqueeze(-1), x, state.best)
+        merit = torch.where(better, merit, state.merit)
+    best = torch.where(better.unsqueeze(-1), x, state.best)
+    with torch.no_grad():
         moved = state._replace(x=x, inner=inner, steps=steps, distance=distance, merit=merit, best=best)
         if everyone and _all_go_on(problem, solver, termination, moved):
             return moved
