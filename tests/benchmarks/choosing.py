@@ -163,7 +163,8 @@ def adjoint_table() -> dict[str, Any]:
         print(rows[-1], file=sys.stderr)
     return {
         "name": "adjoints",
-        "columns": ["adjoint", "energy, condition 1e2", "energy, condition 1e4", "map, contraction 0.9", "map, contraction 0.99"],
+        "columns": ["adjoint, or solver of `ImplicitAdjoint`", "energy, condition 1e2", "energy, condition 1e4",
+                    "map, contraction 0.9", "map, contraction 0.99"],
         "rows": rows,
         "note": f"Steps of the adjoint solve at relative tolerance 1e-6 · relative error of the gradient; {N} unknowns, float64, "
                 "x* solved to 1e-12; errors against a dense solve. –: did not converge.",
@@ -172,7 +173,7 @@ def adjoint_table() -> dict[str, Any]:
 
 def named(adjoint: Adjoint) -> str:
     if isinstance(adjoint, ImplicitAdjoint):
-        return f"ImplicitAdjoint({type(adjoint.solver).__name__}())"
+        return f"{type(adjoint.solver).__name__}()"
     return f"NeumannAdjoint({adjoint.terms})" if isinstance(adjoint, NeumannAdjoint) else repr(adjoint)
 
 
