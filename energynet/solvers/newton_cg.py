@@ -59,6 +59,7 @@ class NewtonCG(Solver):
 
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
     descends: ClassVar[bool] = True
+    unrollable: ClassVar[bool] = False  # its Hessian-vector products keep no graph, and its inner loop ends at 0 / 0
     inner: int = 50
     radius: float = 1.0
 

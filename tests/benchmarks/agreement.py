@@ -146,7 +146,8 @@ def main() -> None:
         for solver in problem.solvers:
             cells = []
             for name, adjoint, allowed in kinds:
-                if name in ONCE and solver is not problem.solvers[0]:
+                refuses = isinstance(adjoint, UnrolledAdjoint) and not solver.unrollable
+                if refuses or (name in ONCE and solver is not problem.solvers[0]):
                     cells.append("")
                     continue
                 try:
