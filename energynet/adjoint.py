@@ -188,7 +188,7 @@ class UnrolledAdjoint(Adjoint):
             )
         if self.last is None and not method.solver.unrollable:
             raise TypeError(
-                f"UnrolledAdjoint cannot differentiate the updates of {type(method.solver).__name__}: its second derivatives would "
+                f"UnrolledAdjoint cannot differentiate the updates of {type(method.solver).__name__}: second derivatives would "
                 "be wrong. Use ImplicitAdjoint(), or another solver, such as LBFGS()."
             )
         if self.last is not None:
