@@ -186,6 +186,11 @@ class UnrolledAdjoint(Adjoint):
                 "UnrolledAdjoint(checkpoint=True) was used under a torch.func transform or forward-mode AD, which have no "
                 "checkpoints. Use checkpoint=False, or ImplicitAdjoint(), whose memory does not grow."
             )
+        if self.last is None and not method.solver.unrollable:
+            raise TypeError(
+                f"UnrolledAdjoint cannot differentiate the updates of {type(method.solver).__name__}: second derivatives would "
+                "be wrong. Use ImplicitAdjoint(), or another solver, such as LBFGS()."
+            )
         if self.last is not None:
             return self._last_steps(self.last, method, x0, inputs)
         outcome, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)

@@ -10,6 +10,7 @@ from energynet import (
     Adjoint,
     ConvergenceError,
     NeumannAdjoint,
+    NewtonCG,
     OneStepAdjoint,
     Picard,
     Termination,
@@ -68,6 +69,11 @@ def test_checkpoints_change_no_derivative() -> None:
         torch.testing.assert_close(*found, rtol=0, atol=1e-13)
     with pytest.raises(RuntimeError, match="checkpoint=False"):
         torch.func.grad(loss)(z.detach(), UnrolledAdjoint(checkpoint=True))
+
+
+def test_a_solver_that_cannot_be_unrolled_is_refused() -> None:
+    with pytest.raises(TypeError, match="cannot differentiate the updates of NewtonCG"):
+        minimize(ENERGY, None, some_context(), solver=NewtonCG(), adjoint=UnrolledAdjoint())
 
 
 def test_wrong_options_are_refused() -> None:

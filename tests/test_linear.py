@@ -424,6 +424,16 @@ def test_gradcheck_and_gradgradcheck(solver: Solver) -> None:
         assert torch.autograd.gradgradcheck(solve, (z, theta), check_fwd_over_rev=True)
 
 
+@pytest.mark.parametrize("solver", FOR_ENERGIES, ids=str)
+def test_every_adjoint_solver_to_third_order(solver: Solver) -> None:
+    z = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    layer = FPI_GD(LogEnergy(0.7), 0.4, termination=TIGHT, adjoint=ImplicitAdjoint(solver))  # x* = log(z / θ)
+    value = layer(z)
+    for expected in (1 / z, -1 / z**2, 2 / z**3):
+        (value,) = grad(value.sum(), z, create_graph=True)
+        close(value, expected, solver)
+
+
 def test_a_linear_solver_refuses_what_it_cannot_solve() -> None:
     z = torch.ones(1, 1)
     with pytest.raises(TypeError, match=r"MINRES cannot solve a linear equation with a general matrix.*GMRES"):

@@ -221,3 +221,16 @@ def test_wrong_options_are_refused() -> None:
             wrong()
     with pytest.raises(TypeError, match="LBFGS cannot solve a fixed point"):
         fixed_point(torch.cos, torch.zeros(1, 1), solver=LBFGS())
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG(), GradientDescent(BarzilaiBorwein()), Nesterov()], ids=repr)
+def test_a_constant_that_cancels_the_energy_hides_no_descent(solver: Solver) -> None:
+    """Near the least value, 0 here, differences of energies are the rounding of their terms, of size 100."""
+    z = torch.tensor([[0.3, -0.2, 0.7]], dtype=torch.float64)
+
+    def energy(x: Tensor) -> Tensor:  # 100 cosh of what is nearly nothing, less its least value
+        return (100 * (x - z).cosh() + 30 * (x - z).square() - 100).sum(-1)
+
+    tight = Termination(atol=1e-11, rtol=0.0, max_steps=2000)
+    x = minimize(energy, torch.zeros_like(z), solver=solver, termination=tight).value
+    torch.testing.assert_close(x, z, rtol=0, atol=1e-10)

@@ -32,6 +32,9 @@ class Solver(ABC):
     sees_saddles: ClassVar[bool] = False
     """Whether, of a symmetric linear equation, it fails where it meets a direction of negative curvature."""
 
+    unrollable: ClassVar[bool] = True
+    """Whether derivatives may be taken through its updates."""
+
     @abstractmethod
     def init(self, problem: Problem, x0: Tensor) -> Any:
         """The state at ``x0``, ``(*batch, n)``."""

@@ -27,20 +27,21 @@ def look(problem: Problem, x: Tensor, gamma: Tensor) -> tuple[Tensor, Guarded]:
 def attempt(problem: Problem, x: Tensor, residual: Tensor, guarded: Guarded) -> tuple[Tensor, Tensor, Tensor]:
     """x − γ F(x), whether it may be taken, ``(*batch, 1)``, and the step size to go on with.
 
-    It may where the energy lies below the parabola of curvature 1/γ through x: then prox-gradient steps converge.
+    It may where the energy lies below the parabola of curvature 1/γ through x: then prox-gradient steps converge. The slopes at
+    both ends tell that too, and still do where a difference of energies is lost in rounding.
 
     Source: Beck and Teboulle (2009), FISTA with backtracking.
     """
     assert problem.smooth is not None
     moved = x - guarded.gamma * residual
     with torch.no_grad():
-        gap, energy = moved - x, guarded.energy
-        after = problem.smooth(moved)[0]
-        above = after - energy - (guarded.slope * gap).sum(-1)
-        # A difference of energies is known to their rounding unit only.
-        noise = 8 * torch.finfo(energy.dtype).eps * (energy.abs() + (guarded.slope * gap).abs().sum(-1))
-        taken = (above <= 0.5 * gap.square().sum(-1) / guarded.gamma.squeeze(-1) + noise).unsqueeze(-1)
+        gap = moved - x
+        energy, slope = problem.smooth(moved)
+        limit = gap.square().sum(-1) / guarded.gamma.squeeze(-1)
+        above = 2 * (energy - guarded.energy - (guarded.slope * gap).sum(-1))
+        curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy
+        taken = (torch.isfinite(energy) & ((above <= limit) | (curved <= limit))).unsqueeze(-1)
         # Where the energy is not finite already, a shorter step helps nothing: let it be seen.
-        taken = taken | ~torch.isfinite(energy).unsqueeze(-1)
+        taken = taken | ~torch.isfinite(guarded.energy).unsqueeze(-1)
         gamma = torch.where(taken, guarded.gamma, 0.5 * guarded.gamma)
     return moved, taken, gamma

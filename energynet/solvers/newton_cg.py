@@ -59,6 +59,7 @@ class NewtonCG(Solver):
 
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
     descends: ClassVar[bool] = True
+    unrollable: ClassVar[bool] = False  # its Hessian-vector products keep no graph, and its inner loop ends at 0 / 0
     inner: int = 50
     radius: float = 1.0
 
@@ -85,7 +86,7 @@ class NewtonCG(Solver):
         promised = -(_dot(g, inner.step) + 0.5 * _dot(inner.step, inner.image)).squeeze(-1)
         trial = x + inner.step
         energy, gradient = problem.value_and_gradient(trial)
-        kept = _decrease(state, energy, gradient, inner.step) / torch.where(promised > 0, promised, 1)
+        kept = _decrease(state, energy, gradient, inner) / torch.where(promised > 0, promised, 1)
         kept = torch.where((promised > 0) & torch.isfinite(kept) & torch.isfinite(gradient).all(-1), kept, -1)
         taken = kept > 1e-4
         length = _norm(inner.step)
@@ -134,12 +135,16 @@ def _to_edge(p: Tensor, d: Tensor, radius: Tensor) -> Tensor:
     return torch.where(pd > 0, room / torch.where(pd + root > 0, pd + root, 1), (root - pd) / torch.where(dd > 0, dd, 1))
 
 
-def _decrease(state: NewtonCGState, energy: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
-    """By how much the energy fell; by its slopes where the difference is lost in rounding."""
-    difference = state.energy - energy
-    slopes = -0.5 * _dot(state.residual + gradient, step).squeeze(-1)
+def _decrease(state: NewtonCGState, energy: Tensor, gradient: Tensor, inner: Inner) -> Tensor:
+    """By how much the energy fell; by its slopes where the gradient is as the model foretold.
+
+    There the difference of two energies tells nothing new, and may be lost in the rounding of their terms.
+    """
+    slopes = -0.5 * _dot(state.residual + gradient, inner.step).squeeze(-1)
+    foretold = _norm(gradient - inner.left) <= 0.01 * _norm(state.residual)
     noise = 100 * torch.finfo(energy.dtype).eps * state.energy.abs()
-    return torch.where(difference.abs() <= noise, slopes, difference)
+    difference = state.energy - energy
+    return torch.where(foretold | (difference.abs() <= noise), slopes, difference)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch, 1)
