@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments, console = parse(), Console()
+    console = console if console.is_terminal else Console(width=140)
     options = Options(arguments.repeats, arguments.quick, arguments.skip_peers, arguments.device)
     output = arguments.output or (None if options.quick else RESULTS)
     where = report.machine(options.device)

@@ -6,16 +6,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from energynet.energies.filters import Boundary, filter_bank
+
 
 class Ops(NamedTuple):
     """What the arrays' own methods do not offer under the same name in both libraries."""
 
     cosh: Callable[[Any], Any]
     log: Callable[[Any], Any]
-    sqrt: Callable[[Any], Any]
     relu: Callable[[Any], Any]
     sigmoid: Callable[[Any], Any]
     softplus: Callable[[Any], Any]
+    huber: Callable[[Any], Any]  # √(1 + t²) - 1
     conv: Callable[[Any, Any], Any]  # (B, 1, H, W), (K, 1, s, s) -> (B, K, H, W), s odd, zeros around
 
 
@@ -23,7 +25,23 @@ def _conv(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     return functional.conv2d(x, filters, padding=filters.shape[-1] // 2)
 
 
-TORCH = Ops(torch.cosh, torch.log, torch.sqrt, torch.relu, torch.sigmoid, functional.softplus, _conv)
+def _huber(t: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(1 + t**2) - 1
+
+
+TORCH = Ops(torch.cosh, torch.log, torch.relu, torch.sigmoid, functional.softplus, _huber, _conv)
+
+
+def _filter_bank(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+    return filter_bank(x, filters, Boundary.ZERO)
+
+
+def _hypot(t: torch.Tensor) -> torch.Tensor:
+    return torch.hypot(t, t.new_ones(())) - 1
+
+
+OURS = TORCH._replace(huber=_hypot, conv=_filter_bank)
+"""With what energynet's ready-made image energy is made of."""
 
 
 def jax_ops() -> Ops:
@@ -33,4 +51,4 @@ def jax_ops() -> Ops:
     def conv(x: Any, filters: Any) -> Any:
         return jax.lax.conv_general_dilated(x, filters, (1, 1), "SAME")
 
-    return Ops(jnp.cosh, jnp.log, jnp.sqrt, jax.nn.relu, jax.nn.sigmoid, jax.nn.softplus, conv)
+    return Ops(jnp.cosh, jnp.log, jax.nn.relu, jax.nn.sigmoid, jax.nn.softplus, lambda t: jnp.sqrt(1 + t**2) - 1, conv)

@@ -1,5 +1,6 @@
 """W5: time to a solution of given accuracy, each with its best way."""
 
+import bisect
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from energynet import LBFGS, BarzilaiBorwein, Compiled, Eager, GradientDescent, 
 from .contenders.minimisers import JaxOptMinimiser, Minimiser, OptimistixMinimiser, Ours, SciPy, TorchLBFGS
 from .harness import Options, Racer, Row, Watcher, quiet, race
 from .least_squares import LeastSquares, conditioned
-from .work import Problem, Task, Work, prepare
+from .work import Problem, Task, Work, answered
 from .workload import Workload
 
 ACCURACY = 1e-6
@@ -37,7 +38,7 @@ class Accuracy(Workload):
 
     def _raced(self, condition: float, options: Options, watch: Watcher, before: list[Row]) -> list[Row]:
         case = f"condition {condition:,}"
-        work = prepare(problem(condition, options), [Task.FORWARD])
+        work = answered(problem(condition, options))
         rows, racers, minimisers = [], [], everyone(options)
         for minimiser in minimisers:
             watch.doing(f"{case}: {minimiser.name} is checked")
@@ -57,7 +58,7 @@ def problem(condition: float, options: Options) -> Problem:
     m, n = (10, 8) if options.quick else (320, 256)
     A = conditioned(m, n, condition, torch.float64)
     return Problem(LeastSquares(), A.new_zeros(n), (A, torch.randn(m, dtype=torch.float64)), (1,),
-                   tolerance=1e-3, adjoint_tolerance=1e-3, max_steps=10**6)  # fmt: skip
+                   tolerance=ACCURACY, adjoint_tolerance=ACCURACY)  # fmt: skip
 
 
 def everyone(options: Options) -> list[Minimiser]:
@@ -70,26 +71,29 @@ def everyone(options: Options) -> list[Minimiser]:
 
 
 def loosest(minimiser: Minimiser, work: Work, row: Row) -> Any:
-    """The call with the loosest tolerance that is accurate enough; None, and a note, if there is none."""
-    first = 0.0
-    for tolerance in TOLERANCES:
-        try:
-            with quiet():
-                call = minimiser.call(work.problem, tolerance)
-                started = time.perf_counter()
-                result = call()
-                first = first or time.perf_counter() - started
-                row.error = work.error(Task.FORWARD, [minimiser.tensor(result)])
-                if row.error <= ACCURACY:
-                    gradients, products = minimiser.evaluations(work.problem, tolerance)
-                    row.steps = f"{gradients} + {products}" if products else str(gradients)
-                    row.right, row.first_seconds = True, first
-                    return call
-        except Exception as error:  # whatever a peer raises
-            row.note = f"fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:160]
-            return None
-    row.note = "not accurate enough at any tolerance"
-    return None
+    """The call with the loosest tolerance that is accurate enough, by bisection; None, and a note, if there is none."""
+    errors: dict[float, float] = {}
+
+    def too_loose(tolerance: float) -> bool:
+        started = time.perf_counter()
+        result = minimiser.call(work.problem, tolerance)()
+        row.first_seconds = row.first_seconds or time.perf_counter() - started
+        errors[tolerance] = work.error(Task.FORWARD, [minimiser.tensor(result)])
+        return not errors[tolerance] <= ACCURACY
+
+    try:
+        with quiet():
+            place = bisect.bisect_left(TOLERANCES, True, key=lambda tolerance: not too_loose(tolerance))
+            if place == len(TOLERANCES):
+                row.error, row.note = min(errors.values()), "not accurate enough at any tolerance"
+                return None
+            gradients, products = minimiser.evaluations(work.problem, TOLERANCES[place])
+    except Exception as error:  # whatever a peer raises
+        row.note = f"fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:160]
+        return None
+    row.error, row.right = errors[TOLERANCES[place]], True
+    row.steps = f"{gradients} + {products}" if products else str(gradients)
+    return minimiser.call(work.problem, TOLERANCES[place])
 
 
 def judge(ours: Sequence[Row], peers: Sequence[Row]) -> None:

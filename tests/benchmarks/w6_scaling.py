@@ -10,6 +10,7 @@ import torch
 from .contenders.ours import OursCompiled, OursEager
 from .contenders.plain import Plain
 from .harness import Contender, Options, Racer, Row, Watcher, quiet, race
+from .least_squares import WEIGHT
 from .w2_batch import batch
 from .w4_images import images
 from .work import Problem, Task, Work, bounded, extremes
@@ -23,7 +24,7 @@ SIZES = {
     "image side": [32, 64, 128, 256, 512],
     "iterations, times": [1, 4, 16],
 }
-QUICK = {"batch": [1, 4], "unknowns": [4, 8], "image side": [8, 16], "iterations, times": [1, 4]}
+QUICK = {"batch": [1, 4], "unknowns": [4, 8], "image side": [8, 12], "iterations, times": [1, 4]}
 UNITS = {"batch": "sample", "unknowns": "unknown", "image side": "pixel", "iterations, times": "iteration"}
 
 
@@ -63,11 +64,11 @@ class Scaling(Workload):
 def work(axis: str, size: int, options: Options) -> Work:
     device = options.device
     if axis in ("batch", "unknowns"):
-        small = 8 if options.quick else 64
-        problem = batch(size, small, device) if axis == "batch" else batch(16, size, device)
-        return bounded(problem, 1.0, 20.1)
-    side, filters = (8, 3) if options.quick else (64, 32)
-    problem = images(1, size if axis == "image side" else side, device, filters=filters)
+        small, condition, tolerance = (8, 3, 1e-3) if options.quick else (64, 20, 1e-5)
+        samples, unknowns = (size, small) if axis == "batch" else (16, size)
+        return bounded(batch(samples, unknowns, device, condition=condition, tolerance=tolerance), 1.0, condition + WEIGHT)
+    side, filters, tolerance = (8, 3, 1e-2) if options.quick else (64, 32, 1e-4)
+    problem = images(1, size if axis == "image side" else side, device, filters=filters, tolerance=tolerance)
     found = bounded(problem, 1.0, largest_curvature(filters, device))
     if axis == "image side":
         return found

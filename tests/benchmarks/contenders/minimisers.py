@@ -13,7 +13,7 @@ from ..ops import TORCH, jax_ops
 from ..work import Problem
 from .jax_based import arrays
 
-MOST_STEPS = 100_000
+MOST_STEPS = 20_000
 
 
 class Minimiser(ABC):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from energynet import FPI_GD, AdjointReport, Compiled, Driver, Eager, Energy, ImplicitAdjoint, Picard, Termination
 
+from .. import ops
 from ..harness import OURS
-from ..ops import TORCH
 from ..work import Formula, Problem, Task, Work
 from .torch_based import Differentiable, gradient
 
@@ -23,10 +23,10 @@ class Written(Energy):
         self.formula = formula
 
     def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.formula.encode(TORCH, *inputs)
+        return self.formula.encode(ops.OURS, *inputs)
 
     def evaluate(self, x: Tensor, *code: Tensor) -> Tensor:
-        energies: Tensor = self.formula.evaluate(TORCH, x, *code)
+        energies: Tensor = self.formula.evaluate(ops.OURS, x, *code)
         return energies
 
 
