@@ -1,5 +1,7 @@
 """The minimisers, on the classic test functions and where they could go wrong."""
 
+import math
+
 import pytest
 import scipy.optimize
 import torch
@@ -234,3 +236,32 @@ def test_a_constant_that_cancels_the_energy_hides_no_descent(solver: Solver) -> 
     tight = Termination(atol=1e-11, rtol=0.0, max_steps=2000)
     x = minimize(energy, torch.zeros_like(z), solver=solver, termination=tight).value
     torch.testing.assert_close(x, z, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_default_is_not_stopped_by_the_rounding_of_energies(condition: float, seed: int) -> None:
+    """½ xᵀHx − zᵀx: large terms cancel in it, so that it is known far worse than to its rounding unit."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64, generator=generator))[0]
+    hessian = basis * torch.logspace(0, math.log10(condition), 50, dtype=torch.float64) @ basis.mT
+    z = torch.randn(3, 50, dtype=torch.float64, generator=generator)
+    for termination in (Termination(), Termination(atol=0.0, rtol=1e-11)):
+        found = minimize(lambda x, z: 0.5 * (x @ hessian * x).sum(-1) - (z * x).sum(-1), torch.zeros_like(z), z,
+                         termination=termination)  # fmt: skip
+        exact = torch.linalg.solve(hessian, z.mT).mT
+        assert ((found.value - exact).norm(dim=-1) <= 100 * termination.tolerance(exact)).all()
+
+
+def test_the_default_stays_in_the_country_where_it_began() -> None:
+    """A logit energy that is nearly flat at the start: the parabola there points far out on to a plateau."""
+    routes = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 1, 1]], dtype=torch.float64)
+    toll, load = torch.tensor([[0.0, 1, 1, 0, 0], [1, 0, 0, 1, 0]], dtype=torch.float64)
+
+    def energy(x: Tensor, demand: Tensor) -> Tensor:
+        share = torch.softmax(torch.cat([torch.zeros_like(x[:, :1]), x], -1), -1)
+        flow = demand[:, None] * share
+        return (toll * (flow @ routes) + 0.5 * load * (flow @ routes).square()).sum(-1) + 0.15 * (flow * share.log()).sum(-1)
+
+    demand = torch.linspace(0.4, 1.8, 15, dtype=torch.float64)
+    assert minimize(energy, demand.new_zeros(15, 2), demand).converged.all()

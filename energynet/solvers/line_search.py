@@ -13,6 +13,7 @@ from torch import Tensor
 
 APPROXIMATE = 0.1  # δ of the approximate Wolfe conditions
 MOST_TRIALS = 30
+CANCELLED = 1e-8  # relative differences of energies below this are not believed
 
 
 class Search(NamedTuple):
@@ -128,7 +129,8 @@ def _check(decrease: float, most: float) -> None:
 
 def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) -> Tensor:
     armijo = energy <= search.energy + decrease * search.length * search.slope
-    noise = 8 * torch.finfo(energy.dtype).eps * search.energy.abs()
+    # How well an energy is known, its own terms do not tell: large ones may cancel in it. Slopes do not lie, so be generous.
+    noise = max(8 * torch.finfo(energy.dtype).eps, CANCELLED) * search.energy.abs()
     level = (energy <= search.energy + noise) & (slope <= (2 * APPROXIMATE - 1) * search.slope)
     return (armijo | level) & torch.isfinite(energy) & torch.isfinite(slope)
 
