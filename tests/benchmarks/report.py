@@ -46,7 +46,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         name, row.steps, error, duration(row.seconds), "" if row.ratio is None else f"{row.ratio:.3g}", target,
         "" if row.first_seconds is None or row.first_seconds < 0.1 else duration(row.first_seconds),
-        "" if row.peak_mib is None else f"{row.peak_mib:.0f} MiB",
+        "" if row.peak_mib is None else "< 1 MiB" if row.peak_mib < 1 else f"{row.peak_mib:.0f} MiB",
     )  # fmt: skip
 
 

@@ -102,11 +102,13 @@ def plot(rows: Sequence[dict], path: Path) -> None:
             if found:
                 size, seconds, peak = zip(*found, strict=True)
                 axes[0, column].loglog(size, seconds, marker=marker, label=contender, markersize=4)
-                axes[1, column].loglog(size, [max(p, 0.1) for p in peak], marker=marker, markersize=4)
+                axes[1, column].loglog(size, [max(p, 1.0) for p in peak], marker=marker, markersize=4)
         axes[1, column].set_xlabel(axis)
+        axes[1, column].set_xticks(SIZES[axis], [f"{size:,}" for size in SIZES[axis]], fontsize=8)
+        axes[1, column].set_xticks([], minor=True)
         for ax in axes[:, column]:
             ax.grid(True, which="major", alpha=0.3)
     axes[0, 0].set_ylabel("seconds, forward + gradient")
-    axes[1, 0].set_ylabel("peak memory, MiB")
+    axes[1, 0].set_ylabel("peak memory, MiB (at least 1)")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=150)

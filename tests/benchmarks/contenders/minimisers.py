@@ -26,6 +26,10 @@ class Minimiser(ABC):
     def call(self, problem: Problem, tolerance: float) -> Callable[[], Any]:
         """What is timed."""
 
+    def trial(self, problem: Problem, tolerance: float) -> Callable[[], Any]:
+        """The same, to find a tolerance with: no compilation for each."""
+        return self.call(problem, tolerance)
+
     @abstractmethod
     def evaluations(self, problem: Problem, tolerance: float) -> tuple[int, int]:
         """How often the energy's gradient was evaluated, and how many products with its Hessian were taken."""
@@ -47,6 +51,9 @@ class Ours(Minimiser):
 
     def call(self, problem: Problem, tolerance: float) -> Callable[[], Any]:
         return lambda: self._solve(problem.energy, problem, tolerance, self.driver)
+
+    def trial(self, problem: Problem, tolerance: float) -> Callable[[], Any]:
+        return lambda: self._solve(problem.energy, problem, tolerance, Eager())
 
     def evaluations(self, problem: Problem, tolerance: float) -> tuple[int, int]:
         """Both drivers run the same algorithm; only in the eager one an evaluation is seen."""
