@@ -57,8 +57,7 @@ class ImplicitAdjoint(RootAdjoint):
         value, status, distance, steps, *found = linear.driver.call(function, (v, y, *inputs))
         outcome = Outcome(value, status, distance, steps)
         if linear.tell(outcome, adjoint=True):
-            gradients = iter(found)
-            return Answer(value, status, status), [next(gradients) if want else None for want in wanted]
+            return Answer(value, status, status), function.gradients(tuple(found), inputs)
         equation, arguments = function.linear(y, inputs)
         return Answer(value, status != Status.CONVERGED, separable(equation, outcome, (v, *arguments))), None
 

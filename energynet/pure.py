@@ -136,8 +136,14 @@ class Pull(Pure):
         equation, arguments = self.linear(y, inputs)
         outcome = Solve(equation, self.solver, self.termination)(torch.zeros_like(v), v, *arguments)
         gradients = input_gradients(self.equation, self.wanted, outcome.value, y, inputs)
-        found = [torch.zeros_like(t) if g is None else g for g, t, want in zip(gradients, inputs, self.wanted) if want]
+        found = [v.new_zeros(0) if g is None else g for g, want in zip(gradients, self.wanted) if want]
         return *outcome, *found
+
+    def gradients(self, found: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """One for each input: None where it is not wanted, or where the equation does not contain it."""
+        rest = iter(found)
+        present = [next(rest) if want else None for want in self.wanted]
+        return [None if g is None or g.shape != t.shape else g for g, t in zip(present, inputs, strict=True)]
 
 
 def input_gradients(equation: Equation, wanted: tuple[bool, ...], u: Tensor, y: Tensor,

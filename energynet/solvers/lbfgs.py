@@ -101,7 +101,7 @@ def first_length(problem: Problem, x: Tensor, gradient: Tensor) -> Tensor:  # ->
         squared = _dot(gradient, gradient)
         parabola = squared / _dot(gradient, problem.hvp(x, gradient))
         unit = 1 / torch.clamp(squared.sqrt(), min=1)
-        far = (1 + _dot(x, x).sqrt()) / squared.sqrt()  # a parabola of little curvature would lead to another country
+        far = 10 * (1 + _dot(x, x).sqrt()) / squared.sqrt()  # a parabola of little curvature would lead to another country
         return torch.where((parabola > 0) & torch.isfinite(parabola), torch.minimum(parabola, far), unit)
 
 
