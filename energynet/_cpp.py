@@ -22,6 +22,7 @@ _MOVE = re.compile(r"\s*(\w+) = std::move\((\w+)\);$")
 _VIEW = re.compile(r"auto \w+ = .*\breinterpret_tensor_wrapper\((\w+),")
 _SWAP = re.compile(r"std::swap\((\w+), (\w+)\);$")
 _RESET = re.compile(r"\s*(\w+)\.reset\(\);$")
+_ITEM = re.compile(rf"\s*{_CHECK}\(aoti_torch_item_bool\((\w+), &(\w+)\)\);$")
 _WHILE = re.compile(r"\s*while \(1\) \{$")
 
 
@@ -49,7 +50,7 @@ def cache_key() -> dict[str, Any]:
             pass
 
         def uuid(self) -> str:
-            return "energynet: loops in place, 1"
+            return "energynet: loops in place, 2"
 
     return {"post_grad_custom_pre_pass": LoopsInPlace()}
 
@@ -135,6 +136,8 @@ def _loop(lines: list[str]) -> tuple[_Hoisted, list[str]]:
         elif (reuse := _REUSE.match(line)) and reuse[2] in before.made:
             body.append(f"auto& {reuse[1]} = {reuse[2]};")
             before.made[reuse[1]] = before.made[reuse[2]]
+        elif item := _ITEM.match(line):
+            body.append(f"{item[2]} = *static_cast<const bool*>({item[1]}.data_ptr());")
         elif (reset := _RESET.match(line)) and reset[1] in {*aliases, *before.made}:
             pass
         elif (move := _MOVE.match(line)) and move[2] in before.made:

@@ -162,7 +162,7 @@ class Compiled(Driver):
 
     def _compiled(self, function: Pure, tensors: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]]) -> Program | None:
         try:
-            program = Program(function, tensors, dynamic, {"cpp_wrapper": tensors[0].device.type == "cpu"})
+            program = Program(function, tensors, dynamic, _options(tensors[0].device))
             mark = function.binding.mark
             known = {id(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
             lost = [tuple(t.shape) for t in program.captured if id(t) not in known and t.ndim]
@@ -232,6 +232,11 @@ def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> b
     except TypeError:  # it cannot tell of its end
         return False
     return True
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Of Inductor: on a CPU the loops themselves in C++, and less work than this, in elements, left to one thread."""
+    return {"cpp_wrapper": True, "cpp.min_chunk_size": 1024} if device.type == "cpu" else {}
 
 
 def _parts(step: Step) -> tuple[Any, ...]:
