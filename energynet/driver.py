@@ -138,7 +138,7 @@ class Compiled(Driver):
         return result
 
     def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        key = (function.key, function.binding.mark, *map(_kind, tensors))
+        key = (function.key, function.binding.mark, _ambient(tensors[0].device), *map(_kind, tensors))
         with self._lock:
             if key in self._exact:
                 program = self._exact.get(key)
@@ -150,7 +150,7 @@ class Compiled(Driver):
     def _found(self, function: Pure, tensors: tuple[Tensor, ...]) -> Program | None:
         """A program for these shapes: an earlier one that serves every batch size, or a new one."""
         like = tuple((t.ndim, _order(t), t.dtype, t.device) for t in tensors)
-        family = (function.key, function.binding.mark, like)
+        family = (function.key, function.binding.mark, _ambient(tensors[0].device), like)
         programs = self._families.get(family) or []
         fitting = next((p for p in programs if p.fits(tensors)), None)
         if fitting is not None:
@@ -214,8 +214,8 @@ class _Recent(Generic[T]):
         return value
 
     def put(self, key: Hashable, value: T) -> None:
+        self.values.pop(key, None)  # to the end of the line
         self.values[key] = value
-        self.values.move_to_end(key)
         if len(self.values) > self.capacity:
             self.values.popitem(last=False)
 
@@ -246,6 +246,12 @@ def _parts(step: Step) -> tuple[Any, ...]:
 
 def _kind(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _ambient(device: torch.device) -> Hashable:
+    """Settings around a call that change what operations do."""
+    mixed = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return mixed, torch.get_default_dtype()
 
 
 def _order(tensor: Tensor) -> Hashable:

@@ -312,3 +312,20 @@ def test_memory_that_goes_on_as_another_shape_is_made_at_each_turn(line: str) ->
 def test_code_of_another_form_is_left_alone() -> None:
     unknown = LOOP.replace("aoti_torch_assign_tensors_out(arg0_1, &buf1_handle)", "other(arg0_1, &buf1_handle)")
     assert in_place(unknown) == unknown
+
+
+@compiles
+def test_a_program_belongs_to_the_precision_around_the_call() -> None:
+    A, z, driver = torch.randn(8, 8) / 8, torch.randn(2, 8), Compiled(strict=True)
+
+    def step(x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ A).to(x.dtype) + z
+
+    def solve(driver: Driver) -> Tensor:
+        value: Tensor = fixed_point(step, torch.zeros(2, 8), z, driver=driver).value
+        return value
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(solve(driver), solve(Eager()), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(solve(driver), solve(Eager()), rtol=0, atol=1e-6)
+    assert driver.compilations == 2

@@ -9,6 +9,7 @@ LINE = [
     ("adjoint", "how gradients come back"),
     ("derivative", "differentiates a root, any order"),
     ("driver", "Python, or a compiled program"),
+    ("pure", "what it evaluates: tensors only"),
     ("equation", "F = 0, and its linear equation"),
     ("loop", "the only while; sample by sample"),
     ("problem", "what is being solved"),
