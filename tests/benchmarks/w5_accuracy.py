@@ -62,7 +62,8 @@ def problem(condition: float, options: Options) -> Problem:
 
 
 def everyone(options: Options) -> list[Minimiser]:
-    compiled = [Ours(solver, Compiled(strict=True)) for solver in (LBFGS(), NewtonCG(), GradientDescent(BarzilaiBorwein()))]
+    solvers = (LBFGS(), LBFGS(memory=40), NewtonCG(), GradientDescent(BarzilaiBorwein()))
+    compiled = [Ours(solver, Compiled(strict=True)) for solver in solvers]
     peers: list[Minimiser] = [SciPy(by_hand=False), SciPy(by_hand=True), TorchLBFGS()]
     if not options.skip_peers:
         for module, peer in (("jaxopt", JaxOptMinimiser), ("optimistix", OptimistixMinimiser)):

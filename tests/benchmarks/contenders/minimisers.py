@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet import Compiled, Driver, Eager, Solver, Termination, minimize
+from energynet import LBFGS, Compiled, Driver, Eager, Solver, Termination, minimize
 
 from ..ops import TORCH, jax_ops
 from ..work import Problem
@@ -47,7 +47,8 @@ class Ours(Minimiser):
 
     def __init__(self, solver: Solver, driver: Driver) -> None:
         self.solver, self.driver = solver, driver
-        self.name = f"energynet {solver!r}".split("(")[0] + (", compiled" if isinstance(driver, Compiled) else ", eager")
+        memory = f"({solver.memory})" if isinstance(solver, LBFGS) else ""
+        self.name = f"energynet {type(solver).__name__}{memory}, {'compiled' if isinstance(driver, Compiled) else 'eager'}"
 
     def call(self, problem: Problem, tolerance: float) -> Callable[[], Any]:
         return lambda: self._solve(problem.energy, problem, tolerance, self.driver)
