@@ -98,8 +98,23 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
 
     with disable_proxy_modes_tracing():
         fresh = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in examples]
-        graph = make_fx(function, _allow_non_fake_inputs=True)(*fresh)
+        graph = make_fx(function, _thin_products(), _allow_non_fake_inputs=True)(*fresh)
     return graph, _lift(graph)
+
+
+def _thin_products() -> dict[Any, Callable[..., Any]]:
+    """A product with one row, as of one small problem, by a matrix and a vector: that is fused with what stands around it."""
+
+    def product(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
+        known = all(isinstance(n, int) for n in (*a.shape, *b.shape))
+        if not known or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
+            return NotImplemented
+        return torch.mv(b.mT, a[0]).unsqueeze(0)
+
+    return {torch.ops.aten.mm.default: product}
+
+
+SMALL = 2**16  # elements; beyond, the product of a library is faster
 
 
 def _lift(graph: fx.GraphModule) -> list[Tensor]:
@@ -214,7 +229,7 @@ class Program:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
         fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
         with torch.no_grad(), recording_program(), mode:
-            graph = make_fx(lambda *t: list(function(*t)), _allow_non_fake_inputs=True)(*fakes)
+            graph = make_fx(lambda *t: list(function(*t)), _thin_products(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = _lift(graph)
         """Tensors that the function took from elsewhere."""
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None

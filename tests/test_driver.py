@@ -329,3 +329,20 @@ def test_a_program_belongs_to_the_precision_around_the_call() -> None:
         torch.testing.assert_close(solve(driver), solve(Eager()), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(solve(driver), solve(Eager()), rtol=0, atol=1e-6)
     assert driver.compilations == 2
+
+
+@compiles
+def test_one_problem_without_a_batch_dimension() -> None:
+    """Its products have one row, and are recorded as those of a matrix and a vector."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(6, 4, dtype=torch.float64, generator=generator) / 4
+    b = torch.randn(6, dtype=torch.float64, generator=generator, requires_grad=True)
+    found = []
+
+    def energy(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
+        return 0.5 * (x @ A.T - b).square().sum() + x.cosh().log().sum()
+
+    for driver in (Eager(), Compiled(strict=True)):
+        x = minimize(energy, A.new_zeros(4), A, b, termination=TIGHT, driver=driver).value
+        found.append([x, torch.autograd.grad(x.square().sum(), b)[0]])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
