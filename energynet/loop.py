@@ -26,6 +26,8 @@ RUNNING = -1
 GROWTH = 1e6  # a distance this many times larger than where the sample began is called divergence
 LOOK = 64  # updates, then twice as many, after which all running samples are measured: their scale may have become wrong
 
+PATIENCE = 8
+
 
 class LoopState(NamedTuple):
     """All that changes from one step to the next; every field keeps its shape."""
@@ -52,7 +54,7 @@ def loop(
     x0: Tensor,
     observe: Callable[[LoopState], None] | None = None,
     wrap: Wrap | None = None,
-    every: int = 1,
+    every: int | None = None,
 ) -> LoopState:
     """Solve until every sample has converged, failed, or taken ``max_steps`` updates.
 
@@ -63,10 +65,12 @@ def loop(
         x0: ``(*batch, n)``.
         observe: called with the state at the start and after each update.
         wrap: makes of one update what is run in its place, such as several ones under a checkpoint.
-        every: updates between two looks at whether any sample still runs.
+        every: updates between two looks at whether any sample still runs; None: 1 on a CPU, `PATIENCE` on an accelerator,
+            which has to stop its work to be looked at.
     """
     if tracing() and not solver.descends and problem.start is not None:
         _ = problem.gamma  # once, and not in each update
+    every = every or (1 if x0.device.type == "cpu" else PATIENCE)
     state = _begin(problem, solver, termination, x0)
     seen = readable(state.status) or tracing()
     glance = _Glance() if readable(state.status) and x0.device.type == "cpu" else None

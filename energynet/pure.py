@@ -24,20 +24,28 @@ from energynet.termination import Termination, max_norm
 class Pure(ABC):
     """A function of tensors: what else it reads is a step, in its binding, and what its key says."""
 
+    equation: Equation
+    check_every: int | None
+    """Updates between two looks at whether any sample still runs, where Python runs the loop; None: as the device has it."""
+
     @property
     @abstractmethod
     def key(self) -> Hashable:
         """All that it reads besides its arguments and the step."""
 
     @property
-    @abstractmethod
     def binding(self) -> Binding:
         """The user's step in it."""
+        return self.equation.binding
 
     @property
-    @abstractmethod
     def batch_dims(self) -> int:
         """How many leading dimensions count samples."""
+        return self.equation.batch_dims
+
+    @abstractmethod
+    def checked(self, every: int | None) -> "Pure":
+        """The same function, with another `check_every`."""
 
     @abstractmethod
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -60,31 +68,27 @@ class Solve(Pure):
     equation: Equation
     solver: Solver
     termination: Termination
+    check_every: int | None = None
 
     @property
     def key(self) -> Hashable:
         return "solve", self.equation.key, told(self.solver), told(self.termination)
 
-    @property
-    def binding(self) -> Binding:
-        return self.equation.binding
-
-    @property
-    def batch_dims(self) -> int:
-        return self.equation.batch_dims
+    def checked(self, every: int | None) -> "Solve":
+        return dataclasses.replace(self, check_every=every)
 
     def __call__(self, *tensors: Tensor) -> Outcome:
         y0, inputs = tensors[0], tensors[1:]
         termination = self.termination.at_precision(self.equation.rounding)
         if not isinstance(self.equation, Linear):
-            state = loop(self.equation.problem(inputs, y0), self.solver, termination, y0)
+            state = loop(self.equation.problem(inputs, y0), self.solver, termination, y0, every=self.check_every)
             return Outcome(state.x, state.status, state.distance, state.steps)
         # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
         largest = max_norm(inputs[0]).unsqueeze(-1)
         largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
         v = inputs[0] / largest
         problem = self.equation.problem((v, *inputs[1:]), y0)
-        state = loop(problem, self.solver, termination, y0)
+        state = loop(problem, self.solver, termination, y0, every=self.check_every)
         status = state.status
         if self.equation.root.kind is Kind.ENERGY and not self.solver.sees_saddles:
             status = torch.where(_negative_curvature(problem), Status.DIVERGED, status).to(torch.int8)
@@ -113,28 +117,24 @@ class Pull(Pure):
     solver: Solver
     termination: Termination
     wanted: tuple[bool, ...]
+    check_every: int | None = None
 
     @property
     def key(self) -> Hashable:
         return "pull", self.equation.key, told(self.solver), told(self.termination), self.wanted
-
-    @property
-    def binding(self) -> Binding:
-        return self.equation.binding
-
-    @property
-    def batch_dims(self) -> int:
-        return self.equation.batch_dims
 
     def linear(self, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Linear, tuple[Tensor, ...]]:
         """The adjoint equation, and its inputs after v."""
         root, flipped, arguments = self.equation.linearisation(y, inputs)
         return Linear(root, not flipped), arguments
 
+    def checked(self, every: int | None) -> "Pull":
+        return dataclasses.replace(self, check_every=every)
+
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         v, y, inputs = tensors[0], tensors[1], tensors[2:]
         equation, arguments = self.linear(y, inputs)
-        outcome = Solve(equation, self.solver, self.termination)(torch.zeros_like(v), v, *arguments)
+        outcome = Solve(equation, self.solver, self.termination, self.check_every)(torch.zeros_like(v), v, *arguments)
         gradients = input_gradients(self.equation, self.wanted, outcome.value, y, inputs)
         found = [v.new_zeros(0) if g is None else g for g, want in zip(gradients, self.wanted) if want]
         return *outcome, *found

@@ -346,3 +346,17 @@ def test_one_problem_without_a_batch_dimension() -> None:
         x = minimize(energy, A.new_zeros(4), A, b, termination=TIGHT, driver=driver).value
         found.append([x, torch.autograd.grad(x.square().sum(), b)[0]])
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("every", [2, 7, 1000])
+def test_looking_less_often_changes_no_answer(every: int) -> None:
+    energy, z = LogCosh(), some_context(3, requires_grad=True)
+    found = []
+    for driver in (Eager(check_every=1), Eager(check_every=every)):
+        layer = FPI_GD(energy, energy.step_size, start=energy.start, termination=TIGHT, driver=driver)
+        solution = layer.solve(z)
+        found.append([solution.value, solution.num_steps, torch.autograd.grad(solution.value.square().sum(), z)[0]])
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(expected, got)
+    with pytest.raises(ValueError, match="check_every ≥ 1 or None, got 0"):
+        Eager(check_every=0)
