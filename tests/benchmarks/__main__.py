@@ -5,7 +5,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Before PyTorch is imported: compiled code of an earlier run would make compilation look free.
@@ -30,10 +30,11 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "benchmarks.json"
 
 
 class Screen(Watcher):
-    """The table of a workload as it grows, and below it what happens now."""
+    """The table of a workload as it grows, and below it what happens now; what has been measured is kept at once."""
 
-    def __init__(self, workload: Workload, live: Live) -> None:
+    def __init__(self, workload: Workload, live: Live, keep: Callable[[Sequence[Row]], None]) -> None:
         self.workload, self.live, self.rows, self.started = workload, live, list[Row](), time.perf_counter()
+        self.keep = keep
         self.spinner = Spinner("dots")
 
     def doing(self, what: str) -> None:
@@ -44,6 +45,7 @@ class Screen(Watcher):
 
     def seen(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
+        self.keep(rows)
         self._show()
 
     def _show(self) -> None:
@@ -74,13 +76,17 @@ def main() -> None:
     for workload in WORKLOADS:
         if workload.name not in arguments.only:
             continue
+
+        def keep(rows: Sequence[Row]) -> None:
+            if output is not None and rows:
+                report.write(output, workload, rows, options)  # noqa: B023
+
         with Live(console=console, refresh_per_second=4, transient=True, auto_refresh=console.is_terminal) as live:
-            rows = workload.run(options, Screen(workload, live))
+            rows = workload.run(options, Screen(workload, live, keep))
         console.print(report.table(workload, rows))
-        if output is not None:
-            report.write(output, workload, rows, options)
-            if isinstance(workload, Scaling):
-                plot([dataclasses.asdict(row) for row in rows], output.with_name("scaling.png"))
+        keep(rows)
+        if output is not None and isinstance(workload, Scaling):
+            plot([dataclasses.asdict(row) for row in rows], output.with_name("scaling.png"))
 
 
 if __name__ == "__main__":
