@@ -98,8 +98,7 @@ def test_evaluations_are_those_of_a_known_algorithm() -> None:
     for _ in range(3):
         torch.autograd.grad(slope, x, torch.ones(3), retain_graph=True)
     assert (tally.backward - tally.twice, tally.twice) == (1, 3)
-
-
+@pytest.mark.slow
 def test_scaling_runs_and_is_plotted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(w6_scaling, "OursCompiled", OursEager)

@@ -65,14 +65,12 @@ def peak_rss(steps: int, adjoint: str) -> int:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
     return int(done.stdout)
-
-
+@pytest.mark.slow
 def test_peak_memory_is_flat_for_implicit_and_grows_for_unrolled() -> None:
     few, many = peak_rss(50, "ImplicitAdjoint(Picard())"), peak_rss(800, "ImplicitAdjoint(Picard())")
     assert many < few + 16 * 1024, (few, many)  # one array is 1 MiB
     assert peak_rss(200, "UnrolledAdjoint()") > few + 200 * 1024
-
-
+@pytest.mark.slow
 def test_200_training_steps_leak_nothing() -> None:
     energy, z, seen = LogCosh(), some_context(4), AdjointReport()
     layer = FPI_GD(energy, 0.2, adjoint=ImplicitAdjoint(report=seen))
