@@ -2,11 +2,15 @@
 
 import copy
 import gc
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -360,3 +364,21 @@ def test_looking_less_often_changes_no_answer(every: int) -> None:
         assert torch.equal(expected, got)
     with pytest.raises(ValueError, match="check_every ≥ 1 or None, got 0"):
         Eager(check_every=0)
+
+
+WITHOUT_COMPILER = """
+import warnings, torch
+from energynet import Compiled, minimize
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    x = minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(2, 3), torch.ones(2, 3), driver=Compiled()).value
+assert torch.allclose(x, torch.ones(2, 3), atol=1e-4), x
+print([str(w.message) for w in told if "could not be compiled" in str(w.message)])
+"""
+
+
+@pytest.mark.slow
+def test_without_a_compiler_python_runs_the_loop_and_says_so(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=True)
+    assert "no C++ compiler on this machine (install g++)" in done.stdout and "Python runs the loop instead" in done.stdout
