@@ -32,7 +32,8 @@ def races(path: Path, command: str) -> str:
     for name, seen in json.loads(path.read_text()).items():
         parts.append(f"## {name}: {seen['title']}\n")
         for (case, task), rows in groupby(seen["rows"], key=lambda row: (row["case"], row["task"])):
-            parts += [f"**{task if case == name else f'{case}, {task}'}**\n", _race(list(rows))]
+            heading = (task if case == name else f"{case}, {task}").replace("*", "\\*")
+            parts += [f"**{heading}**\n", *_race(list(rows))]
         parts.append(f"{seen['date']}; {_told(seen['machine'])}; {_told(seen['versions'])}. Printed by `{command}`.\n")
     return "\n".join(parts)
 
@@ -41,7 +42,11 @@ def _told(facts: dict[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if isinstance(value, str | int | float))
 
 
-def _race(rows: list[dict[str, Any]]) -> str:
+def _race(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of those that ran, and a sentence about those that did not."""
+    ran = [row["error"] is not None or row["seconds"] is not None for row in rows]
+    absent = [f"{row['contender']} {row['note']}" for row, yes in zip(rows, ran) if not yes]
+    rows = [row for row, yes in zip(rows, ran) if yes]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "": lambda row: row["contender"] if row["right"] or row["seconds"] is None else f"{row['contender']} (wrong)",
         "steps": lambda row: row["steps"],
@@ -55,7 +60,8 @@ def _race(rows: list[dict[str, Any]]) -> str:
     }
     cells = {heading: [show(row) for row in rows] for heading, show in columns.items()}
     shown = [heading for heading in cells if any(cells[heading])]
-    return table(shown, zip(*(cells[heading] for heading in shown)))
+    result = table(shown, zip(*(cells[heading] for heading in shown)))
+    return [result, "; ".join(absent) + ".\n"] if absent else [result]
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:

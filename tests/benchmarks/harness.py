@@ -159,8 +159,11 @@ def check(row: Row, contender: Contender, work: Work, task: Task, options: Optio
         return None
     row.right = row.error <= accuracy(work, task)
     if not row.right:
-        row.note = "wrong"
+        row.note = "wrong" if row.error > WRONG else "less exact than asked"
     return call if row.right else None
+
+
+WRONG = 1e-2
 
 
 def accuracy(work: Work, task: Task) -> float:
