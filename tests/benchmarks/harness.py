@@ -159,7 +159,7 @@ def check(row: Row, contender: Contender, work: Work, task: Task, options: Optio
         return None
     row.right = row.error <= accuracy(work, task)
     if not row.right:
-        row.note = "wrong" if row.error > WRONG else "less exact than asked"
+        row.note = "wrong" if row.error > WRONG else "inexact"
     return call if row.right else None
 
 
