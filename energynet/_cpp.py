@@ -83,7 +83,7 @@ def _block(lines: list[str]) -> list[str]:
             continue
         end = _end(lines, k)
         before, loop = _loop(_block(lines[k + 1 : end]))
-        result = _owned(result, before, loop)
+        result = _owned(result, before)
         result += [*before.lines, lines[k], *loop, lines[end]]
         k = end + 1
     return result
@@ -170,7 +170,7 @@ def _symbolic(call: str, constants: set[str]) -> bool:
     return not constants.issuperset(_ARRAY.findall(call)) or bool(re.search(r"\bs\d+\b", call))
 
 
-def _owned(lines: list[str], before: _Hoisted, loop: list[str]) -> list[str]:
+def _owned(lines: list[str], before: _Hoisted) -> list[str]:
     """The lines in front of a loop, where what it carries gets memory of its own to change places with."""
     result: list[str] = []
     owned: set[str] = set()

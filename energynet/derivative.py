@@ -175,7 +175,7 @@ class Method:
     def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[Outcome, tuple[Tensor, ...]]:
         """Run the loop; the trace comes along, if it was asked for."""
         if not (self.trace or wrap or torch.is_grad_enabled() or transform_active()):
-            return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), (y0, *inputs))[:4]), ()
+            return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), (y0, *inputs))), ()
         problem = self.equation.problem(inputs, y0)
         recorder = Recorder(problem, self.limits) if self.trace else None
         state = loop(problem, self.solver, self.limits, y0, recorder, wrap)
