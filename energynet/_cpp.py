@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import torch
+from torch import fx
+
 _HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
 _CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
 _MAKE = re.compile(rf"\s*{_CHECK}\((aoti_torch_empty_strided\(.*), &(\w+)_handle\)\);$")
@@ -27,32 +30,90 @@ _WHILE = re.compile(r"\s*while \(1\) \{$")
 
 
 @contextlib.contextmanager
-def loops_in_place() -> Iterator[None]:
-    """In here, what Inductor compiles has such loops."""
+def rewriting(parts: int = 1) -> Iterator[None]:
+    """In here, what Inductor compiles has such loops, and runs so many times at once, see `in_parts`."""
     from torch._inductor.graph import GraphLowering
 
     original = GraphLowering._compile_to_module_lines
 
     def compile_lines(self: Any, wrapper_code: Any) -> Any:
-        wrapper_code.value = in_place(wrapper_code.value)
+        wrapper_code.value = in_parts(in_place(wrapper_code.value), parts)
         return original(self, wrapper_code)
 
     with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines):
         yield
 
 
-def cache_key() -> dict[str, Any]:
-    """Options that keep apart, in Inductor's cache on disk, what was compiled with such loops: a pass that does nothing."""
+def passes(parts: int = 1) -> dict[str, Any]:
+    """Options that give Inductor our pass over its graphs, which also keeps apart what it has cached, so rewritten, on disk."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class LoopsInPlace(CustomGraphPass):
+    class SumsApart(CustomGraphPass):
         def __call__(self, graph: Any) -> None:
-            pass
+            sums_apart(graph)
 
         def uuid(self) -> str:
-            return "energynet: loops in place, 2"
+            return f"energynet: loops in place, sums apart, {parts} parts, 4"
 
-    return {"post_grad_custom_pre_pass": LoopsInPlace()}
+    return {"post_grad_custom_pre_pass": SumsApart()}
+
+
+def sums_apart(graph: fx.Graph) -> None:
+    """Keep a product and what is added to it two operations, on a CPU.
+
+    As one, ``addmm``, the summand would first be copied to where the product goes; as two, the sum costs nothing, since it
+    becomes part of the next kernel. A difference is what Inductor does not join.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        product = next((n for n in node.args if isinstance(n, fx.Node) and n.target is aten.mm.default), None)
+        if product is None or node.kwargs or product.meta["val"].device.type != "cpu":
+            continue
+        other = node.args[1] if node.args[0] is product else node.args[0]
+        if not isinstance(other, fx.Node) or other.meta["val"].dtype != product.meta["val"].dtype:
+            continue
+        with graph.inserting_before(node):
+            negative = graph.call_function(aten.neg.default, (product,))
+            difference = graph.call_function(aten.sub.Tensor, (other, negative))
+        negative.meta["val"], difference.meta["val"] = product.meta["val"], node.meta["val"]
+        node.replace_all_uses_with(difference)
+        graph.erase_node(node)
+
+
+_ENTRY = "void inductor_entry_impl("
+_END = "} // inductor_entry_impl"
+_RELEASE = "py::gil_scoped_release_simple release;"
+_INPUTS = re.compile(r"steal_from_raw_handles_to_raii_handles\(input_handles, (\d+)\)")
+_OUTPUT = re.compile(r"output_handles\[(\d+)\] =")
+
+_AT_ONCE = """
+void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* output_handles) {{
+    {release}
+    std::exception_ptr failures[{parts}] = {{}};
+    #pragma omp parallel for num_threads({parts}) schedule(static, 1)
+    for (int part = 0; part < {parts}; part++) {{
+        try {{
+            one_part(input_handles + part * {inputs}, output_handles + part * {outputs});
+        }} catch (...) {{
+            failures[part] = std::current_exception();
+        }}
+    }}
+    for (auto& failure : failures) if (failure) std::rethrow_exception(failure);
+}}
+"""
+
+
+def in_parts(source: str, parts: int) -> str:
+    """The same program so many times at once, on as many threads: inputs and outputs follow one another, part by part."""
+    if parts == 1:
+        return source
+    inputs, outputs = _INPUTS.search(source), {int(k) for k in _OUTPUT.findall(source)}
+    if any(source.count(known) != 1 for known in (_ENTRY, _END, _RELEASE)) or inputs is None or not outputs:
+        raise _UnknownError("Inductor's C++ wrapper has another form than expected")
+    count = max(outputs) + 1
+    entry = _AT_ONCE.format(release=_RELEASE, parts=parts, inputs=inputs[1], outputs=count)
+    source = source.replace(_RELEASE, "").replace(_ENTRY, "static void one_part(").replace(_END, f"}}\n{entry}")
+    return re.sub(rf"num_outputs={count}\b", f"num_outputs={parts * count}", source)
 
 
 def in_place(source: str) -> str:

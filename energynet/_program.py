@@ -1,211 +1,18 @@
-"""Python functions of tensors as compiled programs, with loops that stay loops.
+"""Python functions of tensors as compiled programs.
 
-`Program.of` runs a function once on fake tensors and records every operation, whatever Python, module, autograd or
-``torch.func`` code they came from; Inductor makes machine code of the record. A `while_loop` inside becomes one
-``torch.while_loop``. What its body computes from things that do not change is moved in front of it.
+A `Program` runs a function once on fake tensors and records every operation, whatever Python, module, autograd or
+``torch.func`` code they came from; Inductor makes machine code of the record.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from energynet import _tree
-from energynet._autodiff import readable, recording_program, tracing
-from energynet._cpp import cache_key, loops_in_place
-
-
-def while_loop(condition: Callable[[Any], Tensor | bool], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
-               every: int = 1) -> Any:  # fmt: skip
-    """``while condition(carry): carry = body(carry)``, at most ``limit`` times; in a program, one loop of machine code.
-
-    Example:
-        >>> import torch
-        >>> while_loop(lambda x: x < 100, lambda x: 2 * x, torch.tensor(3), limit=20)
-        tensor(192)
-
-    Args:
-        condition: carry -> 0-d bool, or a bool where its values can be read.
-        body: carry -> carry of the same shapes and dtypes; both may use tensors from around.
-        carry: a pytree of tensors.
-        limit: most updates; where no value can be read, as under ``vmap``, so many are made.
-        every: how many updates are made between two looks at the condition; a program looks each time.
-    """
-    if tracing():
-        return _traced_loop(condition, body, carry, limit)
-    for k in range(int(limit)):
-        if k % every == 0 and _says_no(condition(carry)):
-            break
-        carry = body(carry)
-    return carry
-
-
-def _says_no(condition: Tensor | bool) -> bool:
-    return not condition if isinstance(condition, bool) else readable(condition) and not bool(condition)
-
-
-def _traced_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor) -> Any:
-    from torch._higher_order_ops.while_loop import while_loop_op
-
-    leaves, spec = _tree.flatten((torch.zeros((), dtype=torch.int64, device=_tree.leaves(carry)[0].device), carry))
-    leaves = _apart([leaf.contiguous() for leaf in leaves])
-
-    def test(*leaves: Tensor) -> Tensor:
-        count, carry = _tree.unflatten(list(leaves), spec)
-        return condition(carry) & (count < limit)
-
-    def update(*leaves: Tensor) -> list[Tensor]:
-        count, carry = _tree.unflatten(list(leaves), spec)
-        return _fresh(_tree.leaves((count + 1, body(carry))), leaves)
-
-    test_graph, test_captured = _subgraph(test, leaves)
-    update_graph, update_captured = _subgraph(update, leaves)
-    captured = _hoist(update_graph, update_captured, len(leaves))
-    operands = _apart([*test_captured, *captured], leaves)
-    _widen(test_graph, len(leaves) + len(test_captured), len(captured))
-    _widen(update_graph, len(leaves), len(test_captured))
-    run: Callable[..., Any] = while_loop_op  # its own annotation knows of one operand
-    result = run(test_graph, update_graph, tuple(leaves), tuple(operands))
-    return _tree.unflatten(list(result), spec)[1]
-
-
-def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Tensor]:
-    """The tensors, copied where they are views or share memory with one another or with others.
-
-    ``torch.while_loop`` refuses to be given these, and Inductor's C++ wrapper frees a view after the first turn.
-    """
-    taken = {t.untyped_storage()._cdata for t in others}
-    result = []
-    for t in tensors:
-        base = t._base
-        if base is not None and _place(base) == _place(t):
-            t = base  # a copy of the same elements would be optimised away
-        own = t.is_contiguous() and not t._is_view() and t.untyped_storage()._cdata not in taken
-        result.append(t if own else t.clone(memory_format=torch.contiguous_format))
-        taken.add(result[-1].untyped_storage()._cdata)
-    return result
-
-
-def _fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of a loop body, contiguous and in memory of their own, of the dtypes they came with."""
-    return _apart([t.to(before.dtype).contiguous() for t, before in zip(outputs, inputs, strict=True)], inputs)
-
-
-def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The function as a graph, its captured tensors as further inputs, and these."""
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-
-    with disable_proxy_modes_tracing():
-        fresh = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in examples]
-        graph = make_fx(function, _thin_products(), _allow_non_fake_inputs=True)(*fresh)
-    return graph, _lift(graph)
-
-
-def _thin_products() -> dict[Any, Callable[..., Any]]:
-    """A product with one row, as of one small problem, by a matrix and a vector: that is fused with what stands around it."""
-
-    def product(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
-        known = all(isinstance(n, int) for n in (*a.shape, *b.shape))
-        if not known or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
-            return NotImplemented
-        return torch.mv(b.mT, a[0]).unsqueeze(0)
-
-    return {torch.ops.aten.mm.default: product}
-
-
-SMALL = 2**16  # elements; beyond, the product of a library is faster
-
-
-def _lift(graph: fx.GraphModule) -> list[Tensor]:
-    """Make each constant tensor of a graph a further input; return these tensors."""
-    nodes = list(graph.graph.nodes)
-    last = [n for n in nodes if n.op == "placeholder"][-1]
-    captured: dict[Any, tuple[Tensor, fx.Node]] = {}
-    for node in nodes:
-        value = getattr(graph, node.target) if node.op == "get_attr" else None
-        if not isinstance(value, Tensor):
-            continue
-        key = _place(value)
-        if key not in captured:
-            with graph.graph.inserting_after(last):
-                last = graph.graph.placeholder(f"captured_{len(captured)}")
-            last.meta["val"] = value
-            captured[key] = (value, last)
-        node.replace_all_uses_with(captured[key][1])
-        graph.graph.erase_node(node)
-    graph.recompile()
-    return [value for value, _ in captured.values()]
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """The same for two views of the same elements."""
-    where = (tensor.storage_offset(), *tensor.size(), *tensor.stride())
-    return tensor.untyped_storage()._cdata, *map(str, where), tensor.dtype  # as text: sizes may be symbols
-
-
-def _widen(graph: fx.GraphModule, position: int, count: int) -> None:
-    """Add inputs that the graph does not use."""
-    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    last = places[position - 1]
-    for _ in range(count):
-        with graph.graph.inserting_after(last):
-            last = graph.graph.placeholder(f"unused_{position}_{id(last)}")
-    graph.recompile()
-
-
-def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[Tensor]:
-    """Take what depends on captured tensors only out of a loop body: compute it here, and hand it over instead."""
-    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    fixed: dict[fx.Node, Any] = dict(zip(places[carried:], captured, strict=True))
-    variable = set(places[:carried])
-    for node in graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if any(n in variable for n in node.all_input_nodes) or not _movable(node):
-            variable.add(node)
-        elif node.all_input_nodes and all(n in fixed for n in node.all_input_nodes):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fixed[n])
-            fixed[node] = node.target(*args, **kwargs)
-        else:
-            variable.add(node)
-    crossing = _crossing(graph, fixed)
-    last = places[-1]
-    for node in crossing:
-        with graph.graph.inserting_after(last):
-            last = graph.graph.placeholder(f"hoisted_{node.name}")
-        last.meta["val"] = fixed[node]
-        node.replace_all_uses_with(last)
-    graph.graph.eliminate_dead_code()
-    for place in places[carried:]:
-        if place in crossing or not place.users:
-            graph.graph.erase_node(place)
-    graph.recompile()
-    return [fixed[node] for node in crossing]
-
-
-def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]:
-    """What the rest of the body reads of the fixed nodes; an expanded one is expanded again there, not stored in full."""
-    crossing: dict[fx.Node, None] = {}
-    asked = [n for node in graph.graph.nodes if node not in fixed for n in node.all_input_nodes if n in fixed]
-    while asked:
-        node = asked.pop()
-        if node.op == "placeholder" or not _cheap(fixed[node]):
-            crossing[node] = None
-        else:
-            asked.extend(n for n in node.all_input_nodes)
-    order = {node: k for k, node in enumerate(graph.graph.nodes)}
-    return sorted(crossing, key=order.__getitem__)
-
-
-def _movable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
-
-
-def _cheap(value: Any) -> bool:
-    if not isinstance(value, Tensor):
-        return True  # a size, or several results at once
-    return value._is_view() or any(step == 0 and size != 1 for size, step in zip(value.shape, value.stride()))
+from energynet._autodiff import recording_program
+from energynet._cpp import passes, rewriting
+from energynet._while import lift, thin_products
 
 
 class Program:
@@ -216,26 +23,27 @@ class Program:
         examples: tensors like those that it will be called with.
         dynamic: for each of them, the dimensions whose sizes may change from call to call.
         options: of Inductor.
+        parts: how many sets of such tensors are worked on at once, by as many threads.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor],
-                 dynamic: Sequence[Sequence[int]], options: dict[str, Any]) -> None:  # fmt: skip
+                 dynamic: Sequence[Sequence[int]], options: dict[str, Any], parts: int = 1) -> None:  # fmt: skip
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        self.sizes = [t.shape for t in examples]
+        self.sizes, self.parts = [t.shape for t in examples], parts
         self._shapes = ShapeEnv()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
         fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
         with torch.no_grad(), recording_program(), mode:
-            graph = make_fx(lambda *t: list(function(*t)), _thin_products(), _allow_non_fake_inputs=True)(*fakes)
-        self.captured = _lift(graph)
+            graph = make_fx(lambda *t: list(function(*t)), thin_products(), _allow_non_fake_inputs=True)(*fakes)
+        self.captured = lift(graph)
         """Tensors that the function took from elsewhere."""
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
-        constants = [_fake(mode, t, ()) for t in self.captured]
-        with torch.no_grad(), loops_in_place():
-            self._run = torch._inductor.compile(graph, [*fakes, *constants], options={**options, **cache_key()})
+        inputs = [*fakes, *(_fake(mode, t, ()) for t in self.captured)]
+        with torch.no_grad(), rewriting(parts):
+            self._run = _compiled(graph, inputs, {**options, **passes(parts)}, parts)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors of these sizes are what the program was compiled for."""
@@ -245,7 +53,66 @@ class Program:
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return tuple(self._run(*tensors, *self.captured))
+            return tuple(self._run([*tensors, *self.captured]))
+
+    def at_once(self, sets: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+        """The results for each set, of which there are as many as parts, or a multiple of that."""
+        constants = [t.detach() for t in self.captured]  # other threads would record what is done with them
+        for k in range(0, len(sets), self.parts):
+            found = self._run([t for tensors in sets[k : k + self.parts] for t in (*tensors, *constants)])
+            count = len(found) // self.parts
+            for part in range(self.parts):
+                yield tuple(found[part * count : (part + 1) * count])
+
+
+def _compiled(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], parts: int) -> Callable[[list[Tensor]], Any]:
+    """List of tensors -> results, without what PyTorch wraps around the machine code where nothing is left for that to do."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    inner: list[Any] = []
+    simple: list[bool] = []
+    expected = _outputs(graph)
+
+    def compile_inner(inside: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Any:
+        outputs = _outputs(inside)
+        alike = (len(examples), len(outputs)) == (len(inputs), len(expected))
+        simple.append(alike and all(isinstance(o, fx.Node) and o.op != "placeholder" for o in outputs))
+        inner.append(compile_fx_inner(inside, examples, **options))
+        return inner[-1]
+
+    whole: Any = compile_fx(graph, inputs, compile_inner, options)
+    if simple == [True]:
+        run: Callable[[list[Tensor]], Any] = inner[0].current_callable
+        return run
+    if parts > 1:
+        raise RuntimeError("a part of the batch cannot be computed by itself")
+    return lambda tensors: whole(*tensors)
+
+
+def _outputs(graph: fx.GraphModule) -> Sequence[Any]:
+    outputs: Any = graph.graph.output_node().args[0]
+    return list(outputs)
+
+
+def tied_rows(function: Callable[..., Any], tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors need as many rows as the first: a program for other numbers of rows would not allow any other.
+
+    Example:
+        >>> import torch
+        >>> x, A, b = torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 4)
+        >>> tied_rows(lambda x, A, b: x @ A.T - b, (x, A, b))     # A has 4 rows as well, and could have more
+        [True, False, True]
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
+    fakes = [_fake(mode, t, [0]) for t in tensors]
+    with torch.no_grad(), recording_program(), mode:
+        function(*fakes)
+    rows = [shapes.replace(t.shape[0].node.expr) if t.ndim and isinstance(t.shape[0], torch.SymInt) else None for t in fakes]
+    return [r is not None and r == rows[0] for r in rows]
 
 
 def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from energynet._autodiff import readable
-from energynet._program import while_loop
+from energynet._while import while_loop
 from energynet.problem import Problem
 from energynet.termination import Termination
 

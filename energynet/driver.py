@@ -19,6 +19,7 @@ from energynet._program import Program
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
 from energynet.pure import Pure
+from energynet.shards import Shards, how_many, own_rows
 from energynet.step import Step
 
 T = TypeVar("T")
@@ -110,6 +111,7 @@ class Compiled(Driver):
         self._examined: _Recent[Any] = _Recent(16 * capacity)
         self._families: _Recent[list[Program]] = _Recent(capacity)  # function -> its programs, but for the sizes of batches
         self._exact: _Recent[Program | None] = _Recent(16 * capacity)  # function and shapes -> program; None: it has none
+        self._own: _Recent[tuple[bool, ...]] = _Recent(capacity)  # function -> which tensors have one row a sample, if any
 
     def bind(self, step: Step) -> Binding:
         fields = vars(step)
@@ -151,31 +153,50 @@ class Compiled(Driver):
         return result
 
     def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        key = (function.key, function.binding.mark, _ambient(tensors[0].device), *map(_kind, tensors))
         with self._lock:
-            if key in self._exact:
-                program = self._exact.get(key)
-            else:
-                program = self._found(function, tensors)
-                self._exact.put(key, program)
+            shards = self._shards(function, tensors)
+            sets = [] if shards is None else shards.split(tensors)
+            divided = self._program(function, sets[0], torch.get_num_threads()) if sets else None
+            program = self._program(function, tensors) if divided is None else divided
+        if shards is not None and divided is not None:
+            return shards.joined(function, divided.at_once(sets))
         return function(*tensors) if program is None else program(tensors)
 
-    def _found(self, function: Pure, tensors: tuple[Tensor, ...]) -> Program | None:
+    def _shards(self, function: Pure, tensors: tuple[Tensor, ...]) -> Shards | None:
+        """How the batch is divided, if it pays."""
+        count = how_many(tensors, function.batch_dims)
+        if count == 1:
+            return None
+        key = function.key, function.binding.mark
+        if key not in self._own:
+            self._own.put(key, own_rows(function, tensors) or ())
+        own = self._own.get(key)
+        return Shards(own, count) if own else None
+
+    def _program(self, function: Pure, tensors: tuple[Tensor, ...], parts: int = 1) -> Program | None:
+        key = (function.key, function.binding.mark, parts, _ambient(tensors[0].device), *map(_kind, tensors))
+        if key not in self._exact:
+            self._exact.put(key, self._found(function, tensors, parts))
+        return self._exact.get(key)
+
+    def _found(self, function: Pure, tensors: tuple[Tensor, ...], parts: int) -> Program | None:
         """A program for these shapes: an earlier one that serves every batch size, or a new one."""
         like = tuple((t.ndim, _order(t), t.dtype, t.device) for t in tensors)
-        family = (function.key, function.binding.mark, _ambient(tensors[0].device), like)
+        family = (function.key, function.binding.mark, parts, _ambient(tensors[0].device), like)
         programs = self._families.get(family) or []
         fitting = next((p for p in programs if p.fits(tensors)), None)
         if fitting is not None:
             return fitting
-        program = self._compiled(function, tensors, _changed([p.sizes for p in programs], tensors, function.batch_dims))
+        dynamic = _changed([p.sizes for p in programs], tensors, function.batch_dims)
+        program = self._compiled(function, tensors, dynamic, parts)
         if program is not None:
             self._families.put(family, [*programs, program])
         return program
 
-    def _compiled(self, function: Pure, tensors: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]]) -> Program | None:
+    def _compiled(self, function: Pure, tensors: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]], parts: int
+                  ) -> Program | None:  # fmt: skip
         try:
-            program = Program(function, tensors, dynamic, _options(tensors[0].device))
+            program = Program(function, tensors, dynamic, _options(tensors[0].device, parts), parts)
             mark = function.binding.mark
             known = {id(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
             lost = [tuple(t.shape) for t in program.captured if id(t) not in known and t.ndim]
@@ -183,8 +204,9 @@ class Compiled(Driver):
                 raise CompilationError(f"it uses tensors of shapes {lost} that were found in no attribute, closure or global")
         except Exception as error:  # whatever the tracer and the compiler raise
             if any(dynamic):
-                return self._compiled(function, tensors, [()] * len(tensors))
-            self._refuse(error)
+                return self._compiled(function, tensors, [()] * len(tensors), parts)
+            if parts == 1:
+                self._refuse(error)
             return None
         self.compilations += 1
         return program
@@ -247,9 +269,11 @@ def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> b
     return True
 
 
-def _options(device: torch.device) -> dict[str, Any]:
+def _options(device: torch.device, parts: int) -> dict[str, Any]:
     """Of Inductor: on a CPU the loops themselves in C++, and less work than this, in elements, left to one thread."""
-    return {"cpp_wrapper": True, "cpp.min_chunk_size": 1024} if device.type == "cpu" else {}
+    if device.type != "cpu":
+        return {}
+    return {"cpp_wrapper": True, "cpp.min_chunk_size": 1024, "cpp.threads": torch.get_num_threads() if parts == 1 else 1}
 
 
 def _parts(step: Step) -> tuple[Any, ...]:
@@ -264,7 +288,7 @@ def _kind(tensor: Tensor) -> Hashable:
 def _ambient(device: torch.device) -> Hashable:
     """Settings around a call that change what operations do."""
     mixed = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return mixed, torch.get_default_dtype()
+    return mixed, torch.get_default_dtype(), torch.get_num_threads()
 
 
 def _order(tensor: Tensor) -> Hashable:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from energynet import _tree
 from energynet._autodiff import readable, tracing
-from energynet._program import while_loop
+from energynet._while import while_loop
 from energynet.distance import distance as estimate
 from energynet.distance import first_scale, is_scaled, scale_at
 from energynet.problem import Problem
@@ -175,7 +175,7 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
 
 
 def _judge(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Tensor:
-    finite = torch.isfinite(state.x).all(-1) & torch.isfinite(state.inner.residual).all(-1)
+    finite = _finite(state.x, state.inner.residual)
     ended = state.steps >= termination.max_steps
     stalled, broken = solver.stalled(state.inner), solver.breakdown(state.inner)
     status = torch.where(ended if stalled is None else ended | stalled, Status.MAX_STEPS, RUNNING)
@@ -183,6 +183,12 @@ def _judge(problem: Problem, solver: Solver, termination: Termination, state: Lo
     status = torch.where(far if broken is None else far | broken, Status.DIVERGED, status)
     status = torch.where(_within_tolerance(problem, termination, state) & ~far, Status.CONVERGED, status)
     return torch.where(finite, status, Status.NONFINITE).to(torch.int8)
+
+
+def _finite(x: Tensor, residual: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch)
+    """Whether all numbers are: by their mean, which is cheaper than to ask each."""
+    part = 0.5 / max(1, x.shape[-1])
+    return torch.isfinite((part * x + part * residual).sum(-1))
 
 
 def _within_tolerance(problem: Problem, termination: Termination, state: LoopState) -> Tensor:

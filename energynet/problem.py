@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from energynet._program import while_loop
+from energynet._while import while_loop
 from energynet.spectrum import ritz_values, some_direction
 
 

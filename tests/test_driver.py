@@ -4,7 +4,6 @@ import copy
 import gc
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import warnings
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import compiles
 from problems import TIGHT, LogCosh, some_context
 from torch import Tensor, nn
 
@@ -44,19 +44,6 @@ from energynet._cpp import in_place
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
 from energynet.pure import Pure
-
-COMPILES = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # PyTorch's, about itself
-]
-
-
-def compiles(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in COMPILES:
-        test = mark(test)
-    return test
-
 
 SCALE = 1.0
 

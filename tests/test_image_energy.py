@@ -1,10 +1,10 @@
 """Filter banks against conv2d, and the image energy: its bounds, its symmetry, its minimiser and its derivatives."""
 
 import math
-import shutil
 
 import pytest
 import torch
+from compiling import compiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import TIGHT
@@ -220,9 +220,7 @@ def test_bounds_that_make_no_sense_are_refused(options: dict[str, float]) -> Non
         ImageEnergy(**options)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@compiles
 def test_compiled_solve_as_eager() -> None:
     energy = image_energy(Boundary.INSIDE)  # the smallest program: the C++ compiler takes minutes on a busy machine
     y = torch.randn(2, 1, 6, 6, dtype=DOUBLE)

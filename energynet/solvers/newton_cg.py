@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet._program import while_loop
+from energynet._while import while_loop
 from energynet.problem import Problem
 from energynet.solvers.base import Solver
 from energynet.step import Kind

@@ -1,0 +1,18 @@
+"""Marks of tests that compile."""
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+COMPILES = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # PyTorch's, about itself
+]
+
+
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in COMPILES:
+        test = mark(test)
+    return test
