@@ -3,8 +3,9 @@
 from energynet import constraints, diagnostics, regularisers
 from energynet.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from energynet.black_box import implicit
+from energynet.compiled import CompilationError, Compiled
 from energynet.derivative import Adjoint, AdjointRecord, AdjointReport
-from energynet.driver import CompilationError, Compiled, Driver, Eager
+from energynet.driver import Driver, Eager
 from energynet.energy import Energy, gradient
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense

@@ -84,6 +84,7 @@ _ENTRY = "void inductor_entry_impl("
 _END = "} // inductor_entry_impl"
 _RELEASE = "py::gil_scoped_release_simple release;"
 _INPUTS = re.compile(r"steal_from_raw_handles_to_raii_handles\(input_handles, (\d+)\)")
+_DIVIDES = re.compile(r"_integral\(|\bmod\(")
 _OUTPUT = re.compile(r"output_handles\[(\d+)\] =")
 
 _AT_ONCE = """
@@ -110,6 +111,8 @@ def in_parts(source: str, parts: int) -> str:
     inputs, outputs = _INPUTS.search(source), {int(k) for k in _OUTPUT.findall(source)}
     if any(source.count(known) != 1 for known in (_ENTRY, _END, _RELEASE)) or inputs is None or not outputs:
         raise _UnknownError("Inductor's C++ wrapper has another form than expected")
+    if _DIVIDES.search(source):  # a division by zero is noted in a variable of the whole process
+        raise _UnknownError("integers are divided")
     count = max(outputs) + 1
     entry = _AT_ONCE.format(release=_RELEASE, parts=parts, inputs=inputs[1], outputs=count)
     source = source.replace(_RELEASE, "").replace(_ENTRY, "static void one_part(").replace(_END, f"}}\n{entry}")

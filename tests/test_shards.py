@@ -8,7 +8,7 @@ import torch
 from compiling import compiles
 from torch import Tensor, nn
 
-from energynet import Compiled, Eager, Energy, NewtonCG, Picard, Status, Termination, minimize
+from energynet import Compiled, Driver, Eager, Energy, NewtonCG, Picard, Status, Termination, minimize
 from energynet._cpp import in_parts
 from energynet._program import tied_rows
 from energynet.shards import how_many
@@ -81,6 +81,26 @@ def test_steps_failures_and_other_sizes_of_the_batch() -> None:
         assert driver.compilations == programs
 
 
+@compiles
+@pytest.mark.usefixtures("two_threads")
+def test_problems_of_a_vmap_are_divided_as_well() -> None:
+    z, weight, driver = context(64, 64), torch.linspace(0.5, 1.0, 64, dtype=torch.float64), Compiled(strict=True)
+
+    def solve(z: Tensor, weight: Tensor, driver: Driver) -> Tensor:
+        energy: Callable[..., Tensor] = lambda x, z, w: (w * torch.cosh(x - z)).sum()  # noqa: E731
+        options: dict[str, Any] = {"termination": TIGHT, "solver": NewtonCG(), "driver": driver}
+        value: Tensor = minimize(energy, torch.zeros_like(z), z, weight, **options).value
+        return value
+
+    def loss(weight: Tensor, driver: Driver) -> Tensor:
+        return torch.func.vmap(lambda z: solve(z, weight, driver))(z).square().sum()
+
+    found = [torch.func.grad(loss)(weight, each) for each in (Eager(), driver)]
+    assert {key[2] for key in driver._exact.values} == {2}
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.func.vmap(lambda z: solve(z, weight, driver))(z), z, rtol=0, atol=1e-9)
+
+
 def divided(energy: Callable[..., Tensor], *inputs: Tensor, size: int = 128, n: int = 32) -> bool | None:
     """Whether the driver divides the batch; None: it asks nobody, since the batch is small."""
     driver = Compiled()
@@ -123,3 +143,10 @@ def test_a_wrapper_of_another_form_is_refused() -> None:
     assert in_parts("anything", 1) == "anything"
     with pytest.raises(ValueError, match="another form"):
         in_parts("anything", 2)
+    entry = "void inductor_entry_impl( {\npy::gil_scoped_release_simple release;\n"
+    entry += "steal_from_raw_handles_to_raii_handles(input_handles, 3)\n"
+    end = "output_handles[1] = buf;\n} // inductor_entry_impl\nnum_outputs=2,"
+    found = in_parts(entry + end, 4)
+    assert "num_threads(4)" in found and "input_handles + part * 3" in found and "num_outputs=8," in found
+    with pytest.raises(ValueError, match="integers are divided"):
+        in_parts(entry + "auto tmp = remainder_integral(a, b);\n" + end, 4)

@@ -1,0 +1,260 @@
+"""A solve as one program of machine code, found again as long as nothing that its code reads has changed."""
+
+import dataclasses
+import itertools
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from energynet import _tree
+from energynet._autodiff import transform_active
+from energynet._program import Program
+from energynet.binding import Binding
+from energynet.driver import Driver
+from energynet.fingerprint import Fingerprint
+from energynet.pure import Pure
+from energynet.shards import Shards, how_many, own_rows
+from energynet.step import Step
+
+T = TypeVar("T")
+
+
+class CompilationError(RuntimeError):
+    """A solve could not be compiled; the message says why, and what to do."""
+
+
+class Compiled(Driver):
+    """The whole solve as one program of machine code, compiled at the first call for an energy and its shapes.
+
+    Keep the object, because the programs are its own; a copy or a pickle has none. Forward and adjoint solves, of any order
+    and under ``torch.func``, are programs each. A changed batch size compiles once more, for every size from 2. With
+    ``trace=True`` and `UnrolledAdjoint` Python runs the loop.
+
+    Example:
+        >>> Compiled()
+        Compiled(strict=False, capacity=64)
+
+    Args:
+        strict: what to do where a solve cannot be compiled: raise `CompilationError`, or, by default, warn once and let
+            Python run the loop.
+        capacity: how many programs are kept; the one longest unused goes first.
+
+    Raises:
+        ValueError: if capacity < 1.
+    """
+
+    def __init__(self, *, strict: bool = False, capacity: int = 64) -> None:
+        if capacity < 1:
+            raise ValueError(f"Compiled needs capacity ≥ 1, got {capacity}.")
+        self.strict, self.capacity = strict, capacity
+        self.compilations = 0
+        """How many programs have been compiled."""
+        self._lock = threading.RLock()
+        self._counter = itertools.count()
+        self._marks: _Recent[int] = _Recent(capacity)  # fingerprint -> a number
+        self._met: _Recent[list[Tensor]] = _Recent(capacity)  # of that number
+        self._bound: _Recent[tuple[Fingerprint, Binding]] = _Recent(capacity)  # step -> its binding, while it is unchanged
+        self._examined: _Recent[Any] = _Recent(16 * capacity)
+        self._families: _Recent[list[Program]] = _Recent(capacity)  # function -> its programs, but for the sizes of batches
+        self._exact: _Recent[Program | None] = _Recent(16 * capacity)  # function and shapes -> program; None: it has none
+        self._own: _Recent[tuple[bool, ...]] = _Recent(capacity)  # function -> which tensors have one row a sample, if any
+
+    def bind(self, step: Step) -> Binding:
+        fields = vars(step)
+        where = (type(step), *((k, v if isinstance(v, (float, int)) else id(v)) for k, v in fields.items()))
+        with self._lock:
+            if (known := self._bound.get(where)) and known[0].unchanged():
+                return known[1]
+            binding = Binding.of(step)
+            seen = Fingerprint(_parts(step), binding.tensors)
+            resolved = {id(t) for t in binding.tensors}.difference(map(id, seen.inputs))  # such as parametrised weights
+            if resolved:
+                seen = Fingerprint(_parts(binding.step), binding.tensors)
+            binding = dataclasses.replace(binding, mark=self._mark(seen))
+            if not resolved and (where in self._bound or _forget_with(fields.values(), self._bound, where)):
+                self._bound.put(where, (seen, binding))
+            return binding
+
+    def _mark(self, seen: Fingerprint) -> int:
+        mark = self._marks.get(seen.key)
+        if mark is None:
+            mark = next(self._counter)
+            self._marks.put(seen.key, mark)
+        self._met.put(mark, seen.met)
+        return mark
+
+    def examined(self, binding: Binding, tensors: Any, examine: Callable[[], T]) -> T:
+        if transform_active() or binding.mark is None:
+            return examine()
+        leaves, spec = _tree.flatten(tensors)
+        kinds = (_kind(t) if isinstance(t, Tensor) else Fingerprint(t).key for t in leaves)
+        key = (binding.mark, torch.is_grad_enabled(), spec, *kinds, *map(_kind, binding.tensors))
+        with self._lock:
+            known = self._examined.get(key)
+        if known is None:
+            known = (examine(),)
+            with self._lock:
+                self._examined.put(key, known)
+        result: T = known[0]
+        return result
+
+    def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with self._lock:
+            shards = self._shards(function, tensors)
+            sets = [] if shards is None else shards.split(tensors)
+            divided = self._program(function, sets[0], torch.get_num_threads()) if sets else None
+            program = self._program(function, tensors) if divided is None else divided
+        if shards is not None and divided is not None:
+            return shards.joined(function, divided.at_once(sets))
+        return function(*tensors) if program is None else program(tensors)
+
+    def _shards(self, function: Pure, tensors: tuple[Tensor, ...]) -> Shards | None:
+        """How the batch is divided, if it pays."""
+        count = how_many(tensors, function.batch_dims)
+        if count == 1:
+            return None
+        key = function.key, function.binding.mark
+        if key not in self._own:
+            self._own.put(key, own_rows(function, tensors) or ())
+        own = self._own.get(key)
+        return Shards(own, count) if own else None
+
+    def _program(self, function: Pure, tensors: tuple[Tensor, ...], parts: int = 1) -> Program | None:
+        key = (function.key, function.binding.mark, parts, _ambient(tensors[0].device), *map(_kind, tensors))
+        if key not in self._exact:
+            self._exact.put(key, self._found(function, tensors, parts))
+        return self._exact.get(key)
+
+    def _found(self, function: Pure, tensors: tuple[Tensor, ...], parts: int) -> Program | None:
+        """A program for these shapes: an earlier one that serves every batch size, or a new one."""
+        like = tuple((t.ndim, _order(t), t.dtype, t.device) for t in tensors)
+        family = (function.key, function.binding.mark, parts, _ambient(tensors[0].device), like)
+        programs = self._families.get(family) or []
+        fitting = next((p for p in programs if p.fits(tensors)), None)
+        if fitting is not None:
+            return fitting
+        dynamic = _changed([p.sizes for p in programs], tensors, function.batch_dims)
+        program = self._compiled(function, tensors, dynamic, parts)
+        if program is not None:
+            self._families.put(family, [*programs, program])
+        return program
+
+    def _compiled(self, function: Pure, tensors: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]], parts: int
+                  ) -> Program | None:  # fmt: skip
+        try:
+            program = Program(function, tensors, dynamic, _options(tensors[0].device, parts), parts)
+            mark = function.binding.mark
+            known = {id(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
+            lost = [tuple(t.shape) for t in program.captured if id(t) not in known and t.ndim]
+            if lost:
+                raise CompilationError(f"it uses tensors of shapes {lost} that were found in no attribute, closure or global")
+        except Exception as error:  # whatever the tracer and the compiler raise
+            if any(dynamic):
+                return self._compiled(function, tensors, [()] * len(tensors), parts)
+            if parts == 1:
+                self._refuse(error)
+            return None
+        self.compilations += 1
+        return program
+
+    def _refuse(self, error: Exception) -> None:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        sentence = (
+            f"The solve could not be compiled: {reason[0]}. Likely causes: Python that looks at values, as `if x.sum() > 0` or "
+            "`.item()`, in the energy (use torch.where); a tensor out of reach (pass it as context or register it as a buffer); "
+            "no C++ compiler on this machine (install g++)."
+        )
+        if self.strict:
+            raise CompilationError(f"{sentence} Or use driver=Eager().") from error
+        warnings.warn(f"{sentence} Python runs the loop instead.", stacklevel=2)
+
+    def __repr__(self) -> str:
+        return f"Compiled(strict={self.strict}, capacity={self.capacity})"
+
+    def __reduce__(self) -> Any:
+        return _again, (self.strict, self.capacity)
+
+    def __deepcopy__(self, memo: Any) -> "Compiled":
+        return _again(self.strict, self.capacity)
+
+
+class _Recent(Generic[T]):
+    """A dictionary that forgets what was longest unused."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self.values
+
+    def get(self, key: Hashable) -> T | None:
+        value = self.values.get(key)
+        if value is not None:
+            self.put(key, value)
+        return value
+
+    def put(self, key: Hashable, value: T) -> None:
+        self.values.pop(key, None)  # to the end of the line
+        self.values[key] = value
+        if len(self.values) > self.capacity:
+            self.values.popitem(last=False)
+
+    def forget(self, key: Hashable) -> None:
+        self.values.pop(key, None)
+
+
+def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> bool:
+    """Have an entry forgotten when one of the values that its key names by id is no more, since ids come again."""
+    named = [v for v in values if not isinstance(v, (float, int, type(None)))]
+    try:
+        for value in named:
+            weakref.finalize(value, cache.forget, key).atexit = False
+    except TypeError:  # it cannot tell of its end
+        return False
+    return True
+
+
+def _options(device: torch.device, parts: int) -> dict[str, Any]:
+    """Of Inductor: on a CPU the loops themselves in C++, and less work than this, in elements, left to one thread."""
+    if device.type != "cpu":
+        return {}
+    return {"cpp_wrapper": True, "cpp.min_chunk_size": 1024, "cpp.threads": torch.get_num_threads() if parts == 1 else 1}
+
+
+def _parts(step: Step) -> tuple[Any, ...]:
+    """What a step consists of; itself it is made anew at each call."""
+    return type(step), tuple(vars(step)), *vars(step).values()
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _ambient(device: torch.device) -> Hashable:
+    """Settings around a call that change what operations do."""
+    mixed = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return mixed, torch.get_default_dtype(), torch.get_num_threads()
+
+
+def _order(tensor: Tensor) -> Hashable:
+    """How the memory is laid out, but for the sizes."""
+    return tensor.is_contiguous() or tensor.stride()
+
+
+def _changed(earlier: Sequence[Sequence[torch.Size]], tensors: Sequence[Tensor], batch_dims: int) -> list[list[int]]:
+    """For each tensor the batch dimensions whose sizes differ from those of earlier ones."""
+    return [
+        [d for d in range(min(t.ndim, batch_dims)) if t.shape[d] > 1 and any(sizes[k][d] != t.shape[d] for sizes in earlier)]
+        for k, t in enumerate(tensors)
+    ]
+
+
+def _again(strict: bool, capacity: int) -> Compiled:
+    return Compiled(strict=strict, capacity=capacity)
