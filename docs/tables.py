@@ -30,12 +30,36 @@ def races(path: Path, command: str) -> str:
         return NONE_YET.format(command=command)
     parts = []
     for name, seen in json.loads(path.read_text()).items():
+        if name == SCALING:
+            continue
         parts.append(f"## {name}: {seen['title']}\n")
         for (case, task), rows in groupby(seen["rows"], key=lambda row: (row["case"], row["task"])):
             heading = (task if case == name else f"{case}, {task}").replace("*", "\\*")
             parts += [f"**{heading}**\n", *_race(list(rows))]
         parts.append(f"{seen['date']}; {_told(seen['machine'])}; {_told(seen['versions'])}. Printed by `{command}`.\n")
     return "\n".join(parts)
+
+
+SCALING = "W6"
+"""The workload that is a table of its own: what it costs at each size."""
+
+
+def scaling(path: Path, command: str) -> str:
+    """Time and memory of each contender at each size, one row a size."""
+    seen = json.loads(path.read_text()).get(SCALING) if path.is_file() else None
+    if seen is None:
+        return NONE_YET.format(command=f"{command} --only {SCALING}")
+    names = list(dict.fromkeys(row["contender"] for row in seen["rows"]))
+    cells = []
+    for case, rows in groupby(seen["rows"], key=lambda row: row["case"]):
+        by = {row["contender"]: row for row in rows}
+        found = [by.get(name, {"seconds": None, "peak_mib": None}) for name in names]
+        times = [_number(row["seconds"], "{:.3g}", 1e3) for row in found]
+        cells.append([case, *times, *(_number(row["peak_mib"], "{:.0f}") for row in found)])
+    columns = ["", *(f"{name}, ms" for name in names), *(f"{name}, MiB" for name in names)]
+    told = f"{seen['date']}; {_told(seen['machine'])}; {_told(seen['versions'])}. Printed by `{command} --only {SCALING}`."
+    title = seen["title"][:1].upper() + seen["title"][1:]
+    return f"{title}.\n\n{table(columns, cells)}\n{told}\n"
 
 
 def _told(facts: dict[str, Any]) -> str:
@@ -75,6 +99,7 @@ def write(results: Path, folder: Path, notebooks: Iterable[str]) -> None:
     parts["choosing-drivers"] = ""  # times, which only a quiet machine should record
     parts |= {f"choosing-{name}": text for name, text in measured(results / "choosing.json", choosing).items()}
     parts["benchmarks"] = races(results / "benchmarks.json", "python -m tests.benchmarks")
+    parts["scaling"] = scaling(results / "benchmarks.json", "python -m tests.benchmarks")
     parts["notebooks"] = "".join(f"- {{download}}`{name}.ipynb <tutorials/notebooks/{name}.ipynb>`\n" for name in notebooks)
     folder.mkdir(exist_ok=True)
     for name, text in parts.items():

@@ -96,13 +96,16 @@ def test_tables_from_json(tmp_path: Path) -> None:
            "ratio": 0.5, "first_seconds": None, "peak_mib": 3.0, "target": 0.6, "note": ""}  # fmt: skip
     wrong = {**row, "contender": "b", "right": False, "seconds": 0.1, "note": "x|y"}
     work = {"title": "one", "date": "2026-01-01", "machine": {"cores": 2}, "versions": {"torch": "2"}, "rows": [row, wrong]}
-    (tmp_path / "benchmarks.json").write_text(json.dumps({"W1": work}))
+    sizes = [{**row, "case": f"batch {size}", "contender": name} for size in (1, 16) for name in ("a", "b")]
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"W1": work, "W6": {**work, "title": "scaling of W2", "rows": sizes}}))
     choosing = {"tables": [{"name": "solvers", "columns": ["a", "b"], "rows": [["1", "2"]], "note": "Counts."}]}
     (tmp_path / "choosing.json").write_text(json.dumps(choosing))
     tables["write"](tmp_path, tmp_path / "out", ["01_first"])
     told = (tmp_path / "out" / "benchmarks.md").read_text()
     assert "| a | 9 | 1e-09 | 2 | 0.5 | ≤ 0.6 | 3 |  |" in told
     assert "b (wrong)" in told and "x\\|y" in told and "compile" not in told
+    grown = (tmp_path / "out" / "scaling.md").read_text()
+    assert "Scaling of W2." in grown and "| batch 16 | 2 | 2 | 3 | 3 |" in grown and "batch" not in told
     assert "| 1 | 2 |" in (tmp_path / "out" / "choosing-solvers.md").read_text()
     assert "Nothing has been recorded" in (tmp_path / "out" / "choosing-adjoints.md").read_text()
     assert "01_first.ipynb" in (tmp_path / "out" / "notebooks.md").read_text()

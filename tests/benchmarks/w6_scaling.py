@@ -95,7 +95,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.2), layout="constrained")
-    axes = figure.subplots(2, len(SIZES), sharex="col")
+    axes = figure.subplots(2, len(SIZES), sharex="col", sharey="row")
     for column, axis in enumerate(SIZES):
         for contender, marker in (("plain eager loop", "s"), ("energynet eager", "^"), ("energynet compiled", "o")):
             found = list(points(rows, axis, contender))
