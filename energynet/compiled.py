@@ -19,7 +19,7 @@ from energynet.binding import Binding
 from energynet.driver import Driver
 from energynet.fingerprint import Fingerprint
 from energynet.pure import Pure
-from energynet.shards import Shards, how_many, own_rows
+from energynet.shards import Shards, divided, how_many
 from energynet.step import Step
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ class Compiled(Driver):
             return None
         key = function.key, function.binding.mark
         if key not in self._own:
-            self._own.put(key, own_rows(function, tensors) or ())
+            self._own.put(key, divided(function, tensors) or ())
         own = self._own.get(key)
         return Shards(own, count) if own else None
 

@@ -7,7 +7,7 @@ out of steps returns the best of its iterates.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ Advance = Callable[[LoopState], LoopState]
 Wrap = Callable[[Advance], Advance]
 
 
+class Batch(Protocol):
+    """Samples whose problem is known, and that of any of them."""
+
+    @property
+    def problem(self) -> Problem: ...
+
+    def some(self, rows: Tensor) -> "Batch | None":
+        """The samples of these numbers; None where they depend on the others."""
+
+
 def loop(
     problem: Problem,
     solver: Solver,
@@ -55,6 +65,7 @@ def loop(
     observe: Callable[[LoopState], None] | None = None,
     wrap: Wrap | None = None,
     every: int | None = None,
+    batch: Batch | None = None,
 ) -> LoopState:
     """Solve until every sample has converged, failed, or taken ``max_steps`` updates.
 
@@ -67,13 +78,24 @@ def loop(
         wrap: makes of one update what is run in its place, such as several ones under a checkpoint.
         every: updates between two looks at whether any sample still runs; None: 1 on a CPU, `PATIENCE` on an accelerator,
             which has to stop its work to be looked at.
+        batch: where values can be read, the samples, of which the last few may go on alone.
     """
     if tracing() and not solver.descends and problem.start is not None:
         _ = problem.gamma  # once, and not in each update
     every = every or (1 if x0.device.type == "cpu" else PATIENCE)
     state = _begin(problem, solver, termination, x0)
+    if observe is not None:
+        observe(state)
+    look = torch.full((), LOOK, dtype=torch.int64, device=x0.device)
+    return _stop(_go_on(problem, solver, termination, state, look, observe=observe, wrap=wrap, every=every, batch=batch))
+
+
+def _go_on(problem: Problem, solver: Solver, termination: Termination, state: LoopState, look: Tensor, *,
+           observe: Callable[[LoopState], None] | None, wrap: Wrap | None, every: int, batch: Batch | None
+           ) -> LoopState:  # fmt: skip
+    first = look
     seen = readable(state.status) or tracing()
-    glance = _Glance() if readable(state.status) and x0.device.type == "cpu" else None
+    glance = _Glance() if readable(state.status) and state.x.device.type == "cpu" else None
 
     def update(state: LoopState) -> LoopState:
         return body(problem, solver, termination, state, glance)
@@ -92,20 +114,31 @@ def loop(
 
     def rounds(carry: tuple[Tensor, LoopState]) -> tuple[Tensor, LoopState]:
         look, state = carry
-        state = while_loop(any_running, observed, state, look if scaled else termination.max_steps, every)
+        state = while_loop(any_running, observed, state, look if scaled or batch else termination.max_steps, every)
         state = _verify(problem, solver, termination, state, state.status == RUNNING if scaled else None)
+        rows = _few(state.status) if batch else None
+        some = batch.some(rows) if batch and rows is not None else None
+        if some is not None and rows is not None:
+            rest = _tree.map_structure(lambda t: t[rows], state)
+            rest = _go_on(some.problem, solver, termination, rest, 2 * look, observe=observe, wrap=wrap, every=every, batch=some)
+            state = _tree.map_structure(lambda whole, part: whole.index_copy(0, rows, part), state, rest)
         return 2 * look, state
 
-    if observe is not None:
-        observe(state)
     scaled = is_scaled(problem) and seen
-    look = torch.full((), LOOK, dtype=torch.int64, device=x0.device)
 
     def unfinished(carry: tuple[Tensor, LoopState]) -> Tensor:  # a claim made at the start is looked at as well
-        return (carry[0] == LOOK) | _any_running(carry[1])
+        return (carry[0] == first) | _any_running(carry[1])
 
-    _, state = while_loop(unfinished, rounds, (look, state), termination.max_steps + 1 if seen else 1)
-    return _stop(state)
+    return while_loop(unfinished, rounds, (look, state), termination.max_steps + 1 if seen else 1)[1]
+
+
+def _few(status: Tensor) -> Tensor | None:
+    """The numbers of the samples that run, if most of a large batch have ended."""
+    running = (status == RUNNING).nonzero().flatten()
+    return running if len(status) >= CROWD and 0 < 2 * len(running) <= len(status) else None
+
+
+CROWD = 1024  # samples, below which a turn of few takes as long as one of all
 
 
 class _Glance:

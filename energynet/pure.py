@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from energynet._autodiff import pullback
+from energynet._autodiff import pullback, readable
 from energynet.binding import Binding
 from energynet.equation import Equation, Linear
 from energynet.fingerprint import told
-from energynet.loop import loop
+from energynet.loop import CROWD, LoopState, loop
 from energynet.problem import Problem
+from energynet.rows import own_rows
 from energynet.solution import Status
 from energynet.solvers import Solver
 from energynet.spectrum import ritz_values
@@ -81,19 +82,46 @@ class Solve(Pure):
         y0, inputs = tensors[0], tensors[1:]
         termination = self.termination.at_precision(self.equation.rounding)
         if not isinstance(self.equation, Linear):
-            state = loop(self.equation.problem(inputs, y0), self.solver, termination, y0, every=self.check_every)
+            state = self._loop(self.equation.problem(inputs, y0), termination, y0, inputs)
             return Outcome(state.x, state.status, state.distance, state.steps)
         # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
         largest = max_norm(inputs[0]).unsqueeze(-1)
         largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
         v = inputs[0] / largest
         problem = self.equation.problem((v, *inputs[1:]), y0)
-        state = loop(problem, self.solver, termination, y0, every=self.check_every)
+        state = self._loop(problem, termination, y0, (v, *inputs[1:]))
         status = state.status
         if self.equation.root.kind is Kind.ENERGY and not self.solver.sees_saddles:
             status = torch.where(_negative_curvature(problem), Status.DIVERGED, status).to(torch.int8)
         size = termination.size(v)
         return Outcome(state.x * largest, status, state.distance / torch.where(size > 0, size, 1), state.steps)
+
+
+    def _loop(self, problem: Problem, termination: Termination, y0: Tensor, inputs: tuple[Tensor, ...]) -> LoopState:
+        plain = self.equation.batch_dims == 1 and readable(y0) and not isinstance(self.binding.step.step_size, Tensor)
+        batch = Samples(self.equation, y0, inputs) if plain and len(y0) >= CROWD else None
+        return loop(problem, self.solver, termination, y0, every=self.check_every, batch=batch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """A batch of which some may go on alone."""
+
+    equation: Equation
+    y0: Tensor
+    inputs: tuple[Tensor, ...]
+    own: tuple[bool, ...] | None = None  # which inputs have one row a sample; None: not looked at yet
+
+    @property
+    def problem(self) -> Problem:
+        return self.equation.problem(self.inputs, self.y0)
+
+    def some(self, rows: Tensor) -> "Samples | None":
+        own = own_rows(self.equation, self.y0, self.inputs) if self.own is None else self.own
+        if own is None:
+            return None
+        inputs = tuple(t[rows] if mine else t for t, mine in zip(self.inputs, own, strict=True))
+        return Samples(self.equation, self.y0[rows], inputs, own)
 
 
 def _negative_curvature(problem: Problem) -> Tensor:  # -> (*batch) bool

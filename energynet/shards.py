@@ -5,14 +5,13 @@ program on samples of its own instead, and ends when these have ended.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from energynet._program import tied_rows
-from energynet.equation import Equation, Linear
 from energynet.pure import Pull, Pure
+from energynet.rows import own_rows
 
 ROWS = 32  # samples of a part: fewer make no good use of shared weights, which each part reads by itself
 LEAST = 2048  # numbers of x in a part, below which to begin and end it costs more than it saves
@@ -58,40 +57,8 @@ def how_many(tensors: Sequence[Tensor], batch_dims: int) -> int:
     return max(good, default=min(counts, default=1))
 
 
-def own_rows(function: Pure, tensors: tuple[Tensor, ...]) -> tuple[bool, ...] | None:
+def divided(function: Pure, tensors: tuple[Tensor, ...]) -> tuple[bool, ...] | None:
     """Which tensors have one row a sample; None where a part of the batch cannot be computed by itself."""
-    if isinstance(function, Pull):
-        own = _own_rows(function.equation, tensors[1], tensors[2:])
-        return None if own is None else (True, True, *own)
-    own = _own_rows(function.equation, tensors[0], tensors[1:])
-    return None if own is None else (True, *own)
-
-
-def _own_rows(equation: Equation, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[bool, ...] | None:
-    if isinstance(equation, Linear):  # its own inputs are v and the point
-        own = _own_rows(equation.root, inputs[1], inputs[2:])
-        return None if own is None else (True, True, *own)
-    if equation.vmaps:
-        return tuple(dim == 0 for dim in equation.vmaps[-1][0])
-    try:
-        tied = tuple(tied_rows(equation.residual, (x, *inputs))[1:])
-        return tied if _is_independent(equation.residual, x, inputs, tied) else None
-    except Exception:  # whatever code raises that insists on the size of the batch
-        return None
-
-
-@torch.no_grad()
-def _is_independent(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor], own: Sequence[bool]) -> bool:
-    """Whether some samples by themselves give what they give among the others, as they would not with z − z.mean(0)."""
-    generator = torch.Generator().manual_seed(0)
-
-    def moved(t: Tensor) -> Tensor:  # zeros would hide what they are multiplied with; positive ones stay positive
-        noise = torch.rand(t.shape, generator=generator, dtype=torch.float32).to(t)
-        return t + 0.5 * noise * (1 + t.abs()) if t.is_floating_point() else t
-
-    x, inputs = moved(x), [moved(t) if mine else t for t, mine in zip(inputs, own, strict=True)]
-    some = torch.randperm(len(x), generator=generator)[: len(x) // 2]
-    among = residual(x, *inputs)[some]
-    alone = residual(x[some], *(t[some] if mine else t for t, mine in zip(inputs, own, strict=True)))
-    size = among.abs().nan_to_num(0, 0, 0).amax()
-    return torch.allclose(alone, among, rtol=0.0, atol=float(torch.finfo(x.dtype).eps ** 0.5 * size), equal_nan=True)
+    first = 2 if isinstance(function, Pull) else 1  # after v and the point, or the start
+    own = own_rows(function.equation, tensors[first - 1], tensors[first:])
+    return None if own is None else (*[True] * first, *own)

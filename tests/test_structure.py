@@ -34,6 +34,7 @@ ORDER = [
     "binding",
     "fingerprint",
     "equation",
+    "rows",
     "pure",
     "driver",
     "shards",
