@@ -34,6 +34,8 @@ class Driver(ABC):
 class Eager(Driver):
     """Python runs the loop, operation by operation: nothing to compile, any energy.
 
+    Where most samples of a large batch have ended, the rest go on alone.
+
     Example:
         >>> Eager(check_every=4)
         Eager(check_every=4)
