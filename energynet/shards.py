@@ -51,7 +51,7 @@ def how_many(tensors: Sequence[Tensor], batch_dims: int) -> int:
     x, threads = tensors[0], torch.get_num_threads()
     if batch_dims == 0 or x.device.type != "cpu" or threads == 1 or len(x) % threads:
         return 1
-    each = x[0].numel()
+    each = x.numel() // max(1, len(x))
     counts = [k for k in range(threads, len(x) // ROWS + 1, threads) if len(x) % k == 0 and len(x) // k * each >= LEAST]
     good = [k for k in counts if len(x) // k >= GOOD[0] and len(x) // k * each >= GOOD[1]]
     return max(good, default=min(counts, default=1))

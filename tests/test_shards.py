@@ -132,8 +132,8 @@ def test_what_cannot_stand_alone_is_not_divided() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("size", "n", "batch_dims", "count"), [
-    (256, 64, 1, 2), (255, 64, 1, 1), (62, 999, 1, 1), (64, 63, 1, 1), (64, 64, 1, 2), (5000, 64, 0, 1), (65_536, 64, 1, 128),
-    (4096, 4096, 1, 32), (300, 64, 1, 2),
+    (0, 64, 1, 1), (256, 64, 1, 2), (255, 64, 1, 1), (62, 999, 1, 1), (64, 63, 1, 1), (64, 64, 1, 2), (5000, 64, 0, 1),
+    (65_536, 64, 1, 128), (4096, 4096, 1, 32), (300, 64, 1, 2),
 ])  # fmt: skip
 def test_how_many_parts(size: int, n: int, batch_dims: int, count: int) -> None:
     assert how_many((torch.zeros(()).expand(size, n),), batch_dims) == count
