@@ -99,6 +99,7 @@ def write(results: Path, folder: Path, notebooks: Iterable[str]) -> None:
     parts["choosing-drivers"] = ""  # times, which only a quiet machine should record
     parts |= {f"choosing-{name}": text for name, text in measured(results / "choosing.json", choosing).items()}
     parts["benchmarks"] = races(results / "benchmarks.json", "python -m tests.benchmarks")
+    parts["accelerator"] = races(results / "accelerator.json", "python -m tests.benchmarks.accelerator")
     parts["scaling"] = scaling(results / "benchmarks.json", "python -m tests.benchmarks")
     parts["notebooks"] = "".join(f"- {{download}}`{name}.ipynb <tutorials/notebooks/{name}.ipynb>`\n" for name in notebooks)
     folder.mkdir(exist_ok=True)

@@ -187,6 +187,17 @@ def linearise(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool)
     return torch.zeros_like if product is None else lambda u: _replay(product, dummy, u)
 
 
+def columns(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # (*batch, n) -> (n, *batch, n)
+    """A linear map of the n unit vectors, taken at once; one by one where a part of it cannot be mapped, as code of NumPy's."""
+    n = like.shape[-1]
+    units = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *[1] * (like.ndim - 1), n).expand(n, *like.shape)
+    try:
+        found: Tensor = torch.func.vmap(product)(units)
+    except RuntimeError:
+        found = torch.stack([product(unit) for unit in units])
+    return found
+
+
 def leaf_variables(tensor: Tensor) -> list[Tensor]:
     """The tensors that a graph begins with."""
     seen: set[Any] = set()

@@ -30,7 +30,7 @@ _WHILE = re.compile(r"\s*while \(1\) \{$")
 
 
 @contextlib.contextmanager
-def rewriting(parts: int = 1) -> Iterator[None]:
+def rewriting(parts: int) -> Iterator[None]:
     """In here, what Inductor compiles has such loops, and runs so many times at once, see `in_parts`."""
     from torch._inductor.graph import GraphLowering
 
@@ -44,7 +44,7 @@ def rewriting(parts: int = 1) -> Iterator[None]:
         yield
 
 
-def passes(parts: int = 1) -> dict[str, Any]:
+def passes(parts: int) -> dict[str, Any]:
     """Options that give Inductor our pass over its graphs, which also keeps apart what it has cached, so rewritten, on disk."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 

@@ -27,10 +27,10 @@ def while_loop(condition: Callable[[Any], Tensor | bool], body: Callable[[Any], 
         body: carry -> carry of the same shapes and dtypes; both may use tensors from around.
         carry: a pytree of tensors.
         limit: most updates; where no value can be read, as under ``vmap``, so many are made.
-        every: how many updates are made between two looks at the condition; a program looks each time.
+        every: how many updates are made between two looks at the condition; a program may end so many after the limit.
     """
     if tracing():
-        return _traced_loop(condition, body, carry, limit)
+        return _traced_loop(condition, body, carry, limit, every)
     for k in range(int(limit)):
         if k % every == 0 and _says_no(condition(carry)):
             break
@@ -42,7 +42,8 @@ def _says_no(condition: Tensor | bool) -> bool:
     return not condition if isinstance(condition, bool) else readable(condition) and not bool(condition)
 
 
-def _traced_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor) -> Any:
+def _traced_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
+                 every: int) -> Any:  # fmt: skip
     from torch._higher_order_ops.while_loop import while_loop_op
 
     leaves, spec = _tree.flatten((torch.zeros((), dtype=torch.int64, device=_tree.leaves(carry)[0].device), carry))
@@ -54,7 +55,9 @@ def _traced_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], ca
 
     def update(*leaves: Tensor) -> list[Tensor]:
         count, carry = _tree.unflatten(list(leaves), spec)
-        return _fresh(_tree.leaves((count + 1, body(carry))), leaves)
+        for _ in range(every):
+            carry = body(carry)
+        return _fresh(_tree.leaves((count + every, carry)), leaves)
 
     test_graph, test_captured = _subgraph(test, leaves)
     update_graph, update_captured = _subgraph(update, leaves)
@@ -161,7 +164,7 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
             continue
         if any(n in variable for n in node.all_input_nodes) or not _movable(node):
             variable.add(node)
-        elif node.all_input_nodes and all(n in fixed for n in node.all_input_nodes):
+        elif all(n in fixed for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fixed[n])
             fixed[node] = node.target(*args, **kwargs)
         else:
@@ -182,12 +185,12 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
 
 
 def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]:
-    """What the rest of the body reads of the fixed nodes; an expanded one is expanded again there, not stored in full."""
+    """What the rest of the body reads of the fixed nodes; what is cheap, as expanding or a constant, is done again there."""
     crossing: dict[fx.Node, None] = {}
     asked = [n for node in graph.graph.nodes if node not in fixed for n in node.all_input_nodes if n in fixed]
     while asked:
         node = asked.pop()
-        if node.op == "placeholder" or not _cheap(fixed[node]):
+        if node.op == "placeholder" or (node.all_input_nodes and not _cheap(fixed[node])):
             crossing[node] = None
         else:
             asked.extend(n for n in node.all_input_nodes)
@@ -196,7 +199,10 @@ def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]
 
 
 def _movable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _cheap(value: Any) -> bool:

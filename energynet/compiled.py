@@ -38,21 +38,22 @@ class Compiled(Driver):
 
     Example:
         >>> Compiled()
-        Compiled(strict=False, capacity=64)
+        Compiled(strict=False, capacity=64, check_every=None)
 
     Args:
         strict: what to do where a solve cannot be compiled: raise `CompilationError`, or, by default, warn once and let
             Python run the loop.
         capacity: how many programs are kept; the one longest unused goes first.
+        check_every: updates between two looks at whether any sample still runs, as of `Eager`.
 
     Raises:
-        ValueError: if capacity < 1.
+        ValueError: if capacity < 1 or check_every < 1.
     """
 
-    def __init__(self, *, strict: bool = False, capacity: int = 64) -> None:
-        if capacity < 1:
-            raise ValueError(f"Compiled needs capacity ≥ 1, got {capacity}.")
-        self.strict, self.capacity = strict, capacity
+    def __init__(self, *, strict: bool = False, capacity: int = 64, check_every: int | None = None) -> None:
+        if capacity < 1 or (check_every is not None and check_every < 1):
+            raise ValueError(f"Compiled needs capacity ≥ 1 and check_every ≥ 1 or None, got {capacity} and {check_every}.")
+        self.strict, self.capacity, self.check_every = strict, capacity, check_every
         self.compilations = 0
         """How many programs have been compiled."""
         self._lock = threading.RLock()
@@ -105,6 +106,7 @@ class Compiled(Driver):
         return result
 
     def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        function = function.checked(self.check_every)
         with self._lock:
             shards = self._shards(function, tensors)
             sets = [] if shards is None else shards.split(tensors)
@@ -175,13 +177,13 @@ class Compiled(Driver):
         warnings.warn(f"{sentence} Python runs the loop instead.", stacklevel=2)
 
     def __repr__(self) -> str:
-        return f"Compiled(strict={self.strict}, capacity={self.capacity})"
+        return f"Compiled(strict={self.strict}, capacity={self.capacity}, check_every={self.check_every})"
 
     def __reduce__(self) -> Any:
-        return _again, (self.strict, self.capacity)
+        return _again, (self.strict, self.capacity, self.check_every)
 
     def __deepcopy__(self, memo: Any) -> "Compiled":
-        return _again(self.strict, self.capacity)
+        return _again(self.strict, self.capacity, self.check_every)
 
 
 class _Recent(Generic[T]):
@@ -223,9 +225,11 @@ def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> b
 
 def _options(device: torch.device, parts: int) -> dict[str, Any]:
     """Of Inductor: on a CPU the loops themselves in C++, and less work than this, in elements, left to one thread."""
+    reuse = {"allow_buffer_reuse": torch.torch_version.TorchVersion(torch.__version__) >= "2.13"}  # fails in loops before
     if device.type != "cpu":
-        return {}
-    return {"cpp_wrapper": True, "cpp.min_chunk_size": 1024, "cpp.threads": torch.get_num_threads() if parts == 1 else 1}
+        return reuse
+    threads = torch.get_num_threads() if parts == 1 else 1
+    return {**reuse, "cpp_wrapper": True, "cpp.min_chunk_size": 8192, "cpp.threads": threads}
 
 
 def _parts(step: Step) -> tuple[Any, ...]:
@@ -256,5 +260,5 @@ def _changed(earlier: Sequence[Sequence[torch.Size]], tensors: Sequence[Tensor],
     ]
 
 
-def _again(strict: bool, capacity: int) -> Compiled:
-    return Compiled(strict=strict, capacity=capacity)
+def _again(strict: bool, capacity: int, check_every: int | None) -> Compiled:
+    return Compiled(strict=strict, capacity=capacity, check_every=check_every)

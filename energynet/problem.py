@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from energynet._autodiff import columns
 from energynet._while import while_loop
 from energynet.spectrum import ritz_values, some_direction
 
@@ -61,6 +62,12 @@ class Problem:
         """∂F/∂x p: of a minimisation, the Hessian-vector product."""
         assert self.jacobian is not None
         return self.jacobian(x)(p)
+
+    def matrix(self, x: Tensor) -> Tensor:  # -> (*batch, n, n)
+        """∂F/∂x itself, in float32 or better: no half-precision factorisations exist."""
+        assert self.jacobian is not None
+        working = torch.promote_types(x.dtype, torch.float32)
+        return columns(self.jacobian(x), x).movedim(0, -1).to(working)
 
     @functools.cached_property
     def gamma(self) -> float | Tensor:

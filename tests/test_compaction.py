@@ -13,6 +13,7 @@ from energynet import (
     BarzilaiBorwein,
     GradientDescent,
     ImplicitAdjoint,
+    Newton,
     NewtonCG,
     Picard,
     Solver,
@@ -56,7 +57,8 @@ def solved(rows: slice, **options: Any) -> tuple[Any, list[Tensor], Rows]:
     return found, list(gradients), energy
 
 
-@pytest.mark.parametrize("solver", [Picard(), LBFGS(), NewtonCG(), GradientDescent(BarzilaiBorwein()), Anderson()], ids=repr)
+@pytest.mark.parametrize("solver", [Picard(), LBFGS(), Newton(), NewtonCG(), GradientDescent(BarzilaiBorwein()), Anderson()],
+                         ids=repr)  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_as_in_two_smaller_batches(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     alone: list[int] = []

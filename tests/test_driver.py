@@ -30,6 +30,7 @@ from energynet import (
     GradientStep,
     LostGradientError,
     Nesterov,
+    Newton,
     NewtonCG,
     Picard,
     Solver,
@@ -103,9 +104,10 @@ def test_what_cannot_be_compiled_is_told_once_or_raised() -> None:
 def test_a_copy_has_the_options_and_none_of_the_programs() -> None:
     driver = Compiled(strict=True, capacity=7)
     for other in (copy.deepcopy(driver), pickle.loads(pickle.dumps(driver))):
-        assert repr(other) == repr(driver) == "Compiled(strict=True, capacity=7)"
-    with pytest.raises(ValueError, match="capacity ≥ 1, got 0"):
-        Compiled(capacity=0)
+        assert repr(other) == repr(driver) == "Compiled(strict=True, capacity=7, check_every=None)"
+    for wrong in ({"capacity": 0}, {"check_every": 0}):
+        with pytest.raises(ValueError, match="capacity ≥ 1 and check_every ≥ 1 or None, got"):
+            Compiled(**wrong)
 
 
 @compiles
@@ -128,7 +130,7 @@ def test_every_order_and_jacrev_as_eager_and_compiled_once() -> None:
 
 
 @compiles
-@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Nesterov(), LBFGS(), NewtonCG()], ids=repr)
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Nesterov(), LBFGS(), Newton(), NewtonCG()], ids=repr)
 def test_each_solver_as_eager(solver: Solver) -> None:
     energy, z = LogCosh(), some_context(3)
     x0 = energy.start(z)
@@ -136,6 +138,17 @@ def test_each_solver_as_eager(solver: Solver) -> None:
     got = minimize(energy, x0, z, solver=solver, termination=TIGHT, driver=Compiled(strict=True))
     torch.testing.assert_close(got.value, expected.value, rtol=0, atol=1e-10)
     assert (got.num_steps - expected.num_steps).abs().max() <= 2
+
+
+@compiles
+def test_how_often_a_program_looks_changes_neither_answers_nor_steps() -> None:
+    energy, z = LogCosh(), some_context(5)
+    found = []
+    for every in (1, 3):
+        driver = Compiled(strict=True, check_every=every)
+        found.append(minimize(energy, energy.start(z), z, step_size=0.2, solver=Picard(), termination=TIGHT, driver=driver))
+    torch.testing.assert_close(found[1].value, found[0].value, rtol=0, atol=1e-12)
+    assert found[1].num_steps.tolist() == found[0].num_steps.tolist()
 
 
 @compiles

@@ -19,6 +19,7 @@ from energynet import (
     ConvergenceWarning,
     GradientDescent,
     Nesterov,
+    Newton,
     NewtonCG,
     Picard,
     Solver,
@@ -27,7 +28,7 @@ from energynet import (
     minimize,
 )
 
-SOLVERS = [Picard(), Anderson(), Broyden(), Nesterov(), LBFGS(), NewtonCG(), GradientDescent(),
+SOLVERS = [Picard(), Anderson(), Broyden(), Nesterov(), LBFGS(), Newton(), NewtonCG(), GradientDescent(),
            GradientDescent(BarzilaiBorwein())]  # fmt: skip
 
 
@@ -113,7 +114,7 @@ class Quadratic(nn.Module):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG(), GradientDescent()], ids=repr)
+@pytest.mark.parametrize("solver", [LBFGS(), Newton(), NewtonCG(), GradientDescent()], ids=repr)
 def test_no_graph_where_none_is_asked_for(solver: Solver, mode: type) -> None:
     energy, z = LogCosh(), some_context()
     with mode():

@@ -10,9 +10,11 @@ from energynet import (
     Adjoint,
     ConvergenceError,
     NeumannAdjoint,
+    Newton,
     NewtonCG,
     OneStepAdjoint,
     Picard,
+    Solver,
     Termination,
     UnrolledAdjoint,
     fixed_point,
@@ -71,9 +73,10 @@ def test_checkpoints_change_no_derivative() -> None:
         torch.func.grad(loss)(z.detach(), UnrolledAdjoint(checkpoint=True))
 
 
-def test_a_solver_that_cannot_be_unrolled_is_refused() -> None:
-    with pytest.raises(TypeError, match="cannot differentiate the updates of NewtonCG"):
-        minimize(ENERGY, None, some_context(), solver=NewtonCG(), adjoint=UnrolledAdjoint())
+@pytest.mark.parametrize("solver", [Newton(), NewtonCG()], ids=repr)
+def test_a_solver_that_cannot_be_unrolled_is_refused(solver: Solver) -> None:
+    with pytest.raises(TypeError, match=f"cannot differentiate the updates of {type(solver).__name__}: "):
+        minimize(ENERGY, None, some_context(), solver=solver, adjoint=UnrolledAdjoint())
 
 
 def test_wrong_options_are_refused() -> None:

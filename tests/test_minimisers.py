@@ -23,6 +23,7 @@ from energynet import (
     ImplicitAdjoint,
     MultiStart,
     Nesterov,
+    Newton,
     NewtonCG,
     Picard,
     Solver,
@@ -34,9 +35,9 @@ from energynet import (
 )
 from energynet.constraints import Box
 
-ALL = [LBFGS(), LBFGS(search=Backtracking()), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()),
-       GradientDescent(FixedStep()), Nesterov(), Anderson(), Picard()]  # fmt: skip
-ROBUST = [LBFGS(), NewtonCG()]
+ALL = [LBFGS(), LBFGS(search=Backtracking()), Newton(), NewtonCG(), GradientDescent(),
+       GradientDescent(BarzilaiBorwein()), GradientDescent(FixedStep()), Nesterov(), Anderson(), Picard()]  # fmt: skip
+ROBUST = [LBFGS(), Newton(), NewtonCG()]
 
 
 def reaches_a_minimum(problem: Classic, energy: float) -> bool:
@@ -70,7 +71,8 @@ def _derivatives(values: tuple[Tensor, Tensor], z: Tensor) -> list[list[Tensor]]
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.floats(-3, 3), st.sampled_from([None, LBFGS(), GradientDescent(BarzilaiBorwein()), NewtonCG()]))
+@given(st.integers(0, 10_000), st.floats(-3, 3),
+       st.sampled_from([None, LBFGS(), GradientDescent(BarzilaiBorwein()), Newton(), NewtonCG()]))  # fmt: skip
 def test_unknown_step_size_converges_on_convex_energies_of_any_scale(seed: int, exponent: float, solver: Solver | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(3, 7, 5, dtype=torch.float64, generator=generator)
@@ -86,7 +88,7 @@ def test_unknown_step_size_converges_on_convex_energies_of_any_scale(seed: int, 
     assert (slope.norm(dim=-1) <= 1e-5 * 10**exponent).all()
 
 
-GUARDED = [None, NewtonCG(), GradientDescent(BarzilaiBorwein()), Nesterov()]
+GUARDED = [None, Newton(), NewtonCG(), GradientDescent(BarzilaiBorwein()), Nesterov()]
 BOX = Box(-0.5, 0.5)
 ZERO = torch.zeros(4, 6, dtype=torch.float64)
 MILD = Termination(atol=1e-7, rtol=1e-7, max_steps=10_000)
@@ -157,7 +159,7 @@ def test_gamma_is_estimated_per_sample_for_the_backward_iteration() -> None:
     torch.testing.assert_close(torch.autograd.grad(x.sum(), z)[0], torch.ones_like(z), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein())], ids=repr)
+@pytest.mark.parametrize("solver", [*ROBUST, GradientDescent(), GradientDescent(BarzilaiBorwein())], ids=repr)
 @pytest.mark.parametrize("energy", [lambda x: -x.square().sum(-1), lambda x: x.sum(-1)], ids=["concave", "linear"])
 def test_unbounded_energies_are_never_converged(solver: Solver, energy: object) -> None:
     solution = minimize(energy, torch.ones(2, 2, dtype=torch.float64), solver=solver, on_failure="ignore")  # type: ignore[arg-type]
@@ -217,15 +219,15 @@ def test_classic_functions_are_those_of_scipy_and_few_evaluations_solve_them() -
 
 
 def test_wrong_options_are_refused() -> None:
-    for wrong in (lambda: LBFGS(memory=0), lambda: NewtonCG(inner=0), lambda: BarzilaiBorwein(0), lambda: BacktrackingStep(0.5),
-                  lambda: Backtracking(0.7)):  # fmt: skip
+    for wrong in (lambda: LBFGS(memory=0), lambda: NewtonCG(inner=0), lambda: Newton(radius=0.0), lambda: BarzilaiBorwein(0),
+                  lambda: BacktrackingStep(0.5), lambda: Backtracking(0.7)):  # fmt: skip
         with pytest.raises(ValueError, match="got"):
             wrong()
     with pytest.raises(TypeError, match="LBFGS cannot solve a fixed point"):
         fixed_point(torch.cos, torch.zeros(1, 1), solver=LBFGS())
 
 
-@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG(), GradientDescent(BarzilaiBorwein()), Nesterov()], ids=repr)
+@pytest.mark.parametrize("solver", [*ROBUST, GradientDescent(BarzilaiBorwein()), Nesterov()], ids=repr)
 def test_a_constant_that_cancels_the_energy_hides_no_descent(solver: Solver) -> None:
     """Near the least value, 0 here, differences of energies are the rounding of their terms, of size 100."""
     z = torch.tensor([[0.3, -0.2, 0.7]], dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch.autograd import grad
 from energynet import Anderson, ImplicitAdjoint, Solution, Termination, fixed_point, minimize
 from energynet.constraints import L1, Affine, Box, NonNegative, Simplex
 from energynet.linear import GMRES
-from energynet.solvers import Nesterov, NewtonCG, Solver
+from energynet.solvers import Nesterov, Newton, NewtonCG, Solver
 from energynet.step import ProximalStep
 
 
@@ -225,7 +225,7 @@ def fitted(model: Any, y: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's line search, at the last digits
-@pytest.mark.parametrize("solver", [None, NewtonCG(), Anderson(), Nesterov()], ids=str)
+@pytest.mark.parametrize("solver", [None, Newton(), NewtonCG(), Anderson(), Nesterov()], ids=str)
 @pytest.mark.parametrize("which", range(4), ids=["Ridge", "LogisticRegression", "PoissonRegressor", "GammaRegressor"])
 def test_generalised_linear_models_as_scikit_learn(which: int, solver: Solver | None) -> None:
     model, energy, y, penalty = models()[which]

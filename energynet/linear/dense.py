@@ -21,10 +21,11 @@ class DenseState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Solver):
-    """The matrix itself, column by column in n products, then Cholesky or LU: one step, for problems of up to some hundred n.
+    """The matrix itself, from n products taken at once, then Cholesky or LU: one step, for problems of up to some hundred n.
 
     A symmetric matrix must be positive definite, as the Hessian at a strict minimum is. One that is not, a singular one, and
-    one too ill-conditioned for the tolerance are reported as DIVERGED. Memory: n² numbers a sample.
+    one too ill-conditioned for the tolerance are reported as DIVERGED. Memory: n² numbers a sample, and
+    n times that of one product.
 
     Example:
         >>> import torch
@@ -46,7 +47,7 @@ class Dense(Solver):
         return DenseState(residual, torch.zeros_like(residual.sum(-1), dtype=torch.bool))
 
     def update(self, problem: Problem, x: Tensor, state: DenseState) -> tuple[Tensor, DenseState]:
-        matrix, residual = _matrix(problem, x), state.residual
+        matrix, residual = problem.matrix(x), state.residual
         inverse, usable = _cholesky(matrix) if problem.symmetric else _lu(matrix)
         for _ in range(2):  # the second time refines the first
             move = inverse(residual.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)
@@ -56,14 +57,6 @@ class Dense(Solver):
 
     def breakdown(self, state: DenseState) -> Tensor:
         return state.solved
-
-
-def _matrix(problem: Problem, x: Tensor) -> Tensor:  # (*batch, n, n)
-    """A, in float32 or better: no half-precision factorisations exist."""
-    working = torch.promote_types(x.dtype, torch.float32)
-    units = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    columns = [problem.hvp(x, unit.expand_as(x)).to(working) for unit in units]
-    return torch.stack(columns, -1) if columns else x.new_zeros((*x.shape, 0), dtype=working)
 
 
 def _cholesky(matrix: Tensor) -> tuple[Inverse, Tensor]:

@@ -7,6 +7,7 @@ from energynet.solvers.gradient_descent import BacktrackingStep, BarzilaiBorwein
 from energynet.solvers.lbfgs import LBFGS
 from energynet.solvers.line_search import Backtracking, LineSearch, StrongWolfe
 from energynet.solvers.nesterov import Nesterov
+from energynet.solvers.newton import Newton
 from energynet.solvers.newton_cg import NewtonCG
 from energynet.solvers.picard import Picard
 
@@ -21,6 +22,7 @@ __all__ = [
     "LBFGS",
     "LineSearch",
     "Nesterov",
+    "Newton",
     "NewtonCG",
     "Picard",
     "Solver",

@@ -10,7 +10,7 @@ from energynet.step import Kind
 
 _REMEDY = {
     Kind.MAP: "Picard, Anderson, Broyden or Nesterov",
-    Kind.ENERGY: "LBFGS, NewtonCG, GradientDescent, Nesterov, Anderson, Broyden or Picard",
+    Kind.ENERGY: "LBFGS, Newton, NewtonCG, GradientDescent, Nesterov, Anderson, Broyden or Picard",
     Kind.LINEAR: "GMRES, BiCGSTAB, Dense, Picard, Anderson or Broyden",
     Kind.SYMMETRIC: "ConjugateGradient, MINRES, GMRES, BiCGSTAB, Dense, Picard, Anderson or Broyden",
 }

@@ -31,6 +31,7 @@ from energynet import (
     ImplicitAdjoint,
     Nesterov,
     NeumannAdjoint,
+    Newton,
     NewtonCG,
     OneStepAdjoint,
     Picard,
@@ -42,7 +43,7 @@ from energynet import (
 from energynet.constraints import Box
 
 MAPS: list[Solver] = [Picard(), Anderson(), Broyden(), Nesterov()]
-DESCENT: list[Solver] = [GradientDescent(), GradientDescent(BarzilaiBorwein()), LBFGS(), NewtonCG()]
+DESCENT: list[Solver] = [GradientDescent(), GradientDescent(BarzilaiBorwein()), LBFGS(), Newton(), NewtonCG()]
 LINEAR: list[Solver] = [Picard(), Anderson(), Broyden(), GMRES(), BiCGSTAB(), Dense()]
 SYMMETRIC: list[Solver] = [ConjugateGradient(), MINRES()]
 INEXACT = NeumannAdjoint, OneStepAdjoint

@@ -2,7 +2,7 @@
 
 Solved: the energy of the answer is a known least value. Gradient: d x* / d t for E(x) + t bᵀx agrees with finite differences
 of polished answers, or, where the Hessian is singular, is refused. Steps: evaluations of the energy and its gradient, of
-`NewtonCG` outer steps.
+`NewtonCG` and `Newton` outer steps.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     kinds: dict[str, Solver | None] = {"default": None}
-    for name in ("LBFGS", "NewtonCG", "GradientDescent", "Nesterov"):
+    for name in ("LBFGS", "NewtonCG", "Newton", "GradientDescent", "Nesterov"):
         if hasattr(solvers, name):
             kinds[name] = getattr(solvers, name)()
     if hasattr(solvers, "BarzilaiBorwein"):

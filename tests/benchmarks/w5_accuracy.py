@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from energynet import LBFGS, BarzilaiBorwein, Compiled, Eager, GradientDescent, NewtonCG
+from energynet import LBFGS, BarzilaiBorwein, Compiled, Eager, GradientDescent, Newton, NewtonCG
 
 from .contenders.minimisers import JaxOptMinimiser, Minimiser, OptimistixMinimiser, Ours, SciPy, TorchLBFGS
 from .harness import Options, Racer, Row, Watcher, quiet, race
@@ -62,7 +62,7 @@ def problem(condition: float, options: Options) -> Problem:
 
 
 def everyone(options: Options) -> list[Minimiser]:
-    solvers = (LBFGS(), LBFGS(memory=40), NewtonCG(), GradientDescent(BarzilaiBorwein()))
+    solvers = (LBFGS(), LBFGS(memory=40), NewtonCG(), Newton(), GradientDescent(BarzilaiBorwein()))
     compiled = [Ours(solver, Compiled(strict=True)) for solver in solvers]
     peers: list[Minimiser] = [SciPy(by_hand=False), SciPy(by_hand=True), TorchLBFGS()]
     if not options.skip_peers:

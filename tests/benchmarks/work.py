@@ -123,10 +123,11 @@ class Work:
     def error(self, task: Task, found: Sequence[Tensor]) -> float:
         """Largest relative error of the results; of x, of the slowest sample."""
         if task is Task.FORWARD:
-            x, right = (self.problem.rows(t.double()) for t in (found[0], self.answers[task][0]))
+            (right,) = self.answers[task]
+            x, right = (self.problem.rows(t.to(right)) for t in (found[0], right))
             return float(((x - right).norm(dim=1) / right.norm(dim=1)).max())
         pairs = zip(found, self.answers[task], strict=True)
-        return max(float((f.double() - a).norm() / a.norm()) for f, a in pairs)
+        return max(float((f.to(a) - a).norm() / a.norm()) for f, a in pairs)
 
 
 def prepare(problem: Problem, tasks: Sequence[Task]) -> Work:

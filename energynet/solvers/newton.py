@@ -1,0 +1,81 @@
+"""Newton's method with the whole Hessian, batched sample by sample."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from energynet.problem import Problem
+from energynet.solvers.base import Solver
+from energynet.solvers.trust_region import Ball, attempt, begin, norm, truncated_step, unit
+from energynet.step import Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Newton(Solver):
+    """Newton steps from the whole Hessian and its Cholesky factor: few of them, however ill-conditioned an energy is.
+
+    Where the Hessian is not positive definite, or the step leads out of the ball in which such steps were of use, it makes the
+    step of `NewtonCG`. One step costs n Hessian-vector products, taken at once, a factorisation and one evaluation. Memory: n²
+    numbers a sample, and n times that of one product; for up to some hundred unknowns.
+
+    Example:
+        >>> import torch
+        >>> from energynet import minimize
+        >>> saddle = lambda x: (x[:, 0] ** 2 - 1) ** 2 + x[:, 1] ** 2
+        >>> minimize(saddle, torch.tensor([[0.01, 1.0]]), solver=Newton()).value.round(decimals=3).abs()
+        tensor([[1., 0.]])
+
+    Args:
+        radius: of the first ball, in units of max(1, ‖x‖). By default a positive definite Hessian says how far the first step
+            goes.
+
+    Raises:
+        ValueError: if radius ≤ 0.
+
+    Source: Steihaug (1983); Nocedal and Wright (2006), section 3.3 and algorithms 4.1 and 7.2.
+    """
+
+    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
+    descends: ClassVar[bool] = True
+    unrollable: ClassVar[bool] = False  # its Hessian-vector products keep no graph
+    radius: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.radius > 0:
+            raise ValueError(f"Newton needs a positive radius, got {self}.")
+
+    def merit(self, state: Ball, size: Tensor) -> Tensor:
+        return state.energy
+
+    def init(self, problem: Problem, x0: Tensor) -> Ball:
+        return begin(problem, x0, self.radius)
+
+    def stalled(self, state: Ball) -> Tensor:
+        return state.useless
+
+    def update(self, problem: Problem, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
+        hessian = problem.matrix(x)
+        finite = torch.isfinite(hessian.mean((-2, -1)))
+
+        def product(p: Tensor) -> Tensor:  # a Hessian that is not finite counts as zero: the step goes downhill
+            image = (hessian @ p.to(hessian.dtype).unsqueeze(-1)).squeeze(-1)
+            return torch.where(finite.unsqueeze(-1), image, 0).to(p.dtype)
+
+        step, definite = _newton_step(hessian, state.residual)
+        fits = definite & finite & (norm(step) <= state.radius)
+        radius = torch.where(torch.isinf(state.radius) & ~fits, unit(x), state.radius)
+        state = state._replace(radius=radius)
+        step = torch.where(fits.unsqueeze(-1), step, truncated_step(product, state, 2 * x.shape[-1], done=fits).step)
+        return attempt(problem, x, state, step, product(step))
+
+
+def _newton_step(hessian: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """−H⁻¹g, and whether H is positive definite, ``(*batch)`` bool."""
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    definite = info == 0
+    identity = torch.eye(g.shape[-1], dtype=hessian.dtype, device=g.device)
+    factor = torch.where(definite[..., None, None], factor, identity)
+    return -torch.cholesky_solve(g.to(hessian.dtype).unsqueeze(-1), factor).squeeze(-1).to(g.dtype), definite

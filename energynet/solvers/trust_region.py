@@ -1,0 +1,137 @@
+"""Newton steps inside a ball around x, in which the parabola that stands for the energy is believed; one ball a sample."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._while import while_loop
+from energynet.problem import Problem
+
+MOST_REJECTED = 30  # each shortens the ball at least four times
+
+
+class Ball(NamedTuple):
+    """What is known at x, and how far it is believed: the state of such a solver."""
+
+    residual: Tensor  # ∇E(x), (*batch, n)
+    energy: Tensor  # E(x), (*batch)
+    radius: Tensor  # (*batch); infinite until a step fails
+    steepest: Tensor  # largest ‖∇E‖ seen, (*batch)
+    rejected: Tensor  # steps in a row that were not taken, (*batch) int32
+
+    @property
+    def useless(self) -> Tensor:
+        """Samples whose energy falls nowhere, or by no more than its rounding, ``(*batch)`` bool."""
+        return self.rejected > MOST_REJECTED
+
+
+def begin(problem: Problem, x: Tensor, radius: float) -> Ball:
+    """The first ball, its radius in units of max(1, ‖x‖)."""
+    assert problem.value_and_gradient is not None
+    energy, gradient = problem.value_and_gradient(x)
+    size = norm(gradient)
+    return Ball(gradient, energy, radius * unit(x), size, torch.zeros_like(size, dtype=torch.int32))
+
+
+def attempt(problem: Problem, x: Tensor, ball: Ball, step: Tensor, image: Tensor) -> tuple[Tensor, Ball]:
+    """The next x and its ball: the step is taken where the energy falls by some of what the parabola promised.
+
+    Args:
+        problem: a minimisation.
+        x: ``(*batch, n)``.
+        ball: around x.
+        step: p in it.
+        image: H p.
+    """
+    assert problem.value_and_gradient is not None
+    promised = -(dot(ball.residual, step) + 0.5 * dot(step, image)).squeeze(-1)
+    trial = x + step
+    energy, gradient = problem.value_and_gradient(trial)
+    slopes = -0.5 * dot(ball.residual + gradient, step).squeeze(-1)
+    foretold = norm(gradient - ball.residual - image) <= 0.01 * norm(ball.residual)
+    kept = _decrease(ball.energy, energy, slopes, foretold) / torch.where(promised > 0, promised, 1)
+    kept = torch.where((promised > 0) & torch.isfinite(kept) & torch.isfinite(gradient).all(-1), kept, -1)
+    taken, length = kept > 1e-4, norm(step)
+    grown = torch.where((kept > 0.75) & (length > 0.9 * ball.radius), 2 * ball.radius, ball.radius)
+    radius = torch.where(kept < 0.25, 0.25 * torch.minimum(length, ball.radius), grown)
+    energy, rejected = torch.where(taken, energy, ball.energy), torch.where(taken, 0, ball.rejected + 1)
+    rows = taken.unsqueeze(-1)
+    x, gradient = torch.where(rows, trial, x), torch.where(rows, gradient, ball.residual)
+    return x, Ball(gradient, energy, radius, torch.maximum(ball.steepest, norm(gradient)), rejected)
+
+
+def _decrease(before: Tensor, after: Tensor, slopes: Tensor, foretold: Tensor) -> Tensor:
+    """By how much the energy fell; by its slopes where the gradient is as the parabola foretold.
+
+    There the difference of two energies tells nothing new, and may be lost in the rounding of their terms.
+    """
+    noise = 100 * torch.finfo(before.dtype).eps * before.abs()
+    difference = before - after
+    return torch.where(foretold | (difference.abs() <= noise), slopes, difference)
+
+
+class Inner(NamedTuple):
+    """Conjugate gradients on the model m(p) = gᵀp + ½ pᵀHp; scalars are ``(*batch, 1)``."""
+
+    step: Tensor  # p, (*batch, n)
+    image: Tensor  # H p
+    left: Tensor  # g + H p, the model's gradient
+    direction: Tensor  # d
+    done: Tensor  # bool
+
+
+def truncated_step(product: Callable[[Tensor], Tensor], ball: Ball, most: int, done: Tensor) -> Inner:
+    """Least m(p) in the ball, as far as ``most`` products tell; the closer to the answer, the more exactly.
+
+    Zero where ``done``, ``(*batch)`` bool.
+    """
+    g, radius, size = ball.residual, ball.radius.unsqueeze(-1), norm(ball.residual).unsqueeze(-1)
+    steepest = torch.where(ball.steepest > 0, ball.steepest, 1).unsqueeze(-1)
+    goal = size * torch.clamp((size / steepest).sqrt(), max=0.1)
+    inner = Inner(torch.zeros_like(g), torch.zeros_like(g), g, -g, done.unsqueeze(-1) | (size == 0))
+    found: Inner = while_loop(
+        lambda inner: ~inner.done.all(),
+        lambda inner: _conjugate_gradient(product(inner.direction), inner, radius, goal),
+        inner,
+        min(most, max(2 * g.shape[-1], 1)),
+    )
+    return found
+
+
+def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor) -> Inner:
+    """One step; at the edge of the ball, or where the curvature is not positive, it ends on the edge."""
+    p, d, before = inner.step, inner.direction, dot(inner.left, inner.left)
+    along = dot(d, hd)
+    flat = ~(along > torch.finfo(d.dtype).eps * norm(d).unsqueeze(-1) * norm(hd).unsqueeze(-1))
+    alpha = before / torch.where(flat, 1, along)
+    outside = flat | (norm(p + alpha * d).unsqueeze(-1) >= radius)
+    length = torch.where(inner.done, 0, torch.where(outside, _to_edge(p, d, radius), alpha))
+    left = inner.left + length * hd
+    beta = dot(left, left) / torch.where(before > 0, before, 1)
+    done = inner.done | outside | (norm(left).unsqueeze(-1) <= goal)
+    return Inner(p + length * d, inner.image + length * hd, left, beta * d - left, done)
+
+
+def _to_edge(p: Tensor, d: Tensor, radius: Tensor) -> Tensor:
+    """τ ≥ 0 with ‖p + τ d‖ = radius."""
+    dd, pd, room = dot(d, d), dot(p, d), torch.clamp(radius.square() - dot(p, p), min=0)
+    root = (pd.square() + dd * room).sqrt()
+    # Of the two forms of the root, the one without cancellation.
+    return torch.where(pd > 0, room / torch.where(pd + root > 0, pd + root, 1), (root - pd) / torch.where(dd > 0, dd, 1))
+
+
+def unit(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+    """max(1, ‖x‖)."""
+    return torch.clamp(norm(x), min=1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch, 1)
+    """Products of samples."""
+    return (a * b).sum(-1, keepdim=True)
+
+
+def norm(a: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+    """Lengths of samples."""
+    return torch.linalg.vector_norm(a, dim=-1)
