@@ -79,7 +79,7 @@ def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Ten
     result = []
     for t in tensors:
         base = t._base
-        if base is not None and _place(base) == _place(t):
+        if base is not None and _place(base)[1:] == _place(t)[1:]:  # they share memory, though fake tensors may not say so
             t = base  # a copy of the same elements would be optimised away
         own = t.is_contiguous() and not t._is_view() and t.untyped_storage()._cdata not in taken
         result.append(t if own else t.clone(memory_format=torch.contiguous_format))
