@@ -17,6 +17,9 @@ import torch
 from compiling import compiles
 from problems import TIGHT, LogCosh, some_context
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from energynet import (
     FPI_GD,
@@ -41,7 +44,9 @@ from energynet import (
     fixed_point,
     minimize,
 )
+from energynet._autodiff import recording_program
 from energynet._cpp import in_place
+from energynet._while import while_loop
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
 from energynet.pure import Pure
@@ -382,3 +387,28 @@ def test_without_a_compiler_python_runs_the_loop_and_says_so(tmp_path: Path) -> 
     environment = {**os.environ, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=True)
     assert "no C++ compiler on this machine (install g++)" in done.stdout and "Python runs the loop instead" in done.stdout
+
+
+def body_of(update: Callable[[Tensor], Tensor], every: int = 1) -> list[str]:
+    """Names of the operations in the body of a recorded loop."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with torch.no_grad(), recording_program(), mode:
+        graph = make_fx(
+            lambda x: while_loop(lambda x: x.sum() < 1, update, x, limit=9, every=every), _allow_non_fake_inputs=True
+        )(mode.from_tensor(torch.zeros(4, 4)))
+    (loop,) = (n for n in graph.graph.nodes if "while_loop" in str(n.target) and n.op == "call_function")
+    body = getattr(graph, loop.args[1].target)
+    return [str(n.target) for n in body.graph.nodes if n.op == "call_function"]
+
+
+def test_a_program_makes_so_many_updates_between_two_looks() -> None:
+    for every in (1, 3):
+        assert body_of(torch.sin, every).count("aten.sin.default") == every
+
+
+def test_what_depends_on_constants_alone_leaves_a_loop_and_chance_stays() -> None:
+    A = torch.ones(4, 4)
+    body = body_of(lambda x: x.sin() + torch.eye(4) @ A @ A)
+    assert "aten.sin.default" in body and "aten.mm.default" not in body
+    assert "aten.rand_like.default" in body_of(lambda x: x + torch.rand_like(A))
+    assert "aten.rand.default" in body_of(lambda x: x + torch.rand(4, 4))

@@ -111,6 +111,15 @@ def test_where_the_hessian_is_not_finite_it_goes_downhill() -> None:
     assert (energy(x, z) < energy(x0, z)).all()
 
 
+def test_a_coordinate_that_bends_infinitely_is_left() -> None:
+    """At 0 the Hessian is infinite, with a Cholesky factor all the same, and the gradient is not zero."""
+    z = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    energy = lambda x, z: x.clamp(min=0).pow(1.5).sum(-1) + (x - 2 * z).square().sum(-1)  # noqa: E731
+    x0 = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
+    x = minimize(energy, x0, z, solver=Newton(), termination=ACCURATE).value
+    torch.testing.assert_close(slope(energy, x, z), torch.zeros_like(x), rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision(dtype: torch.dtype) -> None:
     b = target(5)
