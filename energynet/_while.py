@@ -79,7 +79,7 @@ def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Ten
     result = []
     for t in tensors:
         base = t._base
-        if base is not None and _place(base)[1:] == _place(t)[1:]:  # they share memory, though fake tensors may not say so
+        if base is not None and _layout(base) == _layout(t):  # they share memory, though fake tensors may not say so
             t = base  # a copy of the same elements would be optimised away
         own = t.is_contiguous() and not t._is_view() and t.untyped_storage()._cdata not in taken
         result.append(t if own else t.clone(memory_format=torch.contiguous_format))
@@ -140,8 +140,13 @@ def lift(graph: fx.GraphModule) -> list[Tensor]:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """The same for two views of the same elements."""
+    return tensor.untyped_storage()._cdata, *_layout(tensor)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Where in its memory the elements are; as text, since sizes may be symbols."""
     where = (tensor.storage_offset(), *tensor.size(), *tensor.stride())
-    return tensor.untyped_storage()._cdata, *map(str, where), tensor.dtype  # as text: sizes may be symbols
+    return *map(str, where), tensor.dtype
 
 
 def _widen(graph: fx.GraphModule, position: int, count: int) -> None:
@@ -158,17 +163,10 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
     """Take what depends on captured tensors only out of a loop body: compute it here, and hand it over instead."""
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     fixed: dict[fx.Node, Any] = dict(zip(places[carried:], captured, strict=True))
-    variable = set(places[:carried])
     for node in graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if any(n in variable for n in node.all_input_nodes) or not _movable(node):
-            variable.add(node)
-        elif all(n in fixed for n in node.all_input_nodes):
+        if _movable(node) and all(n in fixed for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fixed[n])
             fixed[node] = node.target(*args, **kwargs)
-        else:
-            variable.add(node)
     crossing = _crossing(graph, fixed)
     last = places[-1]
     for node in crossing:

@@ -2,19 +2,16 @@
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from energynet.problem import Problem
-from energynet.solvers.base import Solver
-from energynet.solvers.trust_region import Ball, attempt, begin, norm, truncated_step, unit
-from energynet.step import Kind
+from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
 
 
 @dataclasses.dataclass(frozen=True)
-class Newton(Solver):
+class Newton(TrustRegion):
     """Newton steps from the whole Hessian and its Cholesky factor: few of them, however ill-conditioned an energy is.
 
     Where the Hessian is not positive definite, or the step leads out of the ball in which such steps were of use, it makes the
@@ -38,23 +35,11 @@ class Newton(Solver):
     Source: Steihaug (1983); Nocedal and Wright (2006), section 3.3 and algorithms 4.1 and 7.2.
     """
 
-    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
-    descends: ClassVar[bool] = True
-    unrollable: ClassVar[bool] = False  # its Hessian-vector products keep no graph
     radius: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.radius > 0:
             raise ValueError(f"Newton needs a positive radius, got {self}.")
-
-    def merit(self, state: Ball, size: Tensor) -> Tensor:
-        return state.energy
-
-    def init(self, problem: Problem, x0: Tensor) -> Ball:
-        return begin(problem, x0, self.radius)
-
-    def stalled(self, state: Ball) -> Tensor:
-        return state.useless
 
     def update(self, problem: Problem, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
         hessian = problem.matrix(x)

@@ -1,19 +1,16 @@
 """Newton's method with truncated conjugate gradients inside a trust region, batched sample by sample."""
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from energynet.problem import Problem
-from energynet.solvers.base import Solver
-from energynet.solvers.trust_region import Ball, attempt, begin, truncated_step
-from energynet.step import Kind
+from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated_step
 
 
 @dataclasses.dataclass(frozen=True)
-class NewtonCG(Solver):
+class NewtonCG(TrustRegion):
     """Newton steps from Hessian-vector products, inside a ball that grows and shrinks with their success.
 
     Negative curvature is followed to the edge of the ball, so saddles are left behind. One step costs up to ``inner``
@@ -36,24 +33,12 @@ class NewtonCG(Solver):
     Source: Steihaug (1983); Nocedal and Wright (2006), algorithms 4.1 and 7.2.
     """
 
-    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
-    descends: ClassVar[bool] = True
-    unrollable: ClassVar[bool] = False  # its Hessian-vector products keep no graph, and its inner loop ends at 0 / 0
     inner: int = 50
     radius: float = 1.0
 
     def __post_init__(self) -> None:
         if self.inner < 1 or not 0 < self.radius < float("inf"):
             raise ValueError(f"NewtonCG needs inner ≥ 1 and a positive radius, got {self}.")
-
-    def merit(self, state: Ball, size: Tensor) -> Tensor:
-        return state.energy
-
-    def init(self, problem: Problem, x0: Tensor) -> Ball:
-        return begin(problem, x0, self.radius)
-
-    def stalled(self, state: Ball) -> Tensor:
-        return state.useless
 
     def update(self, problem: Problem, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
         assert problem.jacobian is not None

@@ -1,13 +1,15 @@
 """Newton steps inside a ball around x, in which the parabola that stands for the energy is believed; one ball a sample."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from energynet._while import while_loop
 from energynet.problem import Problem
+from energynet.solvers.base import Solver
+from energynet.step import Kind
 
 MOST_REJECTED = 30  # each shortens the ball at least four times
 
@@ -21,18 +23,27 @@ class Ball(NamedTuple):
     steepest: Tensor  # largest ‖∇E‖ seen, (*batch)
     rejected: Tensor  # steps in a row that were not taken, (*batch) int32
 
-    @property
-    def useless(self) -> Tensor:
-        """Samples whose energy falls nowhere, or by no more than its rounding, ``(*batch)`` bool."""
-        return self.rejected > MOST_REJECTED
 
+class TrustRegion(Solver):
+    """What solvers with such a ball share."""
 
-def begin(problem: Problem, x: Tensor, radius: float) -> Ball:
-    """The first ball, its radius in units of max(1, ‖x‖)."""
-    assert problem.value_and_gradient is not None
-    energy, gradient = problem.value_and_gradient(x)
-    size = norm(gradient)
-    return Ball(gradient, energy, radius * unit(x), size, torch.zeros_like(size, dtype=torch.int32))
+    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
+    descends: ClassVar[bool] = True
+    unrollable: ClassVar[bool] = False  # Hessian-vector products keep no graph, and the inner loop ends at 0 / 0
+    radius: float
+    """Of the first ball, in units of max(1, ‖x‖)."""
+
+    def merit(self, state: Ball, size: Tensor) -> Tensor:
+        return state.energy
+
+    def init(self, problem: Problem, x0: Tensor) -> Ball:
+        assert problem.value_and_gradient is not None
+        energy, gradient = problem.value_and_gradient(x0)
+        size = norm(gradient)
+        return Ball(gradient, energy, self.radius * unit(x0), size, torch.zeros_like(size, dtype=torch.int32))
+
+    def stalled(self, state: Ball) -> Tensor:
+        return state.rejected > MOST_REJECTED
 
 
 def attempt(problem: Problem, x: Tensor, ball: Ball, step: Tensor, image: Tensor) -> tuple[Tensor, Ball]:

@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "accelerator.json"
 GIB = 2**30
 
 
-class Single32(Workload):
+class InFloat32(Workload):
     """A workload of fixed steps, in float32; of the drivers also how many kernels they launch."""
 
     def __init__(self, workload: FixedStepWorkload) -> None:
@@ -61,8 +61,7 @@ def single(problem: Problem) -> Problem:
     """In float32, with tolerances that it can reach."""
     if problem.x0.dtype == torch.float32:
         return problem
-    x0, inputs, targets = problem.x0.float(), *(tuple(t.float() for t in ts) for ts in (problem.inputs, problem.targets))
-    return dataclasses.replace(problem, x0=x0, inputs=inputs, targets=targets, tolerance=1e-5, adjoint_tolerance=1e-5)
+    return dataclasses.replace(problem.to(torch.float32), tolerance=1e-5, adjoint_tolerance=1e-5)
 
 
 def launches(call: Call, device: str) -> int:
@@ -132,7 +131,7 @@ def main() -> None:
         raise SystemExit("No GPU or other accelerator is seen on this machine. `--quick` runs toys on the CPU.")
     torch.backends.cudnn.allow_tf32 = False  # everyone in float32 proper
     options = Options(arguments.repeats, arguments.quick, arguments.skip_peers, device, arguments.budget)
-    for workload in (*map(Single32, FIXED), Largest(arguments.gib)):
+    for workload in (*map(InFloat32, FIXED), Largest(arguments.gib)):
         if workload.name not in arguments.only:
             continue
         rows = workload.run(options, Printed())

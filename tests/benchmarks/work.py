@@ -81,10 +81,14 @@ class Problem:
     def loss(self, x: Tensor) -> Tensor:
         return self.formula.loss(TORCH, x, *self.targets)
 
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """The same in another precision."""
+        inputs, targets = (tuple(t.to(dtype) for t in ts) for ts in (self.inputs, self.targets))
+        return dataclasses.replace(self, x0=self.x0.to(dtype), inputs=inputs, targets=targets)
+
     def double(self) -> "Problem":
         """The same in float64."""
-        x0, inputs, targets = self.x0.double(), *(tuple(t.double() for t in ts) for ts in (self.inputs, self.targets))
-        return dataclasses.replace(self, x0=x0, inputs=inputs, targets=targets)
+        return self.to(torch.float64)
 
     def with_wanted(self, values: Sequence[Tensor]) -> Tensors:
         """The inputs with these in the place of the wanted ones."""
