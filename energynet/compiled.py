@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import threading
+import types
 import warnings
 import weakref
 from collections import OrderedDict
@@ -67,8 +68,8 @@ class Compiled(Driver):
         self._own: _Recent[tuple[bool, ...]] = _Recent(capacity)  # function -> which tensors have one row a sample, if any
 
     def bind(self, step: Step) -> Binding:
-        fields = vars(step)
-        where = (type(step), *((k, v if isinstance(v, (float, int)) else id(v)) for k, v in fields.items()))
+        named = {name: _named(value) for name, value in vars(step).items()}
+        where = (type(step), *((name, *(v if isinstance(v, _NUMBERS) else id(v) for v in of)) for name, of in named.items()))
         with self._lock:
             if (known := self._bound.get(where)) and known[0].unchanged():
                 return known[1]
@@ -78,7 +79,7 @@ class Compiled(Driver):
             if resolved:
                 seen = Fingerprint(_parts(binding.step), binding.tensors)
             binding = dataclasses.replace(binding, mark=self._mark(seen))
-            if not resolved and (where in self._bound or _forget_with(fields.values(), self._bound, where)):
+            if not resolved and (where in self._bound or _forget_with(itertools.chain(*named.values()), self._bound, where)):
                 self._bound.put(where, (seen, binding))
             return binding
 
@@ -212,9 +213,17 @@ class _Recent(Generic[T]):
         self.values.pop(key, None)
 
 
+_NUMBERS = (float, int)
+
+
+def _named(value: Any) -> tuple[Any, ...]:
+    """What tells a value from others: of a bound method, which is another object each time, what it is made of."""
+    return (value.__func__, value.__self__) if isinstance(value, types.MethodType) else (value,)
+
+
 def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> bool:
     """Have an entry forgotten when one of the values that its key names by id is no more, since ids come again."""
-    named = [v for v in values if not isinstance(v, (float, int, type(None)))]
+    named = [v for v in values if not isinstance(v, (*_NUMBERS, type(None)))]
     try:
         for value in named:
             weakref.finalize(value, cache.forget, key).atexit = False

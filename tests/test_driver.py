@@ -231,6 +231,26 @@ def test_what_was_bound_is_forgotten_with_the_energy() -> None:
     assert alive() is None and not driver._bound.values
 
 
+def test_a_bound_method_is_the_same_energy_each_time_it_is_named() -> None:
+    model, driver = Pulled(2.0), Compiled()
+    first = driver.bind(GradientStep(model.energy, 0.1))
+    assert driver.bind(GradientStep(model.energy, 0.1)) is first
+    assert driver.bind(GradientStep(model.other, 0.1)).mark != first.mark
+    assert driver.bind(GradientStep(Pulled(2.0).energy, 0.1)).mark == first.mark  # it reads the same
+    model.pull = 3.0
+    assert driver.bind(GradientStep(model.energy, 0.1)).mark != first.mark
+
+
+def test_a_bound_method_is_forgotten_with_the_module_that_it_belongs_to() -> None:
+    driver, module = Compiled(), Scaled()
+    driver.bind(GradientStep(module.forward, 0.1))
+    assert len(driver._bound.values) == 1
+    alive = weakref.ref(module)
+    del module
+    gc.collect()
+    assert alive() is None and not driver._bound.values
+
+
 def test_a_lost_gradient_is_told_at_a_later_call_as_well() -> None:
     weight, z = torch.ones(3), torch.ones(2, 3, requires_grad=True)
 
@@ -244,6 +264,19 @@ def test_a_lost_gradient_is_told_at_a_later_call_as_well() -> None:
     weight.requires_grad_()
     with pytest.raises(LostGradientError):
         minimize(energy, torch.zeros(2, 3), z, driver=driver)
+
+
+class Pulled:
+    """An object with energies for methods."""
+
+    def __init__(self, pull: float) -> None:
+        self.pull = pull
+
+    def energy(self, x: Tensor) -> Tensor:
+        return (x - self.pull).square().sum(-1)
+
+    def other(self, x: Tensor) -> Tensor:
+        return (x + self.pull).square().sum(-1)
 
 
 class Recording(Driver):
