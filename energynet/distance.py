@@ -53,6 +53,7 @@ def scale_at(problem: Problem, termination: Termination, x: Tensor, residual: Te
     product = problem.jacobian(x)
     image = product(unit)
     curvature = termination.size(image)
+    curvature = torch.where(torch.isinf(curvature), torch.nan, curvature)  # else any gradient would pass for an arrival
     if problem.value_and_gradient is None:
         return torch.where(size == 0, 1, curvature)
     length = termination.size(_newton_step(product, unit, image))

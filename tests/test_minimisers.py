@@ -223,6 +223,10 @@ def test_wrong_options_are_refused() -> None:
                   lambda: BacktrackingStep(0.5), lambda: Backtracking(0.7)):  # fmt: skip
         with pytest.raises(ValueError, match="got"):
             wrong()
+    with pytest.raises(TypeError, match="BacktrackingStep"):
+        GradientDescent(Backtracking())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Backtracking\(\)"):
+        LBFGS(search=BacktrackingStep())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="LBFGS cannot solve a fixed point"):
         fixed_point(torch.cos, torch.zeros(1, 1), solver=LBFGS())
 

@@ -9,7 +9,20 @@ from compiling import compiles
 from problems import TIGHT, Contraction, LogCosh, LogEnergy, newton_minimum, some_context
 from torch import Tensor, nn
 
-from energynet import Compiled, ImplicitAdjoint, Newton, Status, Termination, fixed_point, minimize
+from energynet import (
+    LBFGS,
+    BarzilaiBorwein,
+    Compiled,
+    GradientDescent,
+    ImplicitAdjoint,
+    Newton,
+    NewtonCG,
+    Solver,
+    Status,
+    Termination,
+    fixed_point,
+    minimize,
+)
 from energynet._autodiff import columns
 from energynet.linear import Dense
 from energynet.problem import Problem
@@ -118,6 +131,18 @@ def test_a_coordinate_that_bends_infinitely_is_left() -> None:
     x0 = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
     x = minimize(energy, x0, z, solver=Newton(), termination=ACCURATE).value
     torch.testing.assert_close(slope(energy, x, z), torch.zeros_like(x), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e-6, 1.0])
+@pytest.mark.parametrize("solver", [LBFGS(), Newton(), NewtonCG(), GradientDescent(BarzilaiBorwein())], ids=str)
+def test_infinite_curvature_does_not_make_an_answer_of_a_slope(solver: Solver, factor: float) -> None:
+    """A gradient divided by it is 0, however steep: x = 0 is no minimum, and 1 is."""
+    energy = lambda x: factor * (x.clamp(min=0).pow(1.5) - 1.5 * x).sum(-1)  # noqa: E731
+    found = minimize(energy, torch.zeros(1, 1, dtype=torch.float64), solver=solver, on_failure="ignore")
+    if found.status.item() == Status.CONVERGED:
+        assert found.value.item() == pytest.approx(1, abs=1e-6)
+    else:
+        assert not found.residual.item() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

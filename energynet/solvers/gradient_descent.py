@@ -133,11 +133,18 @@ class GradientDescent(Solver):
 
     Args:
         rule: how long the steps are: `FixedStep`, `BacktrackingStep` or `BarzilaiBorwein`. The first one is γ.
+
+    Raises:
+        TypeError: if it is none of these, such as a line search of `LBFGS`.
     """
 
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
     descends: ClassVar[bool] = True
     rule: StepRule = BacktrackingStep()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, StepRule):
+            raise TypeError(f"GradientDescent needs FixedStep(), BacktrackingStep() or BarzilaiBorwein(), got {self.rule!r}.")
 
     def merit(self, state: GradientDescentState, size: Tensor) -> Tensor:
         return state.energies[..., -1]

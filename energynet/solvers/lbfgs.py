@@ -42,6 +42,7 @@ class LBFGS(Solver):
 
     Raises:
         ValueError: if memory < 1.
+        TypeError: if the search is neither, such as a rule of `GradientDescent`.
 
     Source: Liu and Nocedal (1989); the compact form of Byrd, Nocedal and Schnabel (1994), theorem 2.2.
     """
@@ -54,6 +55,8 @@ class LBFGS(Solver):
     def __post_init__(self) -> None:
         if self.memory < 1:
             raise ValueError(f"LBFGS needs memory ≥ 1, got {self.memory}.")
+        if not isinstance(self.search, LineSearch):
+            raise TypeError(f"LBFGS needs StrongWolfe() or Backtracking() as its search, got {self.search!r}.")
 
     def merit(self, state: LBFGSState, size: Tensor) -> Tensor:
         return state.energy
