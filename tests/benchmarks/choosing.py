@@ -1,7 +1,8 @@
 """The figures of docs/choosing.md: ``python -m tests.benchmarks.choosing --json docs/results/choosing.json``.
 
 Steps, evaluations and products by solver and condition number, by adjoint solver and contraction; the error of a gradient by
-tolerance. They are counts and errors in float64, the same on every machine. With ``--driver`` also times of the two drivers.
+tolerance. They are counts and errors in float64, but for rounding the same on every machine. With ``--driver`` also times of
+the two drivers.
 """
 
 import argparse
