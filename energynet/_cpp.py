@@ -41,17 +41,22 @@ def rewriting(parts: int) -> Iterator[None]:
         wrapper_code.value = in_parts(in_place(wrapper_code.value), parts)
         return original(self, wrapper_code)
 
+    with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines), _without_remarks():
+        yield
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """In here, Inductor does not say which operations it calls the slower way, such as a triangular solve: nobody can help it."""
     log = logging.getLogger("torch._inductor.ir")
     log.addFilter(_worth_saying)
     try:
-        with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines):
-            yield
+        yield
     finally:
         log.removeFilter(_worth_saying)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """All but that some operation is called the slower way, as a triangular solve always is: nobody can help it."""
     return "missing a c-shim" not in record.getMessage()
 
 

@@ -68,8 +68,8 @@ class Compiled(Driver):
         self._own: _Recent[tuple[bool, ...]] = _Recent(capacity)  # function -> which tensors have one row a sample, if any
 
     def bind(self, step: Step) -> Binding:
-        named = {name: _named(value) for name, value in vars(step).items()}
-        where = (type(step), *((name, *(v if isinstance(v, _NUMBERS) else id(v) for v in of)) for name, of in named.items()))
+        named = [(name, part) for name, value in vars(step).items() for part in _named(value)]
+        where = (type(step), *((name, v if isinstance(v, _NUMBERS) else id(v)) for name, v in named))
         with self._lock:
             if (known := self._bound.get(where)) and known[0].unchanged():
                 return known[1]
@@ -79,7 +79,7 @@ class Compiled(Driver):
             if resolved:
                 seen = Fingerprint(_parts(binding.step), binding.tensors)
             binding = dataclasses.replace(binding, mark=self._mark(seen))
-            if not resolved and (where in self._bound or _forget_with(itertools.chain(*named.values()), self._bound, where)):
+            if not resolved and (where in self._bound or _forget_with((v for _, v in named), self._bound, where)):
                 self._bound.put(where, (seen, binding))
             return binding
 

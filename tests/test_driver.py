@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import os
 import pickle
 import subprocess
@@ -45,7 +46,7 @@ from energynet import (
     minimize,
 )
 from energynet._autodiff import recording_program
-from energynet._cpp import in_place
+from energynet._cpp import in_place, rewriting
 from energynet._while import while_loop
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
@@ -420,6 +421,28 @@ def test_without_a_compiler_python_runs_the_loop_and_says_so(tmp_path: Path) -> 
     environment = {**os.environ, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=True)
     assert "no C++ compiler on this machine (install g++)" in done.stdout and "Python runs the loop instead" in done.stdout
+
+
+def test_only_what_nobody_can_help_is_kept_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, heard = logging.getLogger("torch._inductor.ir"), Heard()
+    monkeypatch.setattr(log, "handlers", [heard])
+    remark = "%s is missing a c-shim implementation, using proxy executor as fallback"
+    with rewriting(1):
+        log.warning(remark, "aten.linalg_solve_triangular.default")
+        log.warning("something else")
+    log.warning(remark, "afterwards, another's")
+    assert [text.split()[0] for text in heard.texts] == ["something", "afterwards,"]
+
+
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def body_of(update: Callable[[Tensor], Tensor], every: int = 1) -> list[str]:
