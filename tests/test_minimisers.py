@@ -135,6 +135,34 @@ def test_a_guessed_step_size_changes_no_derivative() -> None:
         torch.testing.assert_close(slopes, torch.where(rows.log() < 2, 1 / rows, 0), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [Picard(), Nesterov()], ids=repr)
+def test_a_guessed_step_size_costs_no_second_evaluation(solver: Solver) -> None:
+    seen: list[Tensor] = []
+
+    def energy(x: Tensor) -> Tensor:
+        seen.append(x)
+        return (x.square().square() + 0.01 * x.square()).sum(-1)
+
+    def cost(steps: int) -> int:
+        seen.clear()
+        limit = Termination(atol=1e-30, rtol=0, max_steps=steps)
+        minimize(energy, torch.full((1, 2), 5.0), solver=solver, termination=limit, on_failure="ignore")
+        return len(seen)
+
+    assert cost(40) - cost(20) == 20
+
+
+@pytest.mark.parametrize("solver", [Picard(), Nesterov(), Nesterov(restart=False)], ids=repr)
+def test_a_step_out_of_the_domain_is_taken_back(solver: Solver) -> None:
+    """Momentum may lead out of it where the step itself would not: then a shorter step alone does not help."""
+    pull = torch.arange(1.0, 6.0, dtype=torch.float64)
+    barrier = lambda x: (pull * x - (1 - x).log() - 1e-3 * x.log()).sum(-1)  # noqa: E731
+    limit = Termination(atol=0, rtol=1e-6, max_steps=20_000)
+    x = minimize(barrier, torch.full((1, 5), 0.5, dtype=torch.float64), solver=solver, termination=limit).value
+    half = (pull + 1 + 1e-3) / 2  # where the slope, a + 1/(1 − x) − c/x, is zero, a x² − (a + 1 + c) x + c is
+    torch.testing.assert_close(x[0], (half - (half.square() - 1e-3 * pull).sqrt()) / pull, rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow
 def test_a_guessed_step_size_in_a_program() -> None:
     z = torch.tensor([[0.5, 3.0, 20.0]], dtype=torch.float64)

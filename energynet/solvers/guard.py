@@ -19,13 +19,11 @@ class Guarded(NamedTuple):
 def look(problem: Problem, x: Tensor, gamma: Tensor) -> tuple[Tensor, Guarded]:
     """F(x) for a step size ``(*batch, 1)``, and what the next step is judged by."""
     assert problem.smooth is not None
-    energy, slope = problem.smooth(x)
-    residual = slope if problem.land is None else (x - problem.land(x - gamma * slope, gamma)) / gamma
-    return residual, Guarded(gamma, energy, slope)
+    return _told(problem, x, Guarded(gamma, *problem.smooth(x)))
 
 
-def attempt(problem: Problem, x: Tensor, residual: Tensor, guarded: Guarded) -> tuple[Tensor, Tensor, Tensor]:
-    """x − γ F(x), whether it may be taken, ``(*batch, 1)``, and the step size to go on with.
+def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tuple[Tensor, Tensor, Tensor, Guarded]:
+    """The trial point where it may be taken, else x again with half the step size; whether it was, ``(*batch, 1)``, and `look`.
 
     It may where the energy lies below the parabola of curvature 1/γ through x: then prox-gradient steps converge. The slopes at
     both ends tell that too, and still do where a difference of energies is lost in rounding.
@@ -33,15 +31,25 @@ def attempt(problem: Problem, x: Tensor, residual: Tensor, guarded: Guarded) -> 
     Source: Beck and Teboulle (2009), FISTA with backtracking.
     """
     assert problem.smooth is not None
-    moved = x - guarded.gamma * residual
     with torch.no_grad():
-        gap = moved - x
-        energy, slope = problem.smooth(moved)
+        gap = trial - x
+        energy, slope = problem.smooth(trial)
         limit = gap.square().sum(-1) / guarded.gamma.squeeze(-1)
         above = 2 * (energy - guarded.energy - (guarded.slope * gap).sum(-1))
         curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy
-        taken = (torch.isfinite(energy) & ((above <= limit) | (curved <= limit))).unsqueeze(-1)
+        fits = torch.isfinite(energy) & ((above <= limit) | (curved <= limit))
         # Where the energy is not finite already, a shorter step helps nothing: let it be seen.
-        taken = taken | ~torch.isfinite(guarded.energy).unsqueeze(-1)
+        fits = fits | ~torch.isfinite(guarded.energy)
+        taken = fits.unsqueeze(-1)
         gamma = torch.where(taken, guarded.gamma, 0.5 * guarded.gamma)
-    return moved, taken, gamma
+    x = torch.where(taken, trial, x)
+    if torch.is_grad_enabled():  # of a refused point nothing may reach a derivative, not even 0 · NaN
+        return x, taken, *look(problem, x, gamma)
+    seen = Guarded(gamma, torch.where(fits, energy, guarded.energy), torch.where(taken, slope, guarded.slope))
+    return x, taken, *_told(problem, x, seen)
+
+
+def _told(problem: Problem, x: Tensor, seen: Guarded) -> tuple[Tensor, Guarded]:
+    """F(x), from what was seen there."""
+    gamma, _, slope = seen
+    return slope if problem.land is None else (x - problem.land(x - gamma * slope, gamma)) / gamma, seen

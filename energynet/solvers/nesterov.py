@@ -61,11 +61,12 @@ class Nesterov(Solver):
             moved = problem.move(x, state.residual)
             y, older = self._extrapolated(x, moved, state.previous, state.age)
             return y, NesterovState(problem.residual(y), moved, older)
-        moved, taken, gamma = attempt(problem, x, state.residual, state.guarded)
-        y, older = self._extrapolated(x, moved, state.previous, state.age)
-        y, moved = torch.where(taken, y, x), torch.where(taken, moved, state.previous)
-        residual, guarded = look(problem, y, gamma)
-        return y, GuardedNesterovState(residual, moved, torch.where(taken.squeeze(-1), older, state.age), guarded)
+        moved = x - state.guarded.gamma * state.residual
+        trial, older = self._extrapolated(x, moved, state.previous, state.age)
+        x, taken, residual, guarded = attempt(problem, x, trial, state.guarded)
+        # A refused point may have been the momentum's fault: without it, a step short enough is always taken.
+        age = torch.where(taken.squeeze(-1), older, 1)
+        return x, GuardedNesterovState(residual, torch.where(taken, moved, state.previous), age, guarded)
 
     def _extrapolated(self, x: Tensor, moved: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """The point beyond the step from x, and the age of the momentum that led there."""

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from energynet.problem import Problem
@@ -47,6 +46,5 @@ class Picard(Solver):
         if isinstance(state, PicardState):
             x = problem.move(x, state.residual)
             return x, PicardState(problem.residual(x))
-        moved, taken, gamma = attempt(problem, x, state.residual, state.guarded)
-        x = torch.where(taken, moved, x)
-        return x, GuardedPicardState(*look(problem, x, gamma))
+        x, _, residual, guarded = attempt(problem, x, x - state.guarded.gamma * state.residual, state.guarded)
+        return x, GuardedPicardState(residual, guarded)
