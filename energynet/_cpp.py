@@ -69,7 +69,7 @@ def passes(parts: int) -> dict[str, Any]:
             sums_apart(graph)
 
         def uuid(self) -> str:
-            return f"energynet: loops in place, sums apart, {parts} parts, 4"
+            return f"energynet: loops in place, sums apart, {parts} parts, 5"
 
     return {"post_grad_custom_pre_pass": SumsApart()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from energynet._autodiff import recording_program
 from energynet._cpp import passes, rewriting
-from energynet._while import lift, thin_products
+from energynet._while import lift, products
 
 
 class Program:
@@ -37,7 +37,7 @@ class Program:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
         fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
         with torch.no_grad(), recording_program(), mode:
-            graph = make_fx(lambda *t: list(function(*t)), thin_products(), _allow_non_fake_inputs=True)(*fakes)
+            graph = make_fx(lambda *t: list(function(*t)), products(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
         """Tensors that the function took from elsewhere."""
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None

@@ -98,20 +98,31 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
 
     with disable_proxy_modes_tracing():
         fresh = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in examples]
-        graph = make_fx(function, thin_products(), _allow_non_fake_inputs=True)(*fresh)
+        graph = make_fx(function, products(), _allow_non_fake_inputs=True)(*fresh)
     return graph, lift(graph)
 
 
-def thin_products() -> dict[Any, Callable[..., Any]]:
+def products() -> dict[Any, Callable[..., Any]]:
+    """How products are recorded, where that is not as they come: a thin one and one with a shared matrix."""
+    aten = torch.ops.aten
+    return {aten.mm.default: _thin, aten.bmm.default: _shared}
+
+
+def _thin(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
     """A product with one row, as of one small problem, by a matrix and a vector: that is fused with what stands around it."""
+    known = all(isinstance(n, int) for n in (*a.shape, *b.shape))
+    if not known or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
+        return NotImplemented
+    return torch.mv(b.mT, a[0]).unsqueeze(0)
 
-    def product(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
-        known = all(isinstance(n, int) for n in (*a.shape, *b.shape))
-        if not known or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
-            return NotImplemented
-        return torch.mv(b.mT, a[0]).unsqueeze(0)
 
-    return {torch.ops.aten.mm.default: product}
+def _shared(a: Tensor, b: Tensor) -> Any:  # (B, n, k), (B, k, m)
+    """Products with the same matrix, of which ``vmap`` makes as many as there are samples, as one product."""
+    if b.stride(0) == 0:
+        return torch.mm(a.flatten(0, 1), b[0]).unflatten(0, a.shape[:2])
+    if a.stride(0) == 0 and b.shape[2] == 1:
+        return torch.mm(b.squeeze(2), a[0].mT).unsqueeze(2)
+    return NotImplemented
 
 
 SMALL = 2**16  # elements; beyond, the product of a library is faster
@@ -126,16 +137,30 @@ def lift(graph: fx.GraphModule) -> list[Tensor]:
         value = getattr(graph, node.target) if node.op == "get_attr" else None
         if not isinstance(value, Tensor):
             continue
-        key = _place(value)
+        each, repeats = _once(value)
+        key = _place(each)
         if key not in captured:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"captured_{len(captured)}")
-            last.meta["val"] = value
-            captured[key] = (value, last)
-        node.replace_all_uses_with(captured[key][1])
+            last.meta["val"] = each
+            captured[key] = (each, last)
+        place = captured[key][1]
+        if repeats:
+            with graph.graph.inserting_before(node):
+                place = graph.graph.call_function(torch.ops.aten.expand.default, (place, repeats))
+            place.meta["val"] = value
+        node.replace_all_uses_with(place)
         graph.graph.erase_node(node)
     graph.recompile()
     return [value for value, _ in captured.values()]
+
+
+def _once(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """A tensor without the repetition of its elements, and the sizes to which ``expand`` brings it; none if it has none."""
+    sizes = [n if step == 0 and n != 1 and isinstance(n, int) else -1 for n, step in zip(tensor.shape, tensor.stride())]
+    for dim, n in enumerate(sizes):
+        tensor = tensor if n == -1 else tensor.narrow(dim, 0, 1)
+    return tensor, [] if set(sizes) <= {-1} else sizes
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ from energynet import (
 )
 from energynet._autodiff import recording_program
 from energynet._cpp import in_place, rewriting
-from energynet._while import while_loop
+from energynet._while import products, while_loop
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
 from energynet.pure import Pure
@@ -447,14 +447,19 @@ class Heard(logging.Handler):
 
 def body_of(update: Callable[[Tensor], Tensor], every: int = 1) -> list[str]:
     """Names of the operations in the body of a recorded loop."""
+    return [str(n.target) for n in recorded(update, every).nodes if n.op == "call_function"]
+
+
+def recorded(update: Callable[[Tensor], Tensor], every: int = 1) -> torch.fx.Graph:
+    """The body of a recorded loop."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with torch.no_grad(), recording_program(), mode:
         graph = make_fx(
             lambda x: while_loop(lambda x: x.sum() < 1, update, x, limit=9, every=every), _allow_non_fake_inputs=True
         )(mode.from_tensor(torch.zeros(4, 4)))
     (loop,) = (n for n in graph.graph.nodes if "while_loop" in str(n.target) and n.op == "call_function")
-    body = getattr(graph, loop.args[1].target)
-    return [str(n.target) for n in body.graph.nodes if n.op == "call_function"]
+    body: torch.fx.Graph = getattr(graph, loop.args[1].target).graph
+    return body
 
 
 def test_a_program_makes_so_many_updates_between_two_looks() -> None:
@@ -468,3 +473,28 @@ def test_what_depends_on_constants_alone_leaves_a_loop_and_chance_stays() -> Non
     assert "aten.sin.default" in body and "aten.mm.default" not in body
     assert "aten.rand_like.default" in body_of(lambda x: x + torch.rand_like(A))
     assert "aten.rand.default" in body_of(lambda x: x + torch.rand(4, 4))
+
+
+def test_products_with_one_matrix_are_one_and_it_is_not_repeated() -> None:
+    """What ``vmap`` makes of a product with a matrix that all samples share."""
+    A = torch.ones(5, 4).mT @ torch.ones(5, 4)
+    many = A.expand(4, 4, 4)
+    for update in (lambda x: torch.bmm(x.unsqueeze(1), many).squeeze(1), lambda x: torch.bmm(many, x.unsqueeze(2)).squeeze(2)):
+        body = recorded(update)
+        names = [str(n.target) for n in body.nodes]
+        assert "aten.mm.default" in names and "aten.bmm.default" not in names
+        assert max(n.meta["val"].numel() for n in body.find_nodes(op="placeholder")) == 16
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_product_with_one_matrix_is_that_of_as_many(rows: int) -> None:
+    torch.manual_seed(0)
+    own, shared = torch.randn(6, rows, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64).expand(6, 5, 4)
+    product = products()[torch.ops.aten.bmm.default]
+    torch.testing.assert_close(product(own, shared), torch.bmm(own, shared), rtol=1e-14, atol=1e-14)
+    turned = product(shared.mT, own.mT)
+    if rows == 1:
+        torch.testing.assert_close(turned, torch.bmm(shared.mT, own.mT), rtol=1e-14, atol=1e-14)
+    else:
+        assert turned is NotImplemented
+    assert product(own, shared.contiguous()) is NotImplemented
