@@ -12,13 +12,21 @@ from energynet.solvers.line_search import LineSearch, Search, StrongWolfe, begin
 from energynet.step import Kind
 
 
+class Memory(NamedTuple):
+    """The last pairs, oldest first, divided by the lengths of their moves; a zero row is not yet filled."""
+
+    moves: Tensor  # S, differences of the iterates, (*batch, m, n)
+    changes: Tensor  # Y, differences of their gradients, (*batch, m, n)
+    inverse: Tensor  # of the upper triangle of S Yᵀ, (*batch, m, m); the identity where rows are not filled
+    products: Tensor  # Y Yᵀ, (*batch, m, m)
+
+
 class LBFGSState(NamedTuple):
     residual: Tensor  # ∇E(x), (*batch, n)
     energy: Tensor  # E(x), (*batch)
     direction: Tensor  # (*batch, n)
     search: Search
-    moves: Tensor  # differences of the iterates, oldest first, (*batch, m, n); a zero row is not yet filled
-    changes: Tensor  # differences of their gradients, (*batch, m, n)
+    memory: Memory
     failures: Tensor  # searches without result in a row, (*batch) int32
     unbounded: Tensor  # (*batch) bool: however far, the energy falls
 
@@ -64,10 +72,9 @@ class LBFGS(Solver):
     def init(self, problem: Problem, x0: Tensor) -> LBFGSState:
         assert problem.value_and_gradient is not None
         energy, gradient = problem.value_and_gradient(x0)
-        empty = torch.zeros_like(x0).unsqueeze(-2).expand(*x0.shape[:-1], self.memory, x0.shape[-1])
         search = begin(energy, -_dot(gradient, gradient), first_length(problem, x0, gradient))
         none = torch.zeros_like(search.trials)
-        return LBFGSState(gradient, energy, -gradient, search, empty, empty, none, none.bool())
+        return LBFGSState(gradient, energy, -gradient, search, nothing(x0, self.memory), none, none.bool())
 
     def stalled(self, state: LBFGSState) -> Tensor:
         return state.failures > 1
@@ -83,16 +90,16 @@ class LBFGS(Solver):
         failed = search.failed & ~taken
         failures = torch.where(taken, 0, state.failures + failed.to(torch.int32))
         unbounded = failed & torch.isinf(search.high)
-        moves, changes = _remember(state, taken, trial - x, gradient - state.residual)
-        moves, changes = (torch.where(failed.unsqueeze(-1).unsqueeze(-1), 0, t) for t in (moves, changes))
+        memory = remember(state.memory, taken, trial - x, gradient - state.residual)
+        memory = _either(failed, nothing(x, self.memory), memory)
         x = torch.where(taken.unsqueeze(-1), trial, x)
         energy = torch.where(taken, energy, state.energy)
         gradient = torch.where(taken.unsqueeze(-1), gradient, state.residual)
-        direction, fresh = _begin_search(energy, gradient, moves, changes, _tiny(x, gradient))
+        direction, fresh = _begin_search(energy, gradient, memory, _tiny(x, gradient))
         anew = taken | failed
         search = Search(*(torch.where(anew, new, old) for new, old in zip(fresh, search, strict=True)))
         direction = torch.where(anew.unsqueeze(-1), direction, state.direction)
-        return x, LBFGSState(gradient, energy, direction, search, moves, changes, failures, unbounded)
+        return x, LBFGSState(gradient, energy, direction, search, memory, failures, unbounded)
 
 
 def first_length(problem: Problem, x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
@@ -108,15 +115,37 @@ def first_length(problem: Problem, x: Tensor, gradient: Tensor) -> Tensor:  # ->
         return torch.where((parabola > 0) & torch.isfinite(parabola), torch.minimum(parabola, far), unit)
 
 
-def _remember(state: LBFGSState, taken: Tensor, move: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-    """Push the newest pair where the step was taken and the energy is curved along it."""
-    along = _dot(move, change)
-    size = _dot(move, move).sqrt() * _dot(change, change).sqrt()
-    keep = (taken & (along > 10 * torch.finfo(move.dtype).eps * size)).unsqueeze(-1).unsqueeze(-1)
-    pushed = (torch.cat([old[..., 1:, :], new.unsqueeze(-2)], -2)
-              for old, new in ((state.moves, move), (state.changes, change)))  # fmt: skip
-    moves, changes = (torch.where(keep, new, old) for new, old in zip(pushed, (state.moves, state.changes), strict=True))
-    return moves, changes
+def nothing(x: Tensor, m: int) -> Memory:
+    """A memory of m pairs that holds none; in float32 or better."""
+    working = torch.promote_types(x.dtype, torch.float32)
+    zero = torch.zeros_like(x.sum(-1), dtype=working)[..., None, None]  # n may be 0
+    rows, square = (zero.expand(*x.shape[:-1], m, k) for k in (x.shape[-1], m))
+    return Memory(rows, rows, square + torch.eye(m, dtype=working, device=x.device), square)
+
+
+def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Memory:
+    """Push the newest pair where the step was taken and the energy is curved along it.
+
+    The inverse of a triangle is kept, not the triangle: what is left of it without its first row and column is again that
+    of what is left of the triangle, so a pair costs a column, and a direction no solve.
+    """
+    move, change = move.to(memory.moves.dtype), change.to(memory.moves.dtype)
+    length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
+    keep = taken & (_dot(move, change) > 10 * torch.finfo(move.dtype).eps * length.squeeze(-1) * _dot(change, change).sqrt())
+    rows = keep.unsqueeze(-1)
+    s, y = (torch.where(rows, t, 0) / torch.where(rows, length, 1) for t in (move, change))  # neither under- nor overflow
+    moves = torch.cat([memory.moves[..., 1:, :], s.unsqueeze(-2)], -2)
+    changes = torch.cat([memory.changes[..., 1:, :], y.unsqueeze(-2)], -2)
+    above, products, left = _times(moves, y), _times(changes, y), memory.inverse[..., 1:, 1:]
+    curvature = torch.where(rows, above[..., -1:], 1)
+    column = torch.cat([-_times(left, above[..., :-1]), torch.ones_like(curvature)], -1) / curvature
+    inverse = torch.cat([torch.nn.functional.pad(left, (0, 0, 0, 1)), column.unsqueeze(-1)], -1)
+    beside = torch.cat([memory.products[..., 1:, 1:], products[..., :-1].unsqueeze(-2)], -2)
+    return _either(keep, Memory(moves, changes, inverse, torch.cat([beside, products.unsqueeze(-1)], -1)), memory)
+
+
+def _either(condition: Tensor, one: Memory, other: Memory) -> Memory:
+    return Memory(*(torch.where(condition.unsqueeze(-1).unsqueeze(-1), a, b) for a, b in zip(one, other, strict=True)))
 
 
 def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
@@ -124,33 +153,30 @@ def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
     return 1e-3 * (1 + _dot(x, x).sqrt()) / _dot(gradient, gradient).sqrt()
 
 
-def _begin_search(energy: Tensor, gradient: Tensor, moves: Tensor, changes: Tensor, length: Tensor) -> tuple[Tensor, Search]:
+def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tensor) -> tuple[Tensor, Search]:
     """A quasi-Newton direction with length one; straight downhill where there is no memory, or it does not descend."""
-    direction = -quasi_newton(gradient, moves, changes)
+    direction = -quasi_newton(gradient, memory)
     slope, squared = _dot(gradient, direction), _dot(gradient, gradient)
-    empty = (moves[..., -1, :] == 0).all(-1)
+    empty = (memory.moves[..., -1, :] == 0).all(-1)
     downhill = empty | ~(slope < 0) | ~torch.isfinite(slope)
     direction = torch.where(downhill.unsqueeze(-1), -gradient, direction)
     length = torch.where(downhill, length, 1)
     return direction, begin(energy, torch.where(downhill, -squared, slope), length)
 
 
-def quasi_newton(gradient: Tensor, moves: Tensor, changes: Tensor) -> Tensor:  # (*batch, n), (*batch, m, n) twice
+def quasi_newton(gradient: Tensor, memory: Memory) -> Tensor:  # (*batch, n)
     """The inverse BFGS matrix, made of the pairs, times the gradient; empty rows count for nothing."""
-    working = torch.promote_types(gradient.dtype, torch.float32)
-    length = torch.linalg.vector_norm(moves.to(working), dim=-1, keepdim=True)
-    empty = length == 0
-    scale = 1 / torch.where(empty, 1, length)  # pairs of unit length: their products neither under- nor overflow
-    S, Y, g = moves.to(working) * scale, changes.to(working) * scale, gradient.to(working).unsqueeze(-1)
-    SY, YY = S @ Y.mT, Y @ Y.mT
-    R = torch.triu(SY) + torch.diag_embed(empty.squeeze(-1).to(working))
-    newest_sy, newest_yy = SY[..., -1:, -1:], YY[..., -1:, -1:]
-    theta = torch.where(newest_yy > 0, newest_sy / torch.where(newest_yy > 0, newest_yy, 1), 1)
-    Sg, Yg = S @ g, theta * (Y @ g)
-    a = torch.linalg.solve_triangular(R, Sg, upper=True)
-    diagonal = torch.diagonal(SY, dim1=-2, dim2=-1).unsqueeze(-1)
-    b = torch.linalg.solve_triangular(R.mT, diagonal * a + theta * (YY @ a) - Yg, upper=False)
-    return (theta * g + S.mT @ b - theta * (Y.mT @ a)).squeeze(-1).to(gradient.dtype)
+    S, Y, inverse, YY = memory
+    g, diagonal = gradient.to(S.dtype), 1 / torch.diagonal(inverse, dim1=-2, dim2=-1)
+    newest = YY[..., -1, -1:]
+    theta = torch.where(newest > 0, diagonal[..., -1:] / torch.where(newest > 0, newest, 1), 1)
+    a = _times(inverse, _times(S, g))
+    b = _times(inverse.mT, diagonal * a + theta * (_times(YY, a) - _times(Y, g)))
+    return (theta * g + _times(S.mT, b) - theta * _times(Y.mT, a)).to(gradient.dtype)
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:  # (*batch, k, n), (*batch, n) -> (*batch, k)
+    return (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch)
