@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from torch import fx
 
+from energynet._fold import folded
+
 _HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
 _CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
 _MAKE = re.compile(rf"\s*{_CHECK}\((aoti_torch_empty_strided\(.*), &(\w+)_handle\)\);$")
@@ -32,13 +34,13 @@ _WHILE = re.compile(r"\s*while \(1\) \{$")
 
 @contextlib.contextmanager
 def rewriting(parts: int) -> Iterator[None]:
-    """In here, what Inductor compiles has such loops, and runs so many times at once, see `in_parts`."""
+    """In here, what Inductor compiles has such loops and sums, and runs so many times at once, see `in_parts`."""
     from torch._inductor.graph import GraphLowering
 
     original = GraphLowering._compile_to_module_lines
 
     def compile_lines(self: Any, wrapper_code: Any) -> Any:
-        wrapper_code.value = in_parts(in_place(wrapper_code.value), parts)
+        wrapper_code.value = in_parts(in_place(folded(wrapper_code.value)), parts)
         return original(self, wrapper_code)
 
     with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines), _without_remarks():
@@ -69,7 +71,7 @@ def passes(parts: int) -> dict[str, Any]:
             sums_apart(graph)
 
         def uuid(self) -> str:
-            return f"energynet: loops in place, sums apart, {parts} parts, 5"
+            return f"energynet: loops in place, sums apart and folded, {parts} parts, 6"
 
     return {"post_grad_custom_pre_pass": SumsApart()}
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from energynet._autodiff import recording_program
 from energynet._cpp import passes, rewriting
-from energynet._while import lift, products
+from energynet._products import products
+from energynet._while import lift
 
 
 class Program:

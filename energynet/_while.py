@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from energynet import _tree
 from energynet._autodiff import readable, tracing
+from energynet._products import products, ragged, widened
 
 
 def while_loop(condition: Callable[[Any], Tensor | bool], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
@@ -102,32 +103,6 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
     return graph, lift(graph)
 
 
-def products() -> dict[Any, Callable[..., Any]]:
-    """How products are recorded, where that is not as they come: a thin one and one with a shared matrix."""
-    aten = torch.ops.aten
-    return {aten.mm.default: _thin, aten.bmm.default: _shared}
-
-
-def _thin(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
-    """A product with one row, as of one small problem, by a matrix and a vector: that is fused with what stands around it."""
-    known = all(isinstance(n, int) for n in (*a.shape, *b.shape))
-    if not known or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
-        return NotImplemented
-    return torch.mv(b.mT, a[0]).unsqueeze(0)
-
-
-def _shared(a: Tensor, b: Tensor) -> Any:  # (B, n, k), (B, k, m)
-    """Products with the same matrix, of which ``vmap`` makes as many as there are samples, as one product."""
-    if b.stride(0) == 0:
-        return torch.mm(a.flatten(0, 1), b[0]).unflatten(0, a.shape[:2])
-    if a.stride(0) == 0 and b.shape[2] == 1:
-        return torch.mm(b.squeeze(2), a[0].mT).unsqueeze(2)
-    return NotImplemented
-
-
-SMALL = 2**16  # elements; beyond, the product of a library is faster
-
-
 def lift(graph: fx.GraphModule) -> list[Tensor]:
     """Make each constant tensor of a graph a further input; return these tensors."""
     nodes = list(graph.graph.nodes)
@@ -188,10 +163,13 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
     """Take what depends on captured tensors only out of a loop body: compute it here, and hand it over instead."""
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     fixed: dict[fx.Node, Any] = dict(zip(places[carried:], captured, strict=True))
-    for node in graph.graph.nodes:
+    for node in list(graph.graph.nodes):
         if _movable(node) and all(n in fixed for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fixed[n])
             fixed[node] = node.target(*args, **kwargs)
+        elif node.target is torch.ops.aten.mm.default and ragged(fixed.get(node.args[1])):
+            wide = widened(graph.graph, node)
+            fixed[wide] = torch.ops.aten.constant_pad_nd.default(fixed[wide.all_input_nodes[0]], wide.args[1])
     crossing = _crossing(graph, fixed)
     last = places[-1]
     for node in crossing:

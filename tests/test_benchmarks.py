@@ -18,9 +18,10 @@ from benchmarks.contenders.ours import OursEager
 from benchmarks.contenders.plain import Plain
 from benchmarks.contenders.unrolled import Unrolled
 from benchmarks.harness import Options, Row, Watcher, compete
+from benchmarks.ops import TORCH
 from benchmarks.w1_single import Single
 from benchmarks.w2_batch import Batch
-from benchmarks.w3_labels import Labels
+from benchmarks.w3_labels import Labels, LabelsApart
 from benchmarks.w4_images import Images
 from benchmarks.work import Task, prepare
 from benchmarks.workload import FixedStepWorkload
@@ -42,7 +43,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workload, "contenders", interpreted)
 
 
-@pytest.mark.parametrize("each", [Single(), Batch(), Labels(), Images()], ids=lambda w: w.name)
+@pytest.mark.parametrize("each", [Single(), Batch(), Labels(), LabelsApart(), Images()], ids=lambda w: w.name)
 def test_everybody_is_right_and_timed(each: FixedStepWorkload, tmp_path: Path) -> None:
     rows = each.run(TOY, Watcher())
     assert len(rows) == 4 * len(each.tasks)
@@ -54,6 +55,15 @@ def test_everybody_is_right_and_timed(each: FixedStepWorkload, tmp_path: Path) -
     report.table(each, rows)
     report.write(tmp_path / "found.json", each, rows, TOY)
     assert len(json.loads((tmp_path / "found.json").read_text())[each.name]["rows"]) == len(rows)
+
+
+@pytest.mark.parametrize("each", [Single(), Batch(), Labels(), LabelsApart(), Images()], ids=lambda w: w.name)
+def test_everybody_is_given_the_same_energy(each: FixedStepWorkload) -> None:
+    """That of a code, as energynet and the loop by hand evaluate it, and that of the inputs, as all others do."""
+    problem = each.problem(TOY).double()
+    x = torch.randn_like(problem.x0)
+    of_code = problem.formula.evaluate(TORCH, x, *problem.code())
+    torch.testing.assert_close(problem.energy(x, *problem.inputs), of_code, rtol=1e-13, atol=1e-13)
 
 
 def test_a_wrong_gradient_is_told_and_not_timed() -> None:
@@ -98,6 +108,8 @@ def test_evaluations_are_those_of_a_known_algorithm() -> None:
     for _ in range(3):
         torch.autograd.grad(slope, x, torch.ones(3), retain_graph=True)
     assert (tally.backward - tally.twice, tally.twice) == (1, 3)
+
+
 @pytest.mark.slow
 def test_scaling_runs_and_is_plotted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

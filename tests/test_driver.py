@@ -47,7 +47,9 @@ from energynet import (
 )
 from energynet._autodiff import recording_program
 from energynet._cpp import in_place, rewriting
-from energynet._while import products, while_loop
+from energynet._fold import folded
+from energynet._products import products
+from energynet._while import while_loop
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
 from energynet.pure import Pure
@@ -357,6 +359,34 @@ def test_code_of_another_form_is_left_alone() -> None:
     assert in_place(unknown) == unknown
 
 
+def test_doubles_are_summed_in_registers() -> None:
+    prefix = "#include <torch/csrc/inductor/cpp_prefix.h>"
+    code = folded(
+        f"{prefix}\nx = at::vec::vec_reduce_all<double, 2>(op, v);\n{prefix}\nf = at::vec::vec_reduce_all<float, 1>(op, v);"
+    )
+    assert code.count("static inline T energynet_fold") == 1 and code.index(prefix) == 0
+    assert "x = energynet_fold<double, 2>(op, v);" in code and "f = at::vec::vec_reduce_all<float, 1>(op, v);" in code
+    assert folded(prefix) == prefix
+
+
+@compiles
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_and_extremes_of_rows(dtype: torch.dtype) -> None:
+    """All elements of a register once each, also of one that is not full."""
+    x = torch.linspace(-1, 2, 3 * 45, dtype=dtype).view(3, 45).sin().requires_grad_()
+
+    def energy(y: Tensor, x: Tensor) -> Tensor:
+        scale = x.amax(-1) - x.amin(-1) + x[:, :13].sum(-1).square() + x[:, 13:].prod(-1)
+        return scale * (y - x).square().sum(-1) + (y - y.amax(-1, keepdim=True)).exp().sum(-1).log()
+
+    found = []
+    for driver in (Eager(), Compiled(strict=True)):
+        termination = Termination(atol=0, rtol=100 * torch.finfo(dtype).eps)
+        y = minimize(energy, x.detach(), x, termination=termination, driver=driver).value
+        found.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    torch.testing.assert_close(*found, rtol=3000 * torch.finfo(dtype).eps, atol=300 * torch.finfo(dtype).eps)
+
+
 @compiles
 def test_a_program_belongs_to_the_precision_around_the_call() -> None:
     A, z, driver = torch.randn(8, 8) / 8, torch.randn(2, 8), Compiled(strict=True)
@@ -484,6 +514,36 @@ def test_products_with_one_matrix_are_one_and_it_is_not_repeated() -> None:
         names = [str(n.target) for n in body.nodes]
         assert "aten.mm.default" in names and "aten.bmm.default" not in names
         assert max(n.meta["val"].numel() for n in body.find_nodes(op="placeholder")) == 16
+
+
+def test_a_product_with_a_fixed_matrix_has_a_whole_number_of_lanes() -> None:
+    """So it is where the last columns would be slow; the columns of zeros are added in front of the loop."""
+
+    def columns(wide: int, dtype: torch.dtype = torch.float32) -> int:
+        A = torch.ones(4, wide, dtype=dtype)
+        (product,) = recorded(lambda x: (x.to(dtype) @ A)[:, :4].float()).find_nodes(
+            op="call_function", target=torch.ops.aten.mm.default
+        )
+        return int(product.meta["val"].shape[1])
+
+    assert [columns(n) for n in (31, 32, 33, 40, 41, 159)] == [31, 32, 33, 40, 48, 160]
+    assert columns(159, torch.float64) == 159
+    assert "aten.constant_pad_nd.default" not in body_of(lambda x: (x @ torch.ones(4, 159))[:, :4])
+
+
+@compiles
+def test_labels_of_an_odd_number() -> None:
+    torch.manual_seed(0)
+    A, b = torch.randn(40, 47) / 8, torch.randn(5, 47, requires_grad=True)
+    found = []
+
+    def energy(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
+        return (x @ A - b).square().sum(-1) + (x @ A).cosh().log().sum(-1) + x.square().sum(-1)
+
+    for driver in (Eager(), Compiled(strict=True)):
+        x = minimize(energy, A.new_zeros(5, 40), A, b, driver=driver).value
+        found.append([x, *torch.autograd.grad(x.square().sum(), b)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -17,7 +17,9 @@ PACKAGE = ROOT / "energynet"
 ORDER = [
     "_tree",
     "_autodiff",
+    "_fold",
     "_cpp",
+    "_products",
     "_while",
     "_program",
     "spectrum",

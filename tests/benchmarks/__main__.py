@@ -19,13 +19,13 @@ from . import report
 from .harness import Options, Row, Watcher
 from .w1_single import Single
 from .w2_batch import Batch
-from .w3_labels import Labels
+from .w3_labels import Labels, LabelsApart
 from .w4_images import Images
 from .w5_accuracy import Accuracy
 from .w6_scaling import Scaling, plot
 from .workload import Workload
 
-WORKLOADS: list[Workload] = [Single(), Batch(), Labels(), Images(), Accuracy(), Scaling()]
+WORKLOADS: list[Workload] = [Single(), Batch(), Labels(), LabelsApart(), Images(), Accuracy(), Scaling()]
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "benchmarks.json"
 
 

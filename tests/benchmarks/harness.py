@@ -22,6 +22,8 @@ Call = Callable[[], Any]
 
 SHORTEST = 0.005
 """Seconds that a sample of a timing lasts at least: a faster call is repeated within it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command line says."""
@@ -60,6 +62,7 @@ class Contender(ABC):
     """A way to do the work."""
 
     name: ClassVar[str]
+
     @abstractmethod
     def call(self, work: Work, task: Task) -> Call:
         """What is timed; everything that is done once a model stands before.

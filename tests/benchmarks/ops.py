@@ -18,6 +18,8 @@ class Ops(NamedTuple):
     sigmoid: Callable[[Any], Any]
     softplus: Callable[[Any], Any]
     huber: Callable[[Any], Any]  # √(1 + t²) - 1
+    cat: Callable[[Any], Any]  # along the last dimension
+    split: Callable[[Any, int], Any]  # so many of the last dimension, and the rest
     conv: Callable[[Any, Any], Any]  # (B, 1, H, W), (K, 1, s, s) -> (B, K, H, W), s odd, zeros around
 
 
@@ -29,7 +31,15 @@ def _huber(t: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(1 + t**2) - 1
 
 
-TORCH = Ops(torch.cosh, torch.log, torch.relu, torch.sigmoid, functional.softplus, _huber, _conv)
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts, -1)
+
+
+def _split(t: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    return t.split([count, t.shape[-1] - count], -1)
+
+
+TORCH = Ops(torch.cosh, torch.log, torch.relu, torch.sigmoid, functional.softplus, _huber, _cat, _split, _conv)
 
 
 def _filter_bank(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
@@ -51,4 +61,8 @@ def jax_ops() -> Ops:
     def conv(x: Any, filters: Any) -> Any:
         return jax.lax.conv_general_dilated(x, filters, (1, 1), "SAME")
 
-    return Ops(jnp.cosh, jnp.log, jax.nn.relu, jax.nn.sigmoid, jax.nn.softplus, lambda t: jnp.sqrt(1 + t**2) - 1, conv)
+    return Ops(
+        jnp.cosh, jnp.log, jax.nn.relu, jax.nn.sigmoid, jax.nn.softplus,
+        huber=lambda t: jnp.sqrt(1 + t**2) - 1, cat=lambda parts: jnp.concatenate(parts, -1),
+        split=lambda t, count: jnp.split(t, [count], -1), conv=conv,
+    )  # fmt: skip

@@ -33,7 +33,6 @@ class Written(Energy):
 class _Ours(Differentiable, ABC):
     """Gradient steps of the same length, stopped by the distance from the answer; conjugate gradients backward."""
 
-
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
 
