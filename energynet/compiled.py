@@ -64,7 +64,7 @@ class Compiled(Driver):
         self._bound: _Recent[tuple[Fingerprint, Binding]] = _Recent(capacity)  # step -> its binding, while it is unchanged
         self._examined: _Recent[Any] = _Recent(16 * capacity)
         self._families: _Recent[list[Program]] = _Recent(capacity)  # function -> its programs, but for the sizes of batches
-        self._exact: _Recent[Program | None] = _Recent(16 * capacity)  # function and shapes -> program; None: it has none
+        self._exact: _Recent[tuple[Program | None]] = _Recent(16 * capacity)  # function and shapes -> program, if it has one
         self._own: _Recent[tuple[bool, ...]] = _Recent(capacity)  # function -> which tensors have one row a sample, if any
 
     def bind(self, step: Step) -> Binding:
@@ -123,16 +123,19 @@ class Compiled(Driver):
         if count == 1:
             return None
         key = function.key, function.binding.mark
-        if key not in self._own:
-            self._own.put(key, divided(function, tensors) or ())
         own = self._own.get(key)
+        if own is None:
+            own = divided(function, tensors) or ()
+            self._own.put(key, own)
         return Shards(own, count) if own else None
 
     def _program(self, function: Pure, tensors: tuple[Tensor, ...], parts: int = 1) -> Program | None:
         key = (function.key, function.binding.mark, parts, _ambient(tensors[0].device), *map(_kind, tensors))
-        if key not in self._exact:
-            self._exact.put(key, self._found(function, tensors, parts))
-        return self._exact.get(key)
+        known = self._exact.get(key)
+        if known is None:
+            known = (self._found(function, tensors, parts),)
+            self._exact.put(key, known)
+        return known[0]
 
     def _found(self, function: Pure, tensors: tuple[Tensor, ...], parts: int) -> Program | None:
         """A program for these shapes: an earlier one that serves every batch size, or a new one."""
@@ -200,7 +203,7 @@ class _Recent(Generic[T]):
     def get(self, key: Hashable) -> T | None:
         value = self.values.get(key)
         if value is not None:
-            self.put(key, value)
+            self.values.move_to_end(key)
         return value
 
     def put(self, key: Hashable, value: T) -> None:

@@ -20,6 +20,7 @@ reach what samples share (0 · NaN = NaN), and its own context gets NaN.
 """
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -246,6 +247,9 @@ class _Solve(torch.autograd.Function):
         mapped = dataclasses.replace(method, equation=method.equation.mapped(tuple(dims), info.randomness))
         outputs = solve(mapped, y0, *moved)
         return outputs, (0, 0, 0, 0, None, *[1] * (len(outputs) - 5))
+
+
+_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # autograd asks at each call
 
 
 def solve(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Hashable, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from energynet import _tree
 
 _PLAIN = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, enum.Enum, type(...))
-_LIBRARIES = ("torch", "numpy", "math", "builtins", "energynet")
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "energynet"}
 _MISSING = object()
 
 
