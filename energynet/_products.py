@@ -11,9 +11,13 @@ LANES = 16  # columns that a library computes at once
 
 
 def products() -> dict[Any, Callable[..., Any]]:
-    """How products are recorded, where that is not as they come: a thin one and one with a shared matrix."""
+    """How products are recorded, where that is not as they come: a thin one and one with a shared matrix; and what cannot be."""
     aten = torch.ops.aten
-    return {aten.mm.default: _thin, aten.bmm.default: _shared}
+    return {aten.mm.default: _thin, aten.bmm.default: _shared, aten._linalg_check_errors.default: _raising}
+
+
+def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
+    raise RuntimeError(f"{name} raises where a matrix is singular, which a program cannot: use its variant ending in _ex")
 
 
 def _thin(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)

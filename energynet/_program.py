@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from energynet._autodiff import recording_program
 from energynet._cpp import passes, rewriting
@@ -37,10 +38,12 @@ class Program:
         self._shapes = ShapeEnv()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
         fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
-        with torch.no_grad(), recording_program(), mode:
+        with torch.no_grad(), recording_program(), ValuesUnread(), mode:
             graph = make_fx(lambda *t: list(function(*t)), products(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
         """Tensors that the function took from elsewhere."""
+        if any(lazy(t) for t in self.captured):
+            raise RuntimeError("it captures a lazily conjugated or negated tensor: take its .resolve_conj().resolve_neg()")
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
         inputs = [*fakes, *(_fake(mode, t, ()) for t in self.captured)]
         with torch.no_grad(), rewriting(parts):
@@ -64,6 +67,27 @@ class Program:
             count = len(found) // self.parts
             for part in range(self.parts):
                 yield tuple(found[part * count : (part + 1) * count])
+
+
+class ValuesUnread(TorchFunctionMode):
+    """In here no Python reads the numbers of a tensor from elsewhere: the program would have them as they are now."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _READING and type(args[0]) in (Tensor, torch.nn.Parameter):
+            name = getattr(function, "__name__", function)
+            raise RuntimeError(f"Python reads, by {name}, the values of a tensor of shape {tuple(args[0].shape)}")
+        return function(*args, **(kwargs or {}))
+
+
+_READING = {
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__,
+    Tensor.__complex__, Tensor.__array__,
+}  # fmt: skip
+
+
+def lazy(tensor: Tensor) -> bool:
+    """Whether the numbers in its memory are not those that it stands for: machine code would read them as they are."""
+    return tensor.is_conj() or tensor.is_neg()
 
 
 def _compiled(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], parts: int) -> Callable[[list[Tensor]], Any]:

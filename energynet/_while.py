@@ -104,7 +104,10 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
 
 
 def lift(graph: fx.GraphModule) -> list[Tensor]:
-    """Make each constant tensor of a graph a further input; return these tensors."""
+    """Make each constant tensor of a graph a further input; return these tensors.
+
+    One that is written out in the code, as ``torch.tensor([1.0, 2.0])``, is marked: `written_out`.
+    """
     nodes = list(graph.graph.nodes)
     last = [n for n in nodes if n.op == "placeholder"][-1]
     captured: dict[Any, tuple[Tensor, fx.Node]] = {}
@@ -113,6 +116,8 @@ def lift(graph: fx.GraphModule) -> list[Tensor]:
         if not isinstance(value, Tensor):
             continue
         each, repeats = _once(value)
+        if node.users and all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users):
+            setattr(each, _MARK, True)
         key = _place(each)
         if key not in captured:
             with graph.graph.inserting_after(last):
@@ -130,6 +135,14 @@ def lift(graph: fx.GraphModule) -> list[Tensor]:
     return [value for value, _ in captured.values()]
 
 
+_MARK = "_energynet_written_out"
+
+
+def written_out(tensor: Tensor) -> bool:
+    """Whether the code makes it from Python's numbers, each time the same."""
+    return hasattr(tensor, _MARK)
+
+
 def _once(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """A tensor without the repetition of its elements, and the sizes to which ``expand`` brings it; none if it has none."""
     sizes = [n if step == 0 and n != 1 and isinstance(n, int) else -1 for n, step in zip(tensor.shape, tensor.stride())]
@@ -144,9 +157,9 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Where in its memory the elements are; as text, since sizes may be symbols."""
+    """Where in its memory the elements are, and how they are read; as text, since sizes may be symbols."""
     where = (tensor.storage_offset(), *tensor.size(), *tensor.stride())
-    return *map(str, where), tensor.dtype
+    return *map(str, where), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _widen(graph: fx.GraphModule, position: int, count: int) -> None:
@@ -163,8 +176,9 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
     """Take what depends on captured tensors only out of a loop body: compute it here, and hand it over instead."""
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     fixed: dict[fx.Node, Any] = dict(zip(places[carried:], captured, strict=True))
+    written = _written(graph.graph)
     for node in list(graph.graph.nodes):
-        if _movable(node) and all(n in fixed for n in node.all_input_nodes):
+        if _movable(node) and written.isdisjoint(_memory(node)) and all(n in fixed for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fixed[n])
             fixed[node] = node.target(*args, **kwargs)
         elif node.target is torch.ops.aten.mm.default and ragged(fixed.get(node.args[1])):
@@ -199,11 +213,24 @@ def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]
     return sorted(crossing, key=order.__getitem__)
 
 
+def _written(graph: fx.Graph) -> set[int]:
+    """The memory of all that an operation in place takes: what it makes of a constant is none."""
+    return {m for node in graph.nodes if _is_mutable(node) for n in node.all_input_nodes for m in _memory(n)}
+
+
+def _memory(node: fx.Node) -> list[int]:
+    return [t.untyped_storage()._cdata for t in _tree.leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _movable(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    return not _is_mutable(node) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _cheap(value: Any) -> bool:

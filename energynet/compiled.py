@@ -15,7 +15,8 @@ from torch import Tensor
 
 from energynet import _tree
 from energynet._autodiff import transform_active
-from energynet._program import Program
+from energynet._program import Program, lazy
+from energynet._while import written_out
 from energynet.binding import Binding
 from energynet.driver import Driver
 from energynet.fingerprint import Fingerprint
@@ -108,6 +109,7 @@ class Compiled(Driver):
 
     def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         function = function.checked(self.check_every)
+        tensors = tuple(t.resolve_conj().resolve_neg() if lazy(t) else t for t in tensors)
         with self._lock:
             shards = self._shards(function, tensors)
             sets = [] if shards is None else shards.split(tensors)
@@ -157,7 +159,7 @@ class Compiled(Driver):
             program = Program(function, tensors, dynamic, _options(tensors[0].device, parts), parts)
             mark = function.binding.mark
             known = {id(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
-            lost = [tuple(t.shape) for t in program.captured if id(t) not in known and t.ndim]
+            lost = [tuple(t.shape) for t in program.captured if id(t) not in known and not written_out(t)]
             if lost:
                 raise CompilationError(f"it uses tensors of shapes {lost} that were found in no attribute, closure or global")
         except Exception as error:  # whatever the tracer and the compiler raise

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
+from energynet.watch import MISSING, Watch, kind
 
 _PLAIN = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, enum.Enum, type(...))
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "energynet"}
-_MISSING = object()
 
 
 class Fingerprint:
@@ -46,21 +46,14 @@ class Fingerprint:
         self._positions = {id(t): k for k, t in enumerate(inputs)}
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # ids are unique among the living only
-        self._entries: list[tuple[Any, Any, Any]] = []  # mapping, name, value
-        self._sizes: list[tuple[Any, int]] = []
-        self._cells: list[tuple[types.CellType, Any]] = []
+        self._watch = Watch()
         self.key = self._describe(value)
-        self._asked = [(t, t.requires_grad) for t in self.met]
+        self._watch.tensors(self.met)
         self._alive = [v for v in self._alive if not _hashable(v)]  # the rest may die
 
     def unchanged(self) -> bool:
         """Whether all that was read is still there: the same objects at the same places. Cheaper than to look anew."""
-        return (
-            all(mapping.get(name, _MISSING) is value for mapping, name, value in self._entries)
-            and all(len(container) == size for container, size in self._sizes)
-            and all(cell.cell_contents is value for cell, value in self._cells)
-            and all(t.requires_grad is wanted for t, wanted in self._asked)
-        )
+        return self._watch.unchanged()
 
     def _describe(self, value: Any) -> Hashable:
         if isinstance(value, _PLAIN):
@@ -77,9 +70,10 @@ class Fingerprint:
             return type(value), tuple((self._describe(k), v) for k, v in self._items(value))
         if isinstance(value, (list, tuple)):
             if isinstance(value, list):
-                self._entries += [(_Items(value), k, v) for k, v in enumerate(value)]
-                self._sizes.append((value, len(value)))
+                self._watch.whole(value, dict(enumerate(value)))
             return type(value), *(self._describe(v) for v in value)
+        if isinstance(value, (set, frozenset)) or hasattr(type(value), "tobytes"):
+            return type(value), self._watch.content(value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):
@@ -90,54 +84,71 @@ class Fingerprint:
             return self._class(value)
         if isinstance(value, (_tree.TreeSpec, types.CodeType)):
             return value
-        if hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
-            return self._describe(type(value)), *self._items(vars(value))
-        return _identity(value)
+        if isinstance(value, types.ModuleType):
+            return _identity(value)
+        return self._object(value)
+
+    def _object(self, value: Any) -> Hashable:
+        slots = [name for cls in type(value).__mro__ for name in _slots(cls)]
+        if not slots and not hasattr(value, "__dict__"):
+            return _identity(value)
+        attributes = self._watch.object(value)
+        fixed = [(name, self._entry(attributes, name)) for name in slots]
+        return self._describe(type(value)), *fixed, *self._items(getattr(value, "__dict__", {}))
 
     def _items(self, mapping: dict[Any, Any]) -> list[tuple[Any, Hashable]]:
-        self._sizes.append((mapping, len(mapping)))
+        self._watch.whole(mapping, {})
         return [(name, self._entry(mapping, name)) for name in list(mapping)]
 
     def _entry(self, mapping: Any, name: Any) -> Hashable:
-        value = mapping.get(name, _MISSING)
-        self._entries.append((mapping, name, value))
-        return self._describe(value)
+        return self._describe(self._watch.entry(mapping, name))
 
     def _tensor(self, tensor: Tensor) -> Hashable:
         if id(tensor) in self._positions:
             self.inputs.append(tensor)
             return "input", self._positions[id(tensor)]
         self.met.append(tensor)
-        return "tensor", id(tensor), tensor.requires_grad
+        return "tensor", id(tensor), kind(tensor)
 
     def _function(self, function: types.FunctionType) -> Hashable:
         if _of_a_library(function):
             return _identity(function)
-        cells = [cell for cell in function.__closure__ or () if _filled(cell)]
-        self._cells += [(cell, cell.cell_contents) for cell in cells]
-        read = (function.__defaults__, function.__kwdefaults__, tuple(cell.cell_contents for cell in cells))
+        read = (function.__defaults__, function.__kwdefaults__, self._watch.function(function))
         named = self._globals(function.__code__, function.__globals__)
         return function.__code__, self._describe(read), *self._items(vars(function)), *named
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> list[Hashable]:
         found: list[Hashable] = []
         for name in code.co_names:
-            value = names.get(name, _MISSING)
-            if isinstance(value, types.ModuleType) and not _of_a_library(value):
-                found += [self._entry(vars(value), n) for n in code.co_names]
-            elif value is not _MISSING and not isinstance(value, types.ModuleType):
+            value = names.get(name, sys.modules.get(name, MISSING))  # a module may be imported by the code itself
+            if isinstance(value, types.ModuleType):
+                found += self._module(value, code.co_names)
+            elif value is not MISSING:
                 found.append((name, self._entry(names, name)))
         inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
         return found + [part for c in inner for part in self._globals(c, names)]
 
+    def _module(self, module: types.ModuleType, names: Sequence[str], around: tuple[Any, ...] = ()) -> list[Hashable]:
+        """What goes by these names in a user's module, and in modules in it."""
+        if module in around or _of_a_library(module):
+            return []
+        found: list[Hashable] = []
+        for name in names:
+            found.append(self._entry(vars(module), name))
+            inner = vars(module).get(name)
+            found += self._module(inner, names, (*around, module)) if isinstance(inner, types.ModuleType) else []
+        return found
+
     def _class(self, cls: type) -> Hashable:
-        """A user's class with what its methods read; one of a library by identity."""
+        """A user's class with its methods and other attributes; one of a library by identity."""
         read: list[Hashable] = []
         for own in (c for c in cls.__mro__ if not _of_a_library(c)):
-            for name, value in list(vars(own).items()):
+            attributes = vars(own)
+            self._watch.whole(attributes, {})
+            for name, value in list(attributes.items()):
                 value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-                if isinstance(value, (types.FunctionType, *_PLAIN, float)):
-                    self._entries.append((vars(own), name, vars(own)[name]))
+                if isinstance(value, types.FunctionType) or not (name.startswith("__") or name == "_abc_impl"):
+                    self._watch.entry(attributes, name)
                     read.append(self._describe(value))
         return _identity(cls), *read
 
@@ -148,19 +159,27 @@ def told(value: Any) -> Hashable:
     return value if frozen else Fingerprint(value).key
 
 
-class _Items:
-    """A list as a mapping."""
+def _slots(cls: type) -> Sequence[str]:
+    slots = () if _of_a_library(cls) else vars(cls).get("__slots__", ())
+    return [name for name in ((slots,) if isinstance(slots, str) else slots) if name not in ("__dict__", "__weakref__")]
 
-    def __init__(self, values: list[Any]) -> None:
-        self.values = values
 
-    def get(self, index: int, default: Any) -> Any:
-        return self.values[index] if index < len(self.values) else default
+class _Same:
+    """A value that cannot be looked into, as a key that equals that of no other: it lives as long as its key."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _identity(value: Any) -> Hashable:
     try:
-        return weakref.ref(value) if _hashable(value) else ("object", id(value))
+        return weakref.ref(value) if _hashable(value) else _Same(value)
     except TypeError:  # no weak reference to it can be made
         return value
 
@@ -176,10 +195,3 @@ def _hashable(value: Any) -> bool:
 def _of_a_library(value: Any) -> bool:
     name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
     return name.partition(".")[0] in _LIBRARIES
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False

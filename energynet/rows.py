@@ -21,13 +21,16 @@ def own_rows(equation: Equation, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple
         return tuple(dim == 0 for dim in equation.vmaps[-1][0])
     try:
         tied = tuple(tied_rows(equation.residual, (x, *inputs))[1:])
-        return tied if _is_independent(equation.residual, x, inputs, tied) else None
+        # What all share is moved once, too: a gate that is zero now hides what it is multiplied with.
+        alone = all(_is_independent(equation.residual, x, inputs, tied, shared) for shared in (False, True))
+        return tied if alone else None
     except Exception:  # whatever code raises that insists on the size of the batch
         return None
 
 
 @torch.no_grad()
-def _is_independent(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor], own: Sequence[bool]) -> bool:
+def _is_independent(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor], own: Sequence[bool],
+                    shared: bool) -> bool:  # fmt: skip
     """Whether some samples by themselves give what they give among the others, as they would not with z − z.mean(0)."""
     generator = torch.Generator().manual_seed(0)
 
@@ -35,7 +38,7 @@ def _is_independent(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence
         noise = torch.rand(t.shape, generator=generator, dtype=torch.float32).to(t)
         return t + 0.5 * noise * (1 + t.abs()) if t.is_floating_point() else t
 
-    x, inputs = moved(x), [moved(t) if mine else t for t, mine in zip(inputs, own, strict=True)]
+    x, inputs = moved(x), [moved(t) if mine or shared else t for t, mine in zip(inputs, own, strict=True)]
     some = torch.randperm(len(x), generator=generator)[: len(x) // 2]
     among = residual(x, *inputs)[some]
     alone = residual(x[some], *(t[some] if mine else t for t, mine in zip(inputs, own, strict=True)))

@@ -1,17 +1,20 @@
 """The compiled driver: the results of the eager one, and no second compilation."""
 
+import array
 import copy
+import dataclasses
 import gc
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import types
 import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -79,6 +82,79 @@ def test_a_fingerprint_sees_what_the_code_may_read(monkeypatch: pytest.MonkeyPat
     assert Fingerprint(energy.train(), [energy.weight]).key == before
     monkeypatch.setattr("test_driver.SCALE", 2.0)
     assert Fingerprint(energy, [energy.weight]).key != before
+
+
+class Settings:
+    class inner:
+        scale = 1.0
+
+    weights: ClassVar[list[float]] = [1.0, 2.0]
+    scale = torch.tensor(1.0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.scale * self.weights[0] * x
+
+
+class Other(Settings):
+    pass
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    scale: float = 1.0
+
+
+def settings(x: Tensor) -> Tensor:
+    return Settings.inner.scale * x
+
+
+def imports(x: Tensor) -> Tensor:
+    from outer.inner import scale  # type: ignore[import-not-found]
+
+    return scale * outer.inner.scale * x  # type: ignore[name-defined]  # noqa: F821
+
+
+CHANGES: dict[str, Callable[[], tuple[Any, Callable[[], object]]]] = {
+    "a list of the class": lambda: (Settings(), lambda: Settings.weights.__setitem__(0, 5.0)),
+    "another list of the class": lambda: (Settings(), lambda: setattr(Settings, "weights", [1.0, 3.0])),
+    "another tensor of the class": lambda: (Settings(), lambda: setattr(Settings, "scale", torch.tensor(2.0))),
+    "a method of a subclass": lambda: (Other(), lambda: setattr(Other, "__call__", choosy)),
+    "another class": lambda: (made := Settings(), lambda: setattr(made, "__class__", Other)),
+    "an attribute of a class in a class": lambda: (settings, lambda: setattr(Settings.inner, "scale", 3.0)),
+    "an attribute of a module in a module": lambda: (imports, lambda: setattr(sys.modules["outer.inner"], "scale", 3.0)),
+    "a slot": lambda: (made := Slotted(), lambda: setattr(made, "scale", 3.0)),
+    "an element of a set": lambda: (made := {1, 2}, lambda: made.add(3)),
+    "a number in an array": lambda: (made := array.array("d", [1.0, 2.0]), lambda: made.__setitem__(0, 3.0)),
+    "defaults": lambda: (made := types.FunctionType(choosy.__code__, {}), lambda: setattr(made, "__defaults__", (1.0,))),
+    "code": lambda: (made := types.FunctionType(choosy.__code__, {}), lambda: setattr(made, "__code__", settings.__code__)),
+    "the precision of a tensor": lambda: (made := torch.ones(2), lambda: setattr(made, "data", made.double())),
+    "the layout of a tensor": lambda: (made := torch.ones(2, 3), lambda: made.t_()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fingerprint_sees_a_change_of(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cls, name in ((Settings, "weights"), (Settings, "scale"), (Settings.inner, "scale")):
+        value = getattr(cls, name)
+        monkeypatch.setattr(cls, name, list(value) if isinstance(value, list) else value)
+    outer, inner = types.ModuleType("outer"), types.ModuleType("outer.inner")
+    outer.inner, inner.scale = inner, 1.0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "outer", outer)
+    monkeypatch.setitem(sys.modules, "outer.inner", inner)
+    monkeypatch.setitem(globals(), "outer", outer)
+    value, make_it = CHANGES[change]()
+    seen = Fingerprint(value)
+    assert seen.unchanged() and Fingerprint(value).key == seen.key
+    make_it()
+    assert not seen.unchanged() and Fingerprint(value).key != seen.key
+    if "__call__" in vars(Other):
+        del Other.__call__
+
+
+def test_what_cannot_be_looked_into_is_never_taken_for_another() -> None:
+    """Though the memory of one that is no more may be used again."""
+    keys = [Fingerprint(bytearray(8)).key for _ in range(100)]
+    assert len(set(keys)) == 100
 
 
 def test_functions_made_anew_are_the_same_and_their_closures_count() -> None:
@@ -495,6 +571,64 @@ def recorded(update: Callable[[Tensor], Tensor], every: int = 1) -> torch.fx.Gra
 def test_a_program_makes_so_many_updates_between_two_looks() -> None:
     for every in (1, 3):
         assert body_of(torch.sin, every).count("aten.sin.default") == every
+
+
+def test_what_is_written_to_in_place_stays_in_a_loop() -> None:
+    """It is no constant, though it is made of constants."""
+
+    def update(x: Tensor) -> Tensor:
+        mask = torch.zeros(4, 4)
+        mask[0, 1] = 1.0
+        return x.sin() + mask @ torch.ones(4, 4)
+
+    assert "aten.mm.default" in body_of(update)
+
+
+@compiles
+def test_writes_into_a_tensor_made_by_the_energy_are_seen() -> None:
+    z = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
+    weight = torch.linspace(0.1, 0.9, 9, dtype=torch.float64).view(3, 3).requires_grad_()
+    found = []
+
+    def energy(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        shifted, mask = torch.zeros_like(x), torch.zeros(3, 3, dtype=x.dtype)
+        shifted[:, 1:] = x[:, :-1]
+        mask[torch.tensor([0, 1]), torch.tensor([1, 2])] = torch.tensor(1.0, dtype=x.dtype)
+        return (x - z).square().sum(-1) + (shifted + x @ (weight * mask)).cosh().sum(-1)
+
+    for driver in (Eager(), Compiled(strict=True)):
+        x = minimize(energy, torch.zeros(4, 3, dtype=torch.float64), z, weight, termination=TIGHT, driver=driver).value
+        found.append([x, *torch.autograd.grad(x.square().sum(), [z, weight])])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+@compiles
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+def test_conjugated_and_negated_inputs() -> None:
+    """PyTorch leaves these to whoever reads the numbers."""
+    z = torch.complex(torch.rand(4, 3), torch.rand(4, 3)).conj()
+    driver = Compiled(strict=True)
+    for given in (z.resolve_conj(), z):
+        x = minimize(lambda x, z: (x - z.imag).square().sum(-1), torch.zeros(4, 3), given, driver=driver).value
+        torch.testing.assert_close(x, z.imag.resolve_neg(), rtol=0, atol=1e-5)
+    x = minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(4, 3), z.imag, driver=driver).value
+    torch.testing.assert_close(x, z.imag.resolve_neg(), rtol=0, atol=1e-5)
+    with pytest.raises(CompilationError, match="resolve_conj"):
+        minimize(lambda x: (x - z.imag).square().sum(-1), torch.zeros(4, 3), driver=driver)
+
+
+@pytest.mark.parametrize("use", [lambda t: t.tolist()[0], lambda t: t.numpy()[0].item(), lambda t: sum(float(v) for v in [t])])
+def test_numbers_of_a_captured_tensor_are_not_baked_in(use: Callable[[Tensor], float]) -> None:
+    captured = torch.ones(1)
+    with pytest.raises(CompilationError, match="Python reads"):
+        fixed_point(lambda x: 0.1 * x + use(captured), torch.zeros(4, 3), driver=Compiled(strict=True))
+
+
+@pytest.mark.parametrize("name", ["cholesky", "inv"])
+def test_what_raises_by_its_values_is_refused(name: str) -> None:
+    eye, function = torch.eye(3), getattr(torch.linalg, name)
+    with pytest.raises(CompilationError, match="_ex"):
+        fixed_point(lambda x: 0.1 * x @ function(eye), torch.zeros(4, 3), driver=Compiled(strict=True))
 
 
 def test_what_depends_on_constants_alone_leaves_a_loop_and_chance_stays() -> None:

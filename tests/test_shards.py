@@ -124,6 +124,8 @@ def test_what_cannot_stand_alone_is_not_divided() -> None:
     assert divided(lambda x, z: square(x - z), z)
     assert not divided(lambda x, z: square(x - (z - z.mean(0))), z)
     assert not divided(lambda x, z: square(x - (z - z.mean(0))), torch.zeros(128, 32))
+    gate = torch.zeros(())  # lets nothing through, now
+    assert not divided(lambda x, z, gate: square(x - gate * (z - z.mean(0))), z, gate)
     assert not divided(lambda x: square((x - 1).reshape(128, 32)))
     assert not divided(lambda x: square(x - z))  # from a closure
     assert divided(lambda x: square(x - 1))

@@ -34,6 +34,7 @@ ORDER = [
     "linear",
     "loop",
     "binding",
+    "watch",
     "fingerprint",
     "equation",
     "rows",

@@ -1,0 +1,129 @@
+"""What was read of a piece of Python, to see whether all of it is as it was."""
+
+import operator
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor
+
+MISSING: Any = object()
+
+
+class Watch:
+    """Places that were read, and what was there. Objects and functions themselves are held weakly, so that they may die.
+
+    Example:
+        >>> names = {"scale": 2.0}
+        >>> watch = Watch()
+        >>> watch.entry(names, "scale"), watch.unchanged()
+        (2.0, True)
+        >>> names["scale"] = 3.0
+        >>> watch.unchanged()
+        False
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, Any, Any]] = []  # mapping, name, value
+        self._sizes: list[tuple[Any, int]] = []
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._codes: list[tuple[Callable[[], Any], tuple[Any, ...]]] = []  # of a function, its code and defaults
+        self._types: list[tuple[Callable[[], Any], type]] = []
+        self._contents: list[tuple[Any, Hashable]] = []
+        self._kinds: list[tuple[Tensor, Hashable]] = []
+
+    def unchanged(self) -> bool:
+        """Whether all that was read is still there: the same objects at the same places."""
+        return (
+            all(mapping.get(name, MISSING) is value for mapping, name, value in self._entries)
+            and all(len(container) == size for container, size in self._sizes)
+            and all(cell.cell_contents is value for cell, value in self._cells)
+            and all(all(map(operator.is_, _code(function()), code)) for function, code in self._codes)
+            and all(type(value()) is cls for value, cls in self._types)
+            and all(_content(value) == content for value, content in self._contents)
+            and all(kind(tensor) == before for tensor, before in self._kinds)
+        )
+
+    def entry(self, mapping: Any, name: Any) -> Any:
+        """What a mapping has under a name, or `MISSING`."""
+        value = mapping.get(name, MISSING)
+        self._entries.append((mapping, name, value))
+        return value
+
+    def whole(self, container: Any, items: dict[Any, Any]) -> None:
+        """That a container has so many entries; of a list also which."""
+        self._sizes.append((container, len(container)))
+        self._entries += [(_Items(container), place, value) for place, value in items.items()]
+
+    def function(self, function: types.FunctionType) -> tuple[Any, ...]:
+        """What a function closes over."""
+        cells = [cell for cell in function.__closure__ or () if _filled(cell)]
+        self._cells += [(cell, cell.cell_contents) for cell in cells]
+        self._codes.append((_weakly(function), _code(function)))
+        return tuple(cell.cell_contents for cell in cells)
+
+    def object(self, value: Any) -> "Attributes":
+        """The attributes of an object of this class."""
+        self._types.append((_weakly(value), type(value)))
+        return Attributes(_weakly(value))
+
+    def content(self, value: Any) -> Hashable:
+        """That of a set, or of an array such as NumPy's, which change in place."""
+        content = _content(value)
+        self._contents.append((value, content))
+        return content
+
+    def tensors(self, tensors: list[Tensor]) -> None:
+        """That they are of these kinds; their values may change."""
+        self._kinds += [(tensor, kind(tensor)) for tensor in tensors]
+
+
+def kind(tensor: Tensor) -> Hashable:
+    """All that a program depends on, but for the values."""
+    return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+class Attributes:
+    """An object as a mapping."""
+
+    def __init__(self, value: Callable[[], Any]) -> None:
+        self.value = value
+
+    def get(self, name: str, default: Any) -> Any:
+        return getattr(self.value(), name, default)
+
+
+class _Items:
+    """A list as a mapping."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
+
+    def get(self, index: int, default: Any) -> Any:
+        return self.values[index] if index < len(self.values) else default
+
+
+def _content(value: Any) -> Hashable:
+    if isinstance(value, (set, frozenset)):
+        return frozenset(value)
+    return str(getattr(value, "dtype", "")), getattr(value, "shape", None), value.tobytes()
+
+
+def _code(function: Any) -> tuple[Any, ...]:
+    """What a function does; of one that is no more, nothing."""
+    return (None,) * 3 if function is None else (function.__code__, function.__defaults__, function.__kwdefaults__)
+
+
+def _weakly(value: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
