@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from energynet._fold import folded
+from energynet._pointers import with_pointers
 
 _HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
 _CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
@@ -71,7 +72,7 @@ def passes(parts: int) -> dict[str, Any]:
             sums_apart(graph)
 
         def uuid(self) -> str:
-            return f"energynet: loops in place, sums apart and folded, {parts} parts, 6"
+            return f"energynet: loops in place, sums apart and folded, {parts} parts, 7"
 
     return {"post_grad_custom_pre_pass": SumsApart()}
 
@@ -166,7 +167,8 @@ def _block(lines: list[str]) -> list[str]:
         end = _end(lines, k)
         before, loop = _loop(_block(lines[k + 1 : end]))
         result = _owned(result, before)
-        result += [*before.lines, lines[k], *loop, lines[end]]
+        pointers, loop = with_pointers(loop)
+        result += [*before.lines, "{", *pointers, lines[k], *loop, lines[end], "}"]
         k = end + 1
     return result
 

@@ -51,6 +51,7 @@ from energynet import (
 from energynet._autodiff import recording_program
 from energynet._cpp import in_place, rewriting
 from energynet._fold import folded
+from energynet._pointers import with_pointers
 from energynet._products import products
 from energynet._while import while_loop
 from energynet.binding import Binding
@@ -428,6 +429,20 @@ def test_memory_that_goes_on_as_another_shape_is_made_at_each_turn(line: str) ->
     code = in_place(LOOP.replace("        body_arg0.reset();", f"        {line}\n        body_arg0.reset();"))
     before, _, turn = code.partition("while (1) {")
     assert "aoti_torch_empty_strided" not in before and "aoti_torch_empty_strided" in turn and "swap" not in turn
+
+
+def test_a_loop_asks_for_memory_once_where_it_stays_or_changes_places() -> None:
+    before, body = with_pointers([
+        "auto& x = a;", "AtenTensorHandle new_handle;", "RAIIAtenTensorHandle made(new_handle);", "auto& y = made;",
+        "f(x.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), y.data_ptr(), e.data_ptr());",
+        "{", "while (1) {", "g(a.data_ptr());", "std::swap(c, e);", "}", "}",
+        "std::swap(x, b);", "std::swap(d, made);", "c.reset();",
+    ])  # fmt: skip
+    assert before == ["void* a_at = a.data_ptr();", "void* b_at = b.data_ptr();"]
+    assert "f(a_at, b_at, c.data_ptr(), d.data_ptr(), y.data_ptr(), e.data_ptr());" in body
+    assert "g(a.data_ptr());" in body  # of the loop within
+    assert body[body.index("std::swap(x, b);") + 1] == "std::swap(a_at, b_at);"
+    assert "std::swap(d_at, made_at);" not in body
 
 
 def test_code_of_another_form_is_left_alone() -> None:

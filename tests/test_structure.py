@@ -18,6 +18,7 @@ ORDER = [
     "_tree",
     "_autodiff",
     "_fold",
+    "_pointers",
     "_cpp",
     "_products",
     "_while",
