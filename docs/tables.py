@@ -94,7 +94,7 @@ def _number(value: float | None, form: str, unit: float = 1.0) -> str:
 
 def write(results: Path, folder: Path, notebooks: Iterable[str]) -> None:
     """The generated parts of pages, each a file that a page includes."""
-    choosing = "python -m tests.benchmarks.choosing --driver --json docs/results/choosing.json"
+    choosing = "python -m tests.benchmarks.choosing --json docs/results/choosing.json"
     parts = {f"choosing-{name}": NONE_YET.format(command=choosing) for name in ("solvers", "adjoints", "tolerances")}
     parts["choosing-drivers"] = ""  # times, which only a quiet machine should record
     parts |= {f"choosing-{name}": text for name, text in measured(results / "choosing.json", choosing).items()}

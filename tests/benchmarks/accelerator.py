@@ -23,13 +23,13 @@ from .contenders.plain import Plain
 from .harness import Call, Contender, Options, Row, Watcher, compete, peak, quiet, synchronise, timed
 from .w1_single import Single
 from .w2_batch import Batch
-from .w3_labels import Labels
+from .w3_labels import Labels, LabelsApart
 from .w4_images import Images, images
 from .w6_scaling import largest_curvature
 from .work import Problem, Task, bounded, prepare
 from .workload import FixedStepWorkload, Workload, installed_peers
 
-FIXED: list[FixedStepWorkload] = [Single(), Batch(), Labels(), Images()]
+FIXED: list[FixedStepWorkload] = [Single(), Batch(), Labels(), LabelsApart(), Images()]
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "accelerator.json"
 GIB = 2**30
 

@@ -10,7 +10,7 @@ import torch
 
 from energynet import LBFGS, BarzilaiBorwein, Compiled, Eager, GradientDescent, Newton, NewtonCG
 
-from .contenders.minimisers import JaxOptMinimiser, Minimiser, OptimistixMinimiser, Ours, SciPy, TorchLBFGS
+from .contenders.minimisers import JaxOptMinimiser, Minimiser, OptimistixMinimiser, Ours, SciPy, SciPyNewtonCG, TorchLBFGS
 from .harness import Options, Racer, Row, Watcher, quiet, race
 from .least_squares import LeastSquares, conditioned
 from .work import Problem, Task, Work, answered
@@ -64,7 +64,7 @@ def problem(condition: float, options: Options) -> Problem:
 def everyone(options: Options) -> list[Minimiser]:
     solvers = (LBFGS(), LBFGS(memory=40), NewtonCG(), Newton(), GradientDescent(BarzilaiBorwein()))
     compiled = [Ours(solver, Compiled(strict=True)) for solver in solvers]
-    peers: list[Minimiser] = [SciPy(by_hand=False), SciPy(by_hand=True), TorchLBFGS()]
+    peers: list[Minimiser] = [SciPy(by_hand=False), SciPy(by_hand=True), SciPyNewtonCG(), TorchLBFGS()]
     if not options.skip_peers:
         for module, peer in (("jaxopt", JaxOptMinimiser), ("optimistix", OptimistixMinimiser)):
             peers += [peer(kind) for kind in ("LBFGS", "BFGS")] if importlib.util.find_spec(module) else []
@@ -107,7 +107,7 @@ def judge(ours: Sequence[Row], peers: Sequence[Row]) -> None:
         return
     best = min(done, key=lambda row: row.seconds or 0.0)
     best.target = 1.0
-    scipy = [row for row in peers if row.contender.startswith("SciPy") and row.right]
+    scipy = [row for row in peers if row.contender.startswith("SciPy L-BFGS-B") and row.right]
     fewest = min(sum(map(int, row.steps.split("+"))) for row in done)
     if scipy:
         best.note = f"fewest evaluations of ours {fewest}, of SciPy's L-BFGS-B {scipy[0].steps}"

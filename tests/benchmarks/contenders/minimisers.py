@@ -138,6 +138,42 @@ class SciPy(Minimiser):
         return scipy.optimize.minimize(function, problem.x0.numpy(), jac=True, method="L-BFGS-B", options=options)
 
 
+class SciPyNewtonCG(Minimiser):
+    """Its Newton's method in a trust region, by conjugate gradients, with derivatives by hand: a peer of the second order."""
+
+    name = "SciPy trust-ncg, derivatives by hand"
+
+    def call(self, problem: Problem, tolerance: float) -> Callable[[], Any]:
+        return lambda: self._solve(problem, tolerance)[0]
+
+    def tensor(self, result: Any) -> Tensor:
+        return torch.from_numpy(result.x)
+
+    def evaluations(self, problem: Problem, tolerance: float) -> tuple[int, int]:
+        found, products = self._solve(problem, tolerance)
+        return int(found.njev), products
+
+    def _solve(self, problem: Problem, tolerance: float) -> tuple[Any, int]:
+        import scipy.optimize
+
+        code, formula, products = problem.code(), problem.formula, 0
+
+        def function(x: Any) -> tuple[float, Any]:
+            leaf = torch.from_numpy(x)
+            return float(formula.evaluate(TORCH, leaf, *code)), formula.gradient(leaf, *code).numpy()
+
+        def product(x: Any, p: Any) -> Any:
+            nonlocal products
+            products += 1
+            return formula.curvature(torch.from_numpy(x), *code)(torch.from_numpy(p)).numpy()
+
+        options = {"gtol": tolerance, "maxiter": MOST_STEPS}
+        found = scipy.optimize.minimize(
+            function, problem.x0.numpy(), jac=True, hessp=product, method="trust-ncg", options=options
+        )  # fmt: skip
+        return found, products
+
+
 class TorchLBFGS(Minimiser):
     """``torch.optim.LBFGS`` with its strong-Wolfe line search."""
 
