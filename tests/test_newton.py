@@ -28,6 +28,7 @@ from energynet.linear import Dense
 from energynet.problem import Problem
 
 ACCURATE = Termination(atol=0.0, rtol=1e-10)
+ACCURATE_AT_ZERO = Termination(atol=1e-10, rtol=0.0)
 
 
 def valley(n: int, condition: float, dtype: torch.dtype = torch.float64) -> Callable[[Tensor, Tensor], Tensor]:
@@ -131,6 +132,44 @@ def test_a_coordinate_that_bends_infinitely_is_left() -> None:
     x0 = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
     x = minimize(energy, x0, z, solver=Newton(), termination=ACCURATE).value
     torch.testing.assert_close(slope(energy, x, z), torch.zeros_like(x), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1.0])
+@pytest.mark.parametrize("solver", [Newton(), NewtonCG()], ids=str)
+def test_no_step_goes_over_a_wall_behind_which_the_slope_is_as_foretold(solver: Solver, factor: float) -> None:
+    """On either side of it the energy is nearly the same parabola, but it lies 100 higher behind."""
+    wall = lambda x: factor * (0.5 * (x - 3) ** 2 + 100 * torch.sigmoid(50 * (x - 1))).sum(-1)  # noqa: E731
+    x0 = torch.linspace(-6, 0.9, 40, dtype=torch.float64).unsqueeze(-1)
+    found = minimize(wall, x0, solver=solver)
+    assert (wall(found.value) <= wall(x0)).all() and (slope(wall, found.value).abs() <= 1e-6 * factor).all()
+
+
+@pytest.mark.parametrize("beyond", [torch.inf, torch.nan])
+@pytest.mark.parametrize("solver", [Newton(), NewtonCG(), NewtonCG(radius=10.0)], ids=str)
+def test_no_step_leaves_the_domain_of_an_energy(solver: Solver, beyond: float) -> None:
+    """Its gradient is the same outside of it, where the unconstrained minimum lies."""
+    z = torch.tensor([[2.0, 0.3], [0.5, 0.3]], dtype=torch.float64)
+    energy = lambda x, z: (x - z).square().sum(-1) + torch.where((x < 1).all(-1), 0.0, beyond)  # noqa: E731
+    found = minimize(energy, torch.zeros_like(z), z, solver=solver, on_failure="ignore")
+    assert (found.value < 1).all() and (energy(found.value, z) <= energy(torch.zeros_like(z), z)).all()
+    assert found.converged.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("solver", [Newton(), Newton(radius=1.0), NewtonCG()], ids=str)
+def test_a_newton_step_however_long_is_shortened_at_once(solver: Solver) -> None:
+    """Where the curvature of x + exp(−x) vanishes, the step to the minimum of the parabola is of length exp x."""
+    x0 = torch.tensor([[20.0], [60.0], [500.0]], dtype=torch.float64)
+    found = minimize(lambda x: (x + (-x).exp()).sum(-1), x0, solver=solver, termination=ACCURATE_AT_ZERO)
+    torch.testing.assert_close(found.value, torch.zeros_like(x0), rtol=0, atol=1e-9)
+    assert found.num_steps.max() <= 30
+
+
+@pytest.mark.parametrize("solver", [Newton(), NewtonCG()], ids=str)
+def test_a_product_that_is_not_finite_leads_downhill(solver: Solver) -> None:
+    """|x|^1.5 bends infinitely at 0, where one of two coordinates begins."""
+    energy = lambda x: (x.abs().pow(1.5) + (x - 1).square()).sum(-1)  # noqa: E731
+    x = minimize(energy, torch.tensor([[0.0, 5.0]], dtype=torch.float64), solver=solver, termination=ACCURATE).value
+    torch.testing.assert_close(slope(energy, x), torch.zeros_like(x), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e-6, 1.0])

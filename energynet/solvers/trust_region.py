@@ -12,6 +12,7 @@ from energynet.solvers.base import Solver
 from energynet.step import Kind
 
 MOST_REJECTED = 30  # each shortens the ball at least four times
+CANCELLED = 1e-8  # relative differences of energies below this are not believed where the gradient tells more
 
 
 class Ball(NamedTuple):
@@ -62,25 +63,31 @@ def attempt(problem: Problem, x: Tensor, ball: Ball, step: Tensor, image: Tensor
     energy, gradient = problem.value_and_gradient(trial)
     slopes = -0.5 * dot(ball.residual + gradient, step).squeeze(-1)
     foretold = norm(gradient - ball.residual - image) <= 0.01 * norm(ball.residual)
-    kept = _decrease(ball.energy, energy, slopes, foretold) / torch.where(promised > 0, promised, 1)
+    length = norm(step)
+    terms = norm(image) / torch.where(length > 0, length, 1) * unit(x).square()
+    kept = _decrease(ball.energy, energy, slopes, foretold, terms) / torch.where(promised > 0, promised, 1)
     kept = torch.where((promised > 0) & torch.isfinite(kept) & torch.isfinite(gradient).all(-1), kept, -1)
-    taken, length = kept > 1e-4, norm(step)
+    taken = kept > 1e-4
     grown = torch.where((kept > 0.75) & (length > 0.9 * ball.radius), 2 * ball.radius, ball.radius)
-    radius = torch.where(kept < 0.25, 0.25 * torch.minimum(length, ball.radius), grown)
+    # A step that no ball has held may have been of any length: the first ball is as large as if it had not fitted.
+    first = torch.where(torch.isinf(ball.radius), unit(x), ball.radius)
+    radius = torch.where(kept < 0.25, 0.25 * torch.minimum(length, first), grown)
     energy, rejected = torch.where(taken, energy, ball.energy), torch.where(taken, 0, ball.rejected + 1)
     rows = taken.unsqueeze(-1)
     x, gradient = torch.where(rows, trial, x), torch.where(rows, gradient, ball.residual)
     return x, Ball(gradient, energy, radius, torch.maximum(ball.steepest, norm(gradient)), rejected)
 
 
-def _decrease(before: Tensor, after: Tensor, slopes: Tensor, foretold: Tensor) -> Tensor:
-    """By how much the energy fell; by its slopes where the gradient is as the parabola foretold.
+def _decrease(before: Tensor, after: Tensor, slopes: Tensor, foretold: Tensor, terms: Tensor) -> Tensor:
+    """By how much the energy fell; by its slopes where the difference may be lost in rounding, of it or of its terms.
 
-    There the difference of two energies tells nothing new, and may be lost in the rounding of their terms.
+    How large these are, the energy does not tell: they may cancel in it. A parabola's are of the size of its curvature times
+    ‖x‖². Where the gradient is as foretold, a difference in doubt tells nothing new; one beyond doubt does: there may be a wall.
     """
-    noise = 100 * torch.finfo(before.dtype).eps * before.abs()
-    difference = before - after
-    return torch.where(foretold | (difference.abs() <= noise), slopes, difference)
+    noise = 100 * torch.finfo(before.dtype).eps
+    difference, size = before - after, before.abs()
+    doubted = torch.where(foretold, max(noise, CANCELLED) * size + noise * terms, noise * size)
+    return torch.where(difference.abs() <= doubted, slopes, difference)
 
 
 class Inner(NamedTuple):
@@ -115,6 +122,8 @@ def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor) 
     """One step; at the edge of the ball, or where the curvature is not positive, it ends on the edge."""
     p, d, before = inner.step, inner.direction, dot(inner.left, inner.left)
     along = dot(d, hd)
+    finite = torch.isfinite(along)  # a product that is not counts as zero: the step goes downhill
+    along, hd = torch.where(finite, along, 0), torch.where(finite, hd, 0)
     flat = ~(along > torch.finfo(d.dtype).eps * norm(d).unsqueeze(-1) * norm(hd).unsqueeze(-1))
     alpha = before / torch.where(flat, 1, along)
     outside = flat | (norm(p + alpha * d).unsqueeze(-1) >= radius)
