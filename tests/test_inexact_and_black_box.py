@@ -7,8 +7,15 @@ from problems import TIGHT, LogCosh, some_context
 from torch import Tensor
 
 from energynet import (
+    LBFGS,
     Adjoint,
+    Backtracking,
+    BarzilaiBorwein,
     ConvergenceError,
+    FixedStep,
+    GradientDescent,
+    ImplicitAdjoint,
+    Nesterov,
     NeumannAdjoint,
     Newton,
     NewtonCG,
@@ -77,6 +84,34 @@ def test_checkpoints_change_no_derivative() -> None:
 def test_a_solver_that_cannot_be_unrolled_is_refused(solver: Solver) -> None:
     with pytest.raises(TypeError, match=f"cannot differentiate the updates of {type(solver).__name__}: "):
         minimize(ENERGY, None, some_context(), solver=solver, adjoint=UnrolledAdjoint())
+
+
+UNROLLED = [LBFGS(memory=2), LBFGS(memory=2, search=Backtracking()), GradientDescent(), GradientDescent(BarzilaiBorwein()),
+            GradientDescent(FixedStep()), Nesterov(), Picard()]  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", UNROLLED, ids=repr)
+def test_a_converged_unrolling_has_the_derivatives_of_the_minimum(solver: Solver) -> None:
+    """One sample arrives at its minimum, where the slope is exactly zero, while the others still run."""
+    z = torch.tensor([[1.0, 1.0], [0.3, -1.5], [2.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 30.0], dtype=torch.float64)
+    energy = lambda x, z: ((x - z).cosh() + weights * (x - z * z.sin()).square()).sum(-1)  # noqa: E731
+    found = []
+    for adjoint in (ImplicitAdjoint(), UnrolledAdjoint()):
+        limit = Termination(atol=1e-11, rtol=1e-11, max_steps=2000)
+        x = minimize(energy, torch.zeros_like(z), z, solver=solver, adjoint=adjoint, termination=limit).value
+        (first,) = torch.autograd.grad(x.sum(), z, create_graph=True)
+        found.append((x, first, *torch.autograd.grad(first.square().sum(), z)))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), LBFGS(search=Backtracking()), GradientDescent()], ids=repr)
+def test_an_unrolled_step_on_to_the_minimum_leaves_no_nan(solver: Solver) -> None:
+    """In cosh(x − z) both coordinates are alike, so that a step may hit the minimum to the last digit, where others run on."""
+    z = torch.tensor([[1.0, 1.0], [0.3, -2.0]], dtype=torch.float64, requires_grad=True)
+    x = minimize(lambda x, z: (x - z).cosh().sum(-1), torch.zeros_like(z), z, solver=solver, adjoint=UnrolledAdjoint()).value
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), z)[0], torch.ones_like(z), rtol=0, atol=1e-4)
 
 
 def test_wrong_options_are_refused() -> None:

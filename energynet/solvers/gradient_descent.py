@@ -38,7 +38,9 @@ class StepRule(ABC):
 
     def judge(self, search: Search, energy: Tensor, slope: Tensor) -> tuple[Tensor, Search]:
         """Which samples take their trial point, and the search of the others; by default every step must descend."""
-        return Backtracking().judge(search, energy, slope)
+        taken, search = Backtracking().judge(search, energy, slope)
+        # Each length follows from the last: a derivative through hundreds of them would grow without bound.
+        return taken, search._replace(length=search.length.detach())
 
     @abstractmethod
     def next_length(self, progress: Progress) -> Tensor:

@@ -150,7 +150,8 @@ def _either(condition: Tensor, one: Memory, other: Memory) -> Memory:
 
 def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
     """A length along −∇E that moves x by a thousandth: where nothing is known, a search soon goes on from there."""
-    return 1e-3 * (1 + _dot(x, x).sqrt()) / _dot(gradient, gradient).sqrt()
+    size = torch.linalg.vector_norm(gradient, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
+    return 1e-3 * (1 + torch.linalg.vector_norm(x, dim=-1)) / torch.where(size > 0, size, 1)
 
 
 def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tensor) -> tuple[Tensor, Search]:

@@ -137,15 +137,18 @@ def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) 
 
 def _inside(search: Search) -> Tensor:
     """The minimum of the parabola through what is known at both ends, kept away from them."""
-    width = search.high - search.low
+    # Where nothing is known to be too long any end serves but an infinite one, which would leave NaN in a derivative.
+    width = torch.where(torch.isfinite(search.high), search.high, search.low + search.length) - search.low
     bend = search.high_energy - search.low_energy - search.low_slope * width
-    parabola = -0.5 * search.low_slope * width.square() / bend
-    usable = torch.isfinite(parabola) & (bend > 0)
-    return search.low + torch.where(usable, torch.clamp(parabola / width, 0.1, 0.9), 0.1) * width
+    usable = torch.isfinite(bend) & (bend > 0)
+    part = -0.5 * search.low_slope * width / torch.where(usable, bend, 1)
+    return search.low + torch.where(usable, torch.clamp(part, 0.1, 0.9), 0.1) * width
 
 
 def _beyond(search: Search, slope: Tensor) -> Tensor:
     """Where the slope would vanish if it went on changing as it did, between twice and ten times as far."""
-    secant = search.length - slope * (search.length - search.low) / (slope - search.low_slope)
-    factor = torch.where(torch.isfinite(secant) & (secant > 0), secant / search.length, 10)
+    change = slope - search.low_slope
+    bends = torch.isfinite(change) & (change != 0)
+    secant = search.length - slope * (search.length - search.low) / torch.where(bends, change, 1)
+    factor = torch.where(bends & torch.isfinite(secant) & (secant > 0), secant / search.length, 10)
     return search.length * torch.clamp(factor, 2, 10)

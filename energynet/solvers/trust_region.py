@@ -63,19 +63,22 @@ def attempt(problem: Problem, x: Tensor, ball: Ball, step: Tensor, image: Tensor
     energy, gradient = problem.value_and_gradient(trial)
     slopes = -0.5 * dot(ball.residual + gradient, step).squeeze(-1)
     foretold = norm(gradient - ball.residual - image) <= 0.01 * norm(ball.residual)
-    length = norm(step)
-    terms = norm(image) / torch.where(length > 0, length, 1) * unit(x).square()
+    length, size = norm(step), unit(x)
+    terms = norm(image) / torch.where(length > 0, length, 1) * size.square()
     kept = _decrease(ball.energy, energy, slopes, foretold, terms) / torch.where(promised > 0, promised, 1)
     kept = torch.where((promised > 0) & torch.isfinite(kept) & torch.isfinite(gradient).all(-1), kept, -1)
     taken = kept > 1e-4
     grown = torch.where((kept > 0.75) & (length > 0.9 * ball.radius), 2 * ball.radius, ball.radius)
-    # A step that no ball has held may have been of any length: the first ball is as large as if it had not fitted.
-    first = torch.where(torch.isinf(ball.radius), unit(x), ball.radius)
-    radius = torch.where(kept < 0.25, 0.25 * torch.minimum(length, first), grown)
+    radius = torch.where(kept < 0.25, _shortened(torch.minimum(length, ball.radius), size), grown)
     energy, rejected = torch.where(taken, energy, ball.energy), torch.where(taken, 0, ball.rejected + 1)
     rows = taken.unsqueeze(-1)
     x, gradient = torch.where(rows, trial, x), torch.where(rows, gradient, ball.residual)
     return x, Ball(gradient, energy, radius, torch.maximum(ball.steepest, norm(gradient)), rejected)
+
+
+def _shortened(length: Tensor, size: Tensor) -> Tensor:
+    """A quarter of it; of one far beyond the size of x the geometric mean of both, so that few rejections bring it near."""
+    return torch.minimum(0.25 * length, torch.clamp(length, max=torch.finfo(length.dtype).max).sqrt() * size.sqrt())
 
 
 def _decrease(before: Tensor, after: Tensor, slopes: Tensor, foretold: Tensor, terms: Tensor) -> Tensor:
