@@ -155,8 +155,9 @@ class UnrolledAdjoint(Adjoint):
     """Ordinary backpropagation through the iterations: exact for the iterate that is returned, any order.
 
     Memory grows with the number of iterations. The gradient is that of the truncated iteration, also with respect to
-    ``x0`` and the step size; a length that `GradientDescent` finds by backtracking counts as a constant. With ``last`` only that many steps of the map, taken after the solve, are differentiated:
-    *not exact*, first order only, and differentiating it again raises.
+    ``x0`` and the step size; a length that `GradientDescent` finds by backtracking counts as a constant. With ``last`` only
+    that many steps of the map, taken after the solve, are differentiated: *not exact*, first order only, and differentiating
+    it again raises.
 
     Example:
         >>> UnrolledAdjoint(checkpoint=True)

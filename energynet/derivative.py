@@ -258,12 +258,16 @@ def solve(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return outputs
 
 
+def _quarantine(method: Method, failed: Tensor, own: Tensor, inputs: tuple[Tensor, ...]) -> Quarantine:
+    return Quarantine(failed, own, inputs, tuple(method.equation.lacking(k) for k in range(len(inputs))))
+
+
 def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, status: Tensor, own: Tensor,
               inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
     """Equation (1)."""
     adjoint = method.adjoint
     assert adjoint is not None
-    quarantine = Quarantine(status != Status.CONVERGED, own, inputs)
+    quarantine = _quarantine(method, status != Status.CONVERGED, own, inputs)
     y, v, safe = quarantine.answer(y), quarantine.silence(v), quarantine.inputs()
     if own.shape[1] or torch.is_grad_enabled() or transform_active():
         answer = adjoint.linear_solve(method, True, v, y, safe)
@@ -283,7 +287,7 @@ def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, status:
     adjoint = method.adjoint
     assert adjoint is not None
     failed = status != Status.CONVERGED
-    quarantine = Quarantine(failed, own, inputs)
+    quarantine = _quarantine(method, failed, own, inputs)
     y, safe = quarantine.answer(y), quarantine.inputs()
     chosen = [k for k, t in enumerate(tangents) if t is not None]
 

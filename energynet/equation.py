@@ -84,6 +84,10 @@ class Root:
         """The same equation for every index of a new leading dimension of x and of the inputs with in_dim 0."""
         return dataclasses.replace(self, vmaps=(*self.vmaps, (in_dims, randomness)))
 
+    def lacking(self, k: int) -> tuple[int, ...]:
+        """Which of the batch dimensions an input does not have, since a vmap around did not map it."""
+        return tuple(len(self.vmaps) - 1 - level for level, (in_dims, _) in enumerate(self.vmaps) if in_dims[k] is None)
+
     def residual(self, x: Tensor, *inputs: Tensor) -> Tensor:
         return self.function(inputs)(x)
 
@@ -206,6 +210,9 @@ class Linear:
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Linear":
         return Linear(self.root.mapped(in_dims[2:], randomness), self.transposed)
+
+    def lacking(self, k: int) -> tuple[int, ...]:
+        return () if k < 2 else self.root.lacking(k - 2)
 
     def residual(self, u: Tensor, v: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
         function = self.root.function(inputs)

@@ -25,15 +25,16 @@ def separable(equation: Equation, state: Outcome, inputs: tuple[Tensor, ...]) ->
     failed = state.status != Status.CONVERGED
     if not bool(failed.any()):
         return own
-    donor = _donor(failed)
-    x = _replaced(state.value, failed, donor)
-    expected = equation.residual(x, *inputs)[~failed]
+    x = _replaced(state.value, failed, _donor(failed))
+    expected = equation.residual(x, *inputs)
     for k in range(equation.num_shared, len(inputs)):
-        if not inputs[k].is_floating_point() or inputs[k].shape[: failed.ndim] != failed.shape:
+        lacking = equation.lacking(k)
+        rows, good = _somewhere(failed, lacking), ~_somewhere(failed, lacking, keepdim=True).expand_as(failed)
+        if not _is_per_sample(inputs[k], rows) or (lacking and not bool(good.any())):
             continue
-        trial = [_replaced(t, failed, donor) if j == k else t for j, t in enumerate(inputs)]
+        trial = [_replaced(t, rows, _donor(rows)) if j == k else t for j, t in enumerate(inputs)]
         is_code = k < equation.num_shared + equation.num_code
-        alike = torch.equal(equation.residual(x, *trial)[~failed], expected)
+        alike = torch.equal(equation.residual(x, *trial)[good], expected[good])
         own[0, k] = is_code and alike
         own[1, k] = alike and is_code != equation.encoded
     return own
@@ -42,6 +43,20 @@ def separable(equation: Equation, state: Outcome, inputs: tuple[Tensor, ...]) ->
 def replaced_by_good(tensor: Tensor, failed: Tensor) -> Tensor:
     """The tensor ``(*batch, ...)`` with the row of a good sample in place of the failed ones'."""
     return _replaced(tensor, failed, _donor(failed))
+
+
+def _somewhere(failed: Tensor, lacking: tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """Whether a row of an input that lacks these dimensions belongs to a sample that failed."""
+    return failed.any(lacking, keepdim) if lacking else failed
+
+
+def _everywhere(failed: Tensor, lacking: tuple[int, ...]) -> Tensor:
+    """Whether it belongs to samples that all failed."""
+    return failed.all(lacking) if lacking else failed
+
+
+def _is_per_sample(tensor: Tensor, rows: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.shape[: rows.ndim] == rows.shape
 
 
 def _donor(failed: Tensor) -> Tensor:
@@ -62,6 +77,7 @@ class Quarantine(NamedTuple):
     failed: Tensor  # (*batch) bool
     own: Tensor  # of `separable`
     values: tuple[Tensor, ...]
+    lacking: tuple[tuple[int, ...], ...]  # of each value, the dimensions of failed that it does not have
 
     @property
     def active(self) -> bool:
@@ -72,7 +88,7 @@ class Quarantine(NamedTuple):
         if not own.shape[1]:
             return self
         own = own[:, own.shape[1] - len(self.values) :]
-        return Quarantine(self.failed | failed, self.own | own if self.own.shape[1] else own, self.values)
+        return self._replace(failed=self.failed | failed, own=self.own | own if self.own.shape[1] else own)
 
     def answer(self, y: Tensor) -> Tensor:
         return _replaced(y, self.failed, _donor(self.failed)) if self.active else y
@@ -83,21 +99,22 @@ class Quarantine(NamedTuple):
     def inputs(self) -> tuple[Tensor, ...]:
         if not self.active:
             return self.values
-        donor = _donor(self.failed)
-        return tuple(
-            torch.where(self.own[0, k], _replaced(t, self.failed, donor), t) if self._per_sample(t) else t
-            for k, t in enumerate(self.values)
-        )
+        return tuple(self._safe(k, t) for k, t in enumerate(self.values))
+
+    def _safe(self, k: int, value: Tensor) -> Tensor:
+        # A row that a good sample reads as well, under another index of a vmap, is no cause of NaN.
+        rows = _everywhere(self.failed, self.lacking[k])
+        if not _is_per_sample(value, rows):
+            return value
+        return torch.where(self.own[0, k], _replaced(value, rows, _donor(_somewhere(self.failed, self.lacking[k]))), value)
 
     def mark(self, k: int, gradient: Tensor | None, wanted: bool) -> Tensor | None:
         """NaN in the failed samples' own rows; nothing from them elsewhere."""
         if not self.active or not wanted:
             return gradient
         gradient = torch.zeros_like(self.values[k]) if gradient is None else torch.where(self.failed.all(), 0, gradient)
-        if not self._per_sample(gradient):
+        rows = _somewhere(self.failed, self.lacking[k])
+        if not _is_per_sample(gradient, rows):
             return gradient
-        mask = self.failed.reshape((*self.failed.shape, *[1] * (gradient.ndim - self.failed.ndim)))
+        mask = rows.reshape((*rows.shape, *[1] * (gradient.ndim - rows.ndim)))
         return torch.where(mask & self.own[1, k], torch.nan, gradient)
-
-    def _per_sample(self, tensor: Tensor) -> bool:
-        return tensor.is_floating_point() and tensor.shape[: self.failed.ndim] == self.failed.shape

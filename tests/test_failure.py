@@ -393,3 +393,63 @@ def test_tiny_and_huge_losses_have_gradients_too(scale: float) -> None:
         x = minimize(energy, torch.zeros(2, 3), z, step_size=0.3, adjoint=adjoint).value
         (expected,) = torch.autograd.grad(x.sum(), z, retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(scale * x.sum(), z)[0] / scale, expected, rtol=1e-4, atol=0)
+
+
+def mapped(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
+    return (x - z @ w).cosh().sum(-1) + (0.2 * x.square()).sum(-1)
+
+
+GOOD = [0, 2, 3]
+
+
+def test_a_failed_sample_of_a_context_that_vmap_does_not_map_spoils_nothing_shared() -> None:
+    z = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z[1] = torch.nan
+    W = torch.stack([0.7 * torch.eye(2, dtype=torch.float64), 1.4 * torch.eye(2, dtype=torch.float64)])
+
+    def loss(w: Tensor, z: Tensor) -> Tensor:
+        x = minimize(mapped, torch.zeros_like(z), z, w, on_failure="ignore", termination=TIGHT).value
+        return x[GOOD].square().sum()
+
+    grad, vmap = torch.func.grad, torch.func.vmap
+    each = [grad(loss, argnums=(0, 1))(w, z) for w in W]
+    for context in (z, z.expand(2, 4, 2)):
+        found = vmap(grad(loss, argnums=(0, 1)), in_dims=(0, None if context is z else 0))(W, context)
+        for got, expected in zip(found, zip(*each, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=1e-9, equal_nan=True)
+    w, context = W.clone().requires_grad_(), z.clone().requires_grad_()
+    found = torch.autograd.grad(vmap(loss, in_dims=(0, None))(w, context).sum(), (w, context))
+    torch.testing.assert_close(found[0], torch.stack([g for g, _ in each]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[1], each[0][1] + each[1][1], rtol=0, atol=1e-9, equal_nan=True)
+    assert found[1][1].isnan().all() and not found[1][GOOD].isnan().any()
+
+
+def test_a_sample_that_fails_under_one_index_of_a_vmap_has_its_derivatives_under_the_others() -> None:
+    c = torch.tensor([[1.0], [-0.5], [1.0], [2.0]], dtype=torch.float64)  # the curvature is c + s
+    shifts = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    energy = lambda x, c, s: (0.5 * (c + s) * x.square() - c * x).sum(-1)  # noqa: E731
+
+    def solve(s: Tensor, c: Tensor) -> Tensor:
+        return minimize(energy, torch.ones(4, 1, dtype=torch.float64), c, s, on_failure="ignore", termination=TIGHT).value
+
+    s, context = shifts.clone().requires_grad_(), c.clone().requires_grad_()
+    x = torch.func.vmap(solve, in_dims=(0, None))(s, context)
+    found = torch.autograd.grad(x[0, GOOD].sum() + x[1].sum(), (s, context))
+    total = c + shifts  # (4, 2)
+    torch.testing.assert_close(found[0], torch.stack([(-c / total.square())[GOOD, :1].sum(), (-c / total.square())[:, 1].sum()]))
+    torch.testing.assert_close(found[1][GOOD], (shifts / total.square()).sum(-1, keepdim=True)[GOOD])
+
+
+def test_a_shared_matrix_with_as_many_rows_as_samples_is_no_context_under_vmap() -> None:
+    z = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z[0, 1] = torch.nan
+    w = torch.eye(3, dtype=torch.float64, requires_grad=True)
+
+    def solve(z: Tensor, w: Tensor) -> Tensor:
+        return minimize(mapped, torch.zeros_like(z), z, w, on_failure="ignore", termination=TIGHT).value
+
+    x = torch.func.vmap(solve, in_dims=(0, None))(z, w)
+    (got,) = torch.autograd.grad(x[0, [0, 2]].square().sum() + x[1].square().sum(), w)
+    rows = torch.cat([z[0, [0, 2]], z[1]])
+    (expected,) = torch.autograd.grad(solve(rows, w).square().sum(), w)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
