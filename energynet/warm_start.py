@@ -106,7 +106,7 @@ class WarmStart:
         """Take the answers of a `state_dict` in place of those kept; of too many the first are left out."""
         numbers = state["numbers"].tolist()
         first = max(0, len(numbers) - self.capacity) if self.capacity else 0
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             self._tables = [table[first:].to(device=self.device, copy=True) for table in state["answers"]]
             self._rows = OrderedDict((number, row) for row, number in enumerate(numbers[first:]))
 
@@ -141,7 +141,8 @@ class WarmStart:
             return
         size = max(needed, 2 * len(self._tables[0]) if self._tables else 0)
         size = size if self.capacity is None else min(size, self.capacity)
-        tables = [leaf.new_empty((size, *leaf.shape[1:]), device=self.device, requires_grad=False) for leaf in leaves]
+        with torch.inference_mode(False):  # what was made in inference mode could not be written to outside of it
+            tables = [leaf.new_empty((size, *leaf.shape[1:]), device=self.device, requires_grad=False) for leaf in leaves]
         for table, old in zip(tables, self._tables):
             table[: len(old)] = old
         self._tables = tables
@@ -157,7 +158,7 @@ class WarmStart:
 
 
 def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
-    numbers = index.tolist() if isinstance(index, Tensor) else [int(number) for number in index]
+    numbers = index.tolist() if isinstance(index, Tensor) else [_whole(number) for number in index]
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
     if not isinstance(numbers, list) or sizes != {len(numbers)} or not all(isinstance(n, int) for n in numbers):
         shape = tuple(index.shape) if isinstance(index, Tensor) else len(numbers)
@@ -166,3 +167,14 @@ def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
             "Let the data set return its index beside each sample."
         )
     return numbers
+
+
+def _whole(number: Any) -> int:
+    """A number of Python, NumPy or PyTorch as an int: the same number, or an error."""
+    whole = int(number)
+    if whole != number:
+        raise ValueError(
+            f"WarmStart needs whole numbers of samples, got {number}. Likely cause: an index that was scaled or averaged. Let the "
+            "data set return its index beside each sample."
+        )
+    return whole

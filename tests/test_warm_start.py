@@ -155,3 +155,26 @@ def test_training_takes_fewer_steps_and_learns_the_same(step_size: float | None)
     assert warm[0] == cold[0]
     assert warm[1] < 0.85 * cold[1] and warm[2] < 0.85 * cold[2], (cold, warm)
     assert max(abs(a - b) for a, b in zip(cold_losses, warm_losses)) < 1e-3
+
+
+def test_answers_stored_in_inference_mode_are_written_over_in_training() -> None:
+    cache, loaded = WarmStart(), WarmStart()
+    with torch.inference_mode():
+        cache.store([0, 1], solution(torch.ones(2, 3)))
+        loaded.load_state_dict(cache.state_dict())
+    for each in (cache, loaded):
+        each.store([1, 2], solution(2 * torch.ones(2, 3, requires_grad=True)))
+        assert each.start([0, 1, 2], torch.zeros(3, 3))[:, 0].tolist() == [1.0, 2.0, 2.0]
+        with torch.inference_mode():
+            each.store([0], solution(3 * torch.ones(1, 3)))
+        assert each.start([0], torch.zeros(1, 3)).tolist() == [[3.0, 3.0, 3.0]]
+
+
+def test_a_number_that_is_not_whole_is_refused() -> None:
+    cache, x = WarmStart(), torch.ones(2, 3)
+    for wrong in ([1.7, 2], torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match="whole number"):
+            cache.store(wrong, solution(x))  # type: ignore[arg-type]
+    assert len(cache) == 0
+    cache.store([torch.tensor(1), 2], solution(x))  # type: ignore[list-item]
+    assert 1 in cache and 2 in cache
