@@ -33,7 +33,7 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet.constraints import Box
+from energynet.constraints import Box, NonNegative, Simplex
 
 ALL = [LBFGS(), LBFGS(search=Backtracking()), Newton(), NewtonCG(), GradientDescent(),
        GradientDescent(BarzilaiBorwein()), GradientDescent(FixedStep()), Nesterov(), Anderson(), Picard()]  # fmt: skip
@@ -161,6 +161,37 @@ def test_a_step_out_of_the_domain_is_taken_back(solver: Solver) -> None:
     x = minimize(barrier, torch.full((1, 5), 0.5, dtype=torch.float64), solver=solver, termination=limit).value
     half = (pull + 1 + 1e-3) / 2  # where the slope, a + 1/(1 − x) − c/x, is zero, a x² − (a + 1 + c) x + c is
     torch.testing.assert_close(x[0], (half - (half.square() - 1e-3 * pull).sqrt()) / pull, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("prox", [None, Box(-10.0, 10.0)], ids=repr)
+@pytest.mark.parametrize("solver", [Picard(), Nesterov()], ids=repr)
+def test_no_step_of_a_guessed_size_goes_over_a_wall(solver: Solver, prox: Box | None) -> None:
+    """Behind it the slope is nearly that of the same parabola, and the energy lies 100 higher."""
+    wall = lambda x: (0.5 * (x - 3) ** 2 + 100 * torch.sigmoid(50 * (x - 1))).sum(-1)  # noqa: E731
+    x0 = torch.linspace(-6, 0.9, 40, dtype=torch.float64).unsqueeze(-1)
+    assert (wall(minimize(wall, x0, solver=solver, prox=prox).value) <= wall(x0)).all()
+
+
+@pytest.mark.parametrize("solver", [Picard(), Nesterov()], ids=repr)
+def test_a_step_to_where_the_slope_is_infinite_is_taken_back(solver: Solver) -> None:
+    """The entropy is finite at the edge of the simplex, and so is √x at 0: their slopes are not."""
+    z = torch.tensor([[3.0, 0.0, -3.0], [1.0, 0.0, 0.5]], dtype=torch.float64)
+    entropy = lambda x, z: (torch.xlogy(x, x) - z * x).sum(-1)  # noqa: E731
+    x = minimize(entropy, torch.full_like(z, 1 / 3), z, solver=solver, prox=Simplex()).value
+    torch.testing.assert_close(x, z.softmax(-1), rtol=0, atol=1e-6)
+    root = lambda x: (5 * (x + 5).square() - x.sqrt()).sum(-1)  # noqa: E731
+    x = minimize(root, torch.ones(1, 1, dtype=torch.float64), solver=solver, prox=NonNegative()).value
+    assert (10 * (x + 5) * x.sqrt()).item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e8])
+@pytest.mark.parametrize("solver", [GradientDescent(), LBFGS(), Newton(), NewtonCG(), Picard(), Nesterov()], ids=repr)
+def test_an_offset_that_hides_the_descent_costs_no_steps(solver: Solver, offset: float) -> None:
+    energy = lambda x: torch.logsumexp(torch.cat([x, -x, 0.3 * x + 1], -1), -1) + offset  # noqa: E731
+    x0 = torch.tensor([[0.3, 0.8], [2.0, -0.2]], dtype=torch.float64)
+    found = minimize(energy, x0, solver=solver, termination=Termination(atol=1e-12, rtol=1e-11))
+    assert found.num_steps.max() <= 40
+    assert (torch.func.grad(lambda x: (energy(x) - offset).sum())(found.value).abs() <= 1e-11).all()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from energynet.problem import Problem
+from energynet.solvers.line_search import CANCELLED
 
 
 class Guarded(NamedTuple):
@@ -26,7 +27,7 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
     """The trial point where it may be taken, else x again with half the step size; whether it was, ``(*batch, 1)``, and `look`.
 
     It may where the energy lies below the parabola of curvature 1/γ through x: then prox-gradient steps converge. The slopes at
-    both ends tell that too, and still do where a difference of energies is lost in rounding.
+    both ends tell that too, and decide unless the energy rises more than its slope at x says and rounding may make of it.
 
     Source: Beck and Teboulle (2009), FISTA with backtracking.
     """
@@ -35,9 +36,12 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
         gap = trial - x
         energy, slope = problem.smooth(trial)
         limit = gap.square().sum(-1) / guarded.gamma.squeeze(-1)
-        above = 2 * (energy - guarded.energy - (guarded.slope * gap).sum(-1))
-        curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy
-        fits = torch.isfinite(energy) & ((above <= limit) | (curved <= limit))
+        along = (guarded.slope * gap).sum(-1)
+        above = 2 * (energy - guarded.energy - along)
+        curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy; not finite where the slope is not
+        level = energy - guarded.energy <= torch.clamp(along, min=0) + _noise(x, energy, guarded)
+        fits = (above <= limit) | ((curved <= limit) & level)
+        fits = fits & torch.isfinite(energy) & torch.isfinite(curved)
         # Where the energy is not finite already, a shorter step helps nothing: let it be seen.
         fits = fits | ~torch.isfinite(guarded.energy)
         taken = fits.unsqueeze(-1)
@@ -47,6 +51,13 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
         return x, taken, *look(problem, x, gamma)
     seen = Guarded(gamma, torch.where(fits, energy, guarded.energy), torch.where(taken, slope, guarded.slope))
     return x, taken, *_told(problem, x, seen)
+
+
+def _noise(x: Tensor, energy: Tensor, guarded: Guarded) -> Tensor:  # -> (*batch)
+    """How far differences of energies may be off: terms that cancel in them are of the size of the curvature times ‖x‖²."""
+    terms = torch.clamp(x.square().sum(-1), min=1) / guarded.gamma.squeeze(-1)
+    rounding = 100 * torch.finfo(energy.dtype).eps
+    return max(rounding, CANCELLED) * torch.maximum(energy.abs(), guarded.energy.abs()) + rounding * terms
 
 
 def _told(problem: Problem, x: Tensor, seen: Guarded) -> tuple[Tensor, Guarded]:

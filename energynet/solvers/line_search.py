@@ -128,7 +128,9 @@ def _check(decrease: float, most: float) -> None:
 
 
 def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) -> Tensor:
-    armijo = energy <= search.energy + decrease * search.length * search.slope
+    promise = -search.length * search.slope
+    known = promise > 8 * torch.finfo(energy.dtype).eps * search.energy.abs()  # else the energy cannot show it, and slopes decide
+    armijo = known & (energy <= search.energy - decrease * promise)
     # How well an energy is known, its own terms do not tell: large ones may cancel in it. Slopes do not lie, so be generous.
     noise = max(8 * torch.finfo(energy.dtype).eps, CANCELLED) * search.energy.abs()
     level = (energy <= search.energy + noise) & (slope <= (2 * APPROXIMATE - 1) * search.slope)
