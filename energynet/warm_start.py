@@ -174,7 +174,7 @@ def _whole(number: Any) -> int:
     whole = int(number)
     if whole != number:
         raise ValueError(
-            f"WarmStart needs whole numbers of samples, got {number}. Likely cause: an index that was scaled or averaged. Let the "
-            "data set return its index beside each sample."
+            f"WarmStart needs whole numbers of samples, got {number}. Likely cause: an index that was scaled or averaged. Let "
+            "the data set return its index beside each sample."
         )
     return whole

@@ -163,7 +163,8 @@ def test_answers_stored_in_inference_mode_are_written_over_in_training() -> None
         cache.store([0, 1], solution(torch.ones(2, 3)))
         loaded.load_state_dict(cache.state_dict())
     for each in (cache, loaded):
-        each.store([1, 2], solution(2 * torch.ones(2, 3, requires_grad=True)))
+        each.store([1], solution(2 * torch.ones(1, 3, requires_grad=True)))
+        each.store([2], solution(2 * torch.ones(1, 3)))
         assert each.start([0, 1, 2], torch.zeros(3, 3))[:, 0].tolist() == [1.0, 2.0, 2.0]
         with torch.inference_mode():
             each.store([0], solution(3 * torch.ones(1, 3)))

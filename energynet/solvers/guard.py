@@ -38,7 +38,7 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
         limit = gap.square().sum(-1) / guarded.gamma.squeeze(-1)
         along = (guarded.slope * gap).sum(-1)
         above = 2 * (energy - guarded.energy - along)
-        curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy; not finite where the slope is not
+        curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy; finite only where the slope is
         level = energy - guarded.energy <= torch.clamp(along, min=0) + _noise(x, energy, guarded)
         fits = (above <= limit) | ((curved <= limit) & level)
         fits = fits & torch.isfinite(energy) & torch.isfinite(curved)
