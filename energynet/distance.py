@@ -48,16 +48,19 @@ def first_scale(problem: Problem, termination: Termination, x: Tensor, residual:
 def scale_at(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
     """‖F‖ / ‖e‖ with e a truncated Newton step. For F = 0 any value serves."""
     assert problem.jacobian is not None
-    size = termination.size(residual)
+    size = termination.sure_size(residual)
     unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
     product = problem.jacobian(x)
     image = product(unit)
-    curvature = termination.size(image)
+    curvature = termination.sure_size(image)
     curvature = torch.where(torch.isinf(curvature), torch.nan, curvature)  # else any gradient would pass for an arrival
     if problem.value_and_gradient is None:
         return torch.where(size == 0, 1, curvature)
-    length = termination.size(_newton_step(product, unit, image))
-    return torch.where(size == 0, 1, torch.where(length > 0, 1 / torch.where(length > 0, length, 1), curvature))
+    # In units of that curvature, since its square, too, may underflow.
+    one = torch.where((curvature > 0) & torch.isfinite(curvature), curvature, 1)
+    rows = one.to(image.dtype).unsqueeze(-1)
+    length = termination.size(_newton_step(lambda p: product(p) / rows, unit, image / rows))
+    return torch.where(size == 0, 1, torch.where(length > 0, one / torch.where(length > 0, length, 1), curvature))
 
 
 def _newton_step(product: Callable[[Tensor], Tensor], right: Tensor, image: Tensor) -> Tensor:

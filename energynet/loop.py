@@ -247,7 +247,7 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         claimed = claimed if suspects is None else claimed | suspects
         measured = claimed | exhausted
         residual = problem.residual(state.x)
-        size = termination.size(residual)
+        size = termination.sure_size(residual)
         scale = scale_at(problem, termination, state.x, residual) if is_scaled(problem) else state.scale
         distance = torch.where(measured, estimate(problem, termination, state.x, size, scale), state.distance)
         arrived = _within_tolerance(problem, termination, state._replace(distance=distance))

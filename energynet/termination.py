@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from energynet._autodiff import readable
+
 Norm = Callable[[Tensor], Tensor]
 
 
@@ -64,6 +66,17 @@ class Termination:
     def size(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
         """The norm of each sample, in float32 or better."""
         return self.norm(x if x.dtype == torch.float64 else x.float())
+
+    def sure_size(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+        """The same where squares of its numbers under- or overflow, as those of gradients of 10⁻²⁵ do in float32."""
+        size = self.size(x)
+        bounds = torch.finfo(size.dtype)
+        lost = ~((size > (bounds.tiny / bounds.eps) ** 0.5) & (size < torch.inf))
+        if readable(lost) and lost.device.type == "cpu" and not bool(lost.any()):
+            return size
+        largest = max_norm(x).to(size.dtype)
+        unit = torch.where(lost & (largest > 0) & torch.isfinite(largest), largest, 1)
+        return torch.where(unit == 1, size, self.size(x / unit.to(x.dtype).unsqueeze(-1)) * unit)
 
     def tolerance(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
         """``atol + rtol·‖x‖`` of each sample."""

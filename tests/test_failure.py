@@ -10,15 +10,23 @@ from torch import Tensor, nn
 from energynet import (
     FPI_GD,
     FPI_NN,
+    LBFGS,
     AdjointReport,
     Anderson,
+    BarzilaiBorwein,
+    Broyden,
     ConjugateGradient,
     ConvergenceError,
     ConvergenceWarning,
     Energy,
+    GradientDescent,
     ImplicitAdjoint,
+    Nesterov,
+    Newton,
+    NewtonCG,
     OneStepAdjoint,
     Picard,
+    Solver,
     Status,
     Termination,
     UnrolledAdjoint,
@@ -393,6 +401,35 @@ def test_tiny_and_huge_losses_have_gradients_too(scale: float) -> None:
         x = minimize(energy, torch.zeros(2, 3), z, step_size=0.3, adjoint=adjoint).value
         (expected,) = torch.autograd.grad(x.sum(), z, retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(scale * x.sum(), z)[0] / scale, expected, rtol=1e-4, atol=0)
+
+
+MINIMISERS = [LBFGS(), Newton(), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()), Picard(), Nesterov(),
+              Anderson(), Broyden()]  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-25, 1e-20, 1e20, 1e25])
+@pytest.mark.parametrize("solver", MINIMISERS, ids=repr)
+def test_a_gradient_whose_square_underflows_or_overflows_makes_no_answer(solver: Solver, factor: float) -> None:
+    curvature = torch.tensor([1.0, 5.0])
+    energy = lambda x: (curvature * (x - 1).square() + x.cosh() - 1).sum(-1)  # noqa: E731
+    limit = Termination(max_steps=100)
+    exact = minimize(energy, torch.zeros(1, 2)).value
+    scaled = lambda x: factor * energy(x)  # noqa: E731
+    found = minimize(scaled, torch.stack([torch.zeros(2), exact[0]]), solver=solver, termination=limit, on_failure="ignore")
+    wrong = (found.value - exact).norm(dim=-1) > 1e-2
+    assert not (wrong & (found.converged | (found.residual < 1e-2))).any()
+    if factor < 1 and not isinstance(solver, LBFGS | NewtonCG):
+        assert found.converged.all()
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1.0, 1e25])
+def test_the_residual_does_not_change_with_the_factor_of_an_energy_in_single_precision(factor: float) -> None:
+    weights = torch.tensor([1.0, 5.0, 0.2])
+    none = Termination(max_steps=0)
+    energy = lambda x: (weights * (x - 1).square()).sum(-1) + x.prod(-1)  # noqa: E731
+    expected = minimize(energy, torch.zeros(1, 3), termination=none, on_failure="ignore").residual
+    found = minimize(lambda x: factor * energy(x), torch.zeros(1, 3), termination=none, on_failure="ignore").residual
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def mapped(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
