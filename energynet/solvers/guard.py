@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._autodiff import readable
 from energynet.problem import Problem
 from energynet.solvers.line_search import CANCELLED
 
@@ -39,8 +40,10 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
         along = (guarded.slope * gap).sum(-1)
         above = 2 * (energy - guarded.energy - along)
         curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy; finite only where the slope is
-        level = energy - guarded.energy <= torch.clamp(along, min=0) + _noise(x, energy, guarded)
-        fits = (above <= limit) | ((curved <= limit) & level)
+        fits = above <= limit
+        if not (readable(fits) and fits.device.type == "cpu" and bool(fits.all())):  # the usual case needs no more
+            level = energy - guarded.energy <= torch.clamp(along, min=0) + _noise(x, energy, guarded)
+            fits = fits | ((curved <= limit) & level)
         fits = fits & torch.isfinite(energy) & torch.isfinite(curved)
         # Where the energy is not finite already, a shorter step helps nothing: let it be seen.
         fits = fits | ~torch.isfinite(guarded.energy)
