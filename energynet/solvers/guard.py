@@ -44,7 +44,7 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
         if not (readable(fits) and fits.device.type == "cpu" and bool(fits.all())):  # the usual case needs no more
             level = energy - guarded.energy <= torch.clamp(along, min=0) + _noise(x, energy, guarded)
             fits = fits | ((curved <= limit) & level)
-        fits = fits & torch.isfinite(energy) & torch.isfinite(curved)
+        fits = fits & torch.isfinite(energy + curved)
         # Where the energy is not finite already, a shorter step helps nothing: let it be seen.
         fits = fits | ~torch.isfinite(guarded.energy)
         taken = fits.unsqueeze(-1)

@@ -67,7 +67,7 @@ class LineSearch(ABC):
         high = torch.where(too_long, search.length, search.high)
         high_energy = torch.where(too_long, energy, search.high_energy)
         bracket = search._replace(low=low, low_energy=low_energy, low_slope=low_slope, high=high, high_energy=high_energy)
-        length = torch.where(torch.isfinite(high), _inside(bracket), _beyond(search, slope))
+        length = torch.where(high < torch.inf, _inside(bracket), _beyond(search, slope))
         return ~(too_short | too_long), bracket._replace(length=length, trials=search.trials + 1)
 
 
@@ -140,9 +140,9 @@ def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) 
 def _inside(search: Search) -> Tensor:
     """The minimum of the parabola through what is known at both ends, kept away from them."""
     # Where nothing is known to be too long any end serves but an infinite one, which would leave NaN in a derivative.
-    width = torch.where(torch.isfinite(search.high), search.high, search.low + search.length) - search.low
+    width = torch.where(search.high < torch.inf, search.high, search.low + search.length) - search.low
     bend = search.high_energy - search.low_energy - search.low_slope * width
-    usable = torch.isfinite(bend) & (bend > 0)
+    usable = (bend > 0) & (bend < torch.inf)
     part = -0.5 * search.low_slope * width / torch.where(usable, bend, 1)
     return search.low + torch.where(usable, torch.clamp(part, 0.1, 0.9), 0.1) * width
 
@@ -150,7 +150,7 @@ def _inside(search: Search) -> Tensor:
 def _beyond(search: Search, slope: Tensor) -> Tensor:
     """Where the slope would vanish if it went on changing as it did, between twice and ten times as far."""
     change = slope - search.low_slope
-    bends = torch.isfinite(change) & (change != 0)
+    bends = change != 0
     secant = search.length - slope * (search.length - search.low) / torch.where(bends, change, 1)
     factor = torch.where(bends & torch.isfinite(secant) & (secant > 0), secant / search.length, 10)
     return search.length * torch.clamp(factor, 2, 10)
