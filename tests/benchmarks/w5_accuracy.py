@@ -10,7 +10,16 @@ import torch
 
 from energynet import LBFGS, BarzilaiBorwein, Compiled, Eager, GradientDescent, Newton, NewtonCG
 
-from .contenders.minimisers import JaxOptMinimiser, Minimiser, OptimistixMinimiser, Ours, SciPy, SciPyNewtonCG, TorchLBFGS
+from .contenders.minimisers import (
+    JaxOptMinimiser,
+    Minimiser,
+    OptimistixMinimiser,
+    OptimistixNewton,
+    Ours,
+    SciPy,
+    SciPyNewtonCG,
+    TorchLBFGS,
+)
 from .harness import Options, Racer, Row, Watcher, quiet, race
 from .least_squares import LeastSquares, conditioned
 from .work import Problem, Task, Work, answered
@@ -68,6 +77,7 @@ def everyone(options: Options) -> list[Minimiser]:
     if not options.skip_peers:
         for module, peer in (("jaxopt", JaxOptMinimiser), ("optimistix", OptimistixMinimiser)):
             peers += [peer(kind) for kind in ("LBFGS", "BFGS")] if importlib.util.find_spec(module) else []
+        peers += [OptimistixNewton()] if importlib.util.find_spec("optimistix") else []
     return [Ours(LBFGS(), Eager()), *compiled, *peers]
 
 

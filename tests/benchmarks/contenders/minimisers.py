@@ -254,3 +254,21 @@ class OptimistixMinimiser(_Jax):
         solver = getattr(optimistix, self.kind)(rtol=tolerance, atol=tolerance)
         found = optimistix.minimise(energy, solver, x0, inputs, max_steps=MOST_STEPS, throw=False)
         return found.value, found.stats["num_steps"]
+
+
+class OptimistixNewton(_Jax):
+    """optimistix's Newton method on ∇E = 0, each step a whole Hessian; nothing sees to it that the energy falls."""
+
+    name = "optimistix Newton"
+
+    def solve(self, energy: Callable[..., Any], x0: Any, inputs: Any, tolerance: float) -> tuple[Any, Any]:
+        import jax
+        import optimistix
+
+        solver = optimistix.Newton(rtol=tolerance, atol=tolerance)
+        found = optimistix.root_find(jax.grad(energy), solver, x0, inputs, max_steps=MOST_STEPS, throw=False)
+        return found.value, found.stats["num_steps"]
+
+    def evaluations(self, problem: Problem, tolerance: float) -> tuple[int, int]:
+        steps = super().evaluations(problem, tolerance)[0]
+        return steps, steps * problem.x0.numel()

@@ -67,7 +67,7 @@ class Differentiable(Contender):
         return (lambda: self.jacobian(solve, problem)) if task is Task.JACOBIAN else (lambda: self.hessian(solve, problem))
 
     def jacobian(self, solve: Callable[..., Tensor], problem: Problem) -> Any:
-        """Row by row: no PyTorch library but energynet works under ``torch.func``."""
+        """Row by row, as where ``torch.func`` does not work."""
         inputs, wanted = problem.leaves()
         return _rows(solve(*inputs), wanted)
 

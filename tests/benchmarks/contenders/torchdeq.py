@@ -11,7 +11,10 @@ from .torch_based import Differentiable, incoming
 
 
 class TorchDEQ(Differentiable):
-    """Its own solver, exact implicit gradients (``ift=True``); the tolerance backward is absolute, so it is scaled here."""
+    """Its own solver, exact implicit gradients (``ift=True``).
+
+    The tolerance backward is absolute, so it is scaled here: by the incoming gradient, or by 1, as of a row of a Jacobian.
+    """
 
     name: ClassVar[str] = "torchdeq"
 
@@ -23,8 +26,8 @@ class TorchDEQ(Differentiable):
         v = problem.rows(incoming(problem, work.answers[Task.FORWARD][0].to(problem.x0)))
         deq = get_deq(
             f_solver="fixed_point_iter", f_tol=problem.tolerance, f_max_iter=2 * work.steps, f_stop_mode="abs",
-            b_solver="fixed_point_iter", b_tol=problem.adjoint_tolerance * float(v.norm(dim=1).min()),
-            b_max_iter=2 * work.steps, b_stop_mode="abs", ift=True,
+            b_solver="fixed_point_iter", b_tol=problem.adjoint_tolerance * min(1.0, float(v.norm(dim=1).min())),
+            b_max_iter=4 * work.steps, b_stop_mode="abs", ift=True,
         )  # fmt: skip
 
         def solve(*inputs: Tensor) -> Tensor:

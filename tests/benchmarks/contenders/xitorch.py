@@ -30,5 +30,6 @@ class XiTorch(Differentiable):
             with torch.enable_grad():
                 return plain.solve_from(work, x0, tuple(t.detach() for t in inputs))[0]
 
-        backward = {"method": "cg", "posdef": True, "rtol": problem.adjoint_tolerance, "atol": 0.0}
+        # Its default number of iterations is less than this problem needs in float64.
+        backward = {"method": "cg", "posdef": True, "rtol": problem.adjoint_tolerance, "atol": 0.0, "max_niter": 500}
         return lambda *inputs: rootfinder(slope, problem.x0, inputs, bck_options=backward, method=loop)
