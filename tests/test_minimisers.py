@@ -184,6 +184,16 @@ def test_a_step_to_where_the_slope_is_infinite_is_taken_back(solver: Solver) -> 
     assert (10 * (x + 5) * x.sqrt()).item() == pytest.approx(0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("pull", [-0.1, -1.0, -5.0, -20.0])
+@pytest.mark.parametrize("solver", [Picard(), Nesterov()], ids=repr)
+def test_a_step_that_ends_beside_an_infinite_slope_is_taken_back(solver: Solver, pull: float) -> None:
+    """Rounding makes of a step on to 0 one to 1e-17, where the slope of √x is finite: no step of this size leads back."""
+    root = lambda x: (5 * (x - pull).square() - x.sqrt()).sum(-1)  # noqa: E731
+    x0 = torch.linspace(0.05, 4, 80, dtype=torch.float64).unsqueeze(-1)
+    x = minimize(root, x0, solver=solver, prox=NonNegative()).value
+    torch.testing.assert_close(20 * (x - pull) * x.sqrt(), torch.ones_like(x), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e8])
 @pytest.mark.parametrize("solver", [GradientDescent(), LBFGS(), Newton(), NewtonCG(), Picard(), Nesterov()], ids=repr)
 def test_an_offset_that_hides_the_descent_costs_no_steps(solver: Solver, offset: float) -> None:

@@ -9,6 +9,8 @@ from energynet._autodiff import readable
 from energynet.problem import Problem
 from energynet.solvers.line_search import CANCELLED
 
+STEEP = 100  # times as curved as was believed, as seen from both ends: such a step is too long
+
 
 class Guarded(NamedTuple):
     """The step size that is believed, and what was seen at the current point."""
@@ -28,7 +30,8 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
     """The trial point where it may be taken, else x again with half the step size; whether it was, ``(*batch, 1)``, and `look`.
 
     It may where the energy lies below the parabola of curvature 1/γ through x: then prox-gradient steps converge. The slopes at
-    both ends tell that too, and decide unless the energy rises more than its slope at x says and rounding may make of it.
+    both ends tell that too, and decide unless the energy rises more than its slope at x says and rounding may make of it. Where
+    they tell of a far larger curvature, an infinite slope is near, from which no step of this size leads back.
 
     Source: Beck and Teboulle (2009), FISTA with backtracking.
     """
@@ -40,10 +43,11 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
         along = (guarded.slope * gap).sum(-1)
         above = 2 * (energy - guarded.energy - along)
         curved = ((slope - guarded.slope) * gap).sum(-1)  # twice the same of a quadratic energy; finite only where the slope is
-        fits = above <= limit
+        fits = torch.maximum(above, curved / STEEP) <= limit
         if not (readable(fits) and fits.device.type == "cpu" and bool(fits.all())):  # the usual case needs no more
-            level = energy - guarded.energy <= torch.clamp(along, min=0) + _noise(x, energy, guarded)
-            fits = fits | ((curved <= limit) & level)
+            noise = _noise(x, energy, guarded)
+            level = energy - guarded.energy <= torch.clamp(along, min=0) + noise
+            fits = fits | ((above <= limit) & (curved <= noise)) | ((curved <= limit) & level)
         fits = fits & torch.isfinite(energy + curved)
         # Where the energy is not finite already, a shorter step helps nothing: let it be seen.
         fits = fits | ~torch.isfinite(guarded.energy)
