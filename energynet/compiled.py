@@ -23,6 +23,7 @@ from energynet.fingerprint import Fingerprint
 from energynet.pure import Pure
 from energynet.shards import Shards, divided, how_many
 from energynet.step import Step
+from energynet.watch import kind
 
 T = TypeVar("T")
 
@@ -96,8 +97,8 @@ class Compiled(Driver):
         if transform_active() or binding.mark is None:
             return examine()
         leaves, spec = _tree.flatten(tensors)
-        kinds = (_kind(t) if isinstance(t, Tensor) else Fingerprint(t).key for t in leaves)
-        key = (binding.mark, torch.is_grad_enabled(), spec, *kinds, *map(_kind, binding.tensors))
+        kinds = (kind(t) if isinstance(t, Tensor) else Fingerprint(t).key for t in leaves)
+        key = (binding.mark, torch.is_grad_enabled(), spec, *kinds, *map(kind, binding.tensors))
         with self._lock:
             known = self._examined.get(key)
         if known is None:
@@ -132,7 +133,7 @@ class Compiled(Driver):
         return Shards(own, count) if own else None
 
     def _program(self, function: Pure, tensors: tuple[Tensor, ...], parts: int = 1) -> Program | None:
-        key = (function.key, function.binding.mark, parts, _ambient(tensors[0].device), *map(_kind, tensors))
+        key = (function.key, function.binding.mark, parts, _ambient(tensors[0].device), *map(kind, tensors))
         known = self._exact.get(key)
         if known is None:
             known = (self._found(function, tensors, parts),)
@@ -249,10 +250,6 @@ def _options(device: torch.device, parts: int) -> dict[str, Any]:
 def _parts(step: Step) -> tuple[Any, ...]:
     """What a step consists of; itself it is made anew at each call."""
     return type(step), tuple(vars(step)), *vars(step).values()
-
-
-def _kind(tensor: Tensor) -> Hashable:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _ambient(device: torch.device) -> Hashable:

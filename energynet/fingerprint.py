@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
-from energynet.watch import MISSING, Watch, kind
+from energynet.watch import MISSING, Watch, asked
 
 _PLAIN = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, enum.Enum, type(...))
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "energynet"}
@@ -108,7 +108,7 @@ class Fingerprint:
             self.inputs.append(tensor)
             return "input", self._positions[id(tensor)]
         self.met.append(tensor)
-        return "tensor", id(tensor), kind(tensor)
+        return "tensor", id(tensor), asked(tensor)
 
     def _function(self, function: types.FunctionType) -> Hashable:
         if _of_a_library(function):

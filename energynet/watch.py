@@ -42,7 +42,7 @@ class Watch:
             and all(all(map(operator.is_, _code(function()), code)) for function, code in self._codes)
             and all(type(value()) is cls for value, cls in self._types)
             and all(_content(value) == content for value, content in self._contents)
-            and all(kind(tensor) == before for tensor, before in self._kinds)
+            and all(asked(tensor) == before for tensor, before in self._kinds)
         )
 
     def entry(self, mapping: Any, name: Any) -> Any:
@@ -76,12 +76,17 @@ class Watch:
 
     def tensors(self, tensors: list[Tensor]) -> None:
         """That they are of these kinds; their values may change."""
-        self._kinds += [(tensor, kind(tensor)) for tensor in tensors]
+        self._kinds += [(tensor, asked(tensor)) for tensor in tensors]
 
 
 def kind(tensor: Tensor) -> Hashable:
     """All that a program depends on, but for the values."""
-    return tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def asked(tensor: Tensor) -> Hashable:
+    """The same, and whether it takes part in derivatives, as of a tensor that is captured."""
+    return tensor.requires_grad, kind(tensor)
 
 
 class Attributes:

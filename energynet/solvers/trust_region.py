@@ -9,10 +9,10 @@ from torch import Tensor
 from energynet._while import while_loop
 from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.line_search import CANCELLED
 from energynet.step import Kind
 
 MOST_REJECTED = 30  # each shortens the ball at least four times
-CANCELLED = 1e-8  # relative differences of energies below this are not believed where the gradient tells more
 
 
 class Ball(NamedTuple):
