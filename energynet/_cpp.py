@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import torch
-from torch import fx
-
 from energynet._fold import folded
 from energynet._pointers import with_pointers
 
@@ -61,42 +58,6 @@ def _without_remarks() -> Iterator[None]:
 
 def _worth_saying(record: logging.LogRecord) -> bool:
     return "missing a c-shim" not in record.getMessage()
-
-
-def passes(parts: int) -> dict[str, Any]:
-    """Options that give Inductor our pass over its graphs, which also keeps apart what it has cached, so rewritten, on disk."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class SumsApart(CustomGraphPass):
-        def __call__(self, graph: Any) -> None:
-            sums_apart(graph)
-
-        def uuid(self) -> str:
-            return f"energynet: loops in place, sums apart and folded, {parts} parts, 7"
-
-    return {"post_grad_custom_pre_pass": SumsApart()}
-
-
-def sums_apart(graph: fx.Graph) -> None:
-    """Keep a product and what is added to it two operations, on a CPU.
-
-    As one, ``addmm``, the summand would first be copied to where the product goes; as two, the sum costs nothing, since it
-    becomes part of the next kernel. A difference is what Inductor does not join.
-    """
-    aten = torch.ops.aten
-    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        product = next((n for n in node.args if isinstance(n, fx.Node) and n.target is aten.mm.default), None)
-        if product is None or node.kwargs or product.meta["val"].device.type != "cpu":
-            continue
-        other = node.args[1] if node.args[0] is product else node.args[0]
-        if not isinstance(other, fx.Node) or other.meta["val"].dtype != product.meta["val"].dtype:
-            continue
-        with graph.inserting_before(node):
-            negative = graph.call_function(aten.neg.default, (product,))
-            difference = graph.call_function(aten.sub.Tensor, (other, negative))
-        negative.meta["val"], difference.meta["val"] = product.meta["val"], node.meta["val"]
-        node.replace_all_uses_with(difference)
-        graph.erase_node(node)
 
 
 _ENTRY = "void inductor_entry_impl("

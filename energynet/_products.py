@@ -1,4 +1,4 @@
-"""How matrix products stand in a recorded program: as the libraries that compute them are fastest."""
+"""How products and powers stand in a recorded program: as the libraries that compute them are fastest."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,10 @@ LANES = 16  # columns that a library computes at once
 
 
 def products() -> dict[Any, Callable[..., Any]]:
-    """How products are recorded, where that is not as they come: a thin one and one with a shared matrix; and what cannot be."""
+    """How products are recorded, where not as they come: a thin one, one with a shared matrix, none; and what cannot be."""
     aten = torch.ops.aten
-    return {aten.mm.default: _thin, aten.bmm.default: _shared, aten._linalg_check_errors.default: _raising}
+    return {aten.mm.default: _thin, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,
+            aten.ones_like.default: _ones_like, aten._linalg_check_errors.default: _raising}  # fmt: skip
 
 
 def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
@@ -22,8 +23,7 @@ def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
 
 def _thin(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
     """A product with one row, as of one small problem, by a matrix and a vector: that is fused with what stands around it."""
-    known = all(isinstance(n, int) for n in (*a.shape, *b.shape))
-    if not known or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
+    if not _known(a, b) or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
         return NotImplemented
     return torch.mv(b.mT, a[0]).unsqueeze(0)
 
@@ -35,6 +35,19 @@ def _shared(a: Tensor, b: Tensor) -> Any:  # (B, n, k), (B, k, m)
     if a.stride(0) == 0 and b.shape[2] == 1:
         return torch.mm(b.squeeze(2), a[0].mT).unsqueeze(2)
     return NotImplemented
+
+
+def _empty_power(a: Tensor, exponent: Any) -> Any:
+    """x⁰ is 1, whatever x: so the Hessian of a square is seen not to change, and leaves a loop."""
+    return _ones_like(a) if exponent == 0 and not isinstance(exponent, complex) and a.is_floating_point() else NotImplemented
+
+
+def _ones_like(a: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **layout: Any) -> Any:
+    """Ones, for which nothing of a has to be known but its shape."""
+    plain = all(not v or v in (torch.strided, torch.preserve_format) for v in layout.values())
+    if not plain or not _known(a) or not a.is_contiguous():
+        return NotImplemented
+    return torch.ones(a.shape, dtype=dtype or a.dtype, device=device or a.device)
 
 
 def ragged(matrix: Tensor | None) -> bool:
@@ -56,3 +69,37 @@ def widened(graph: fx.Graph, product: fx.Node) -> fx.Node:
     product.replace_all_uses_with(part, propagate_meta=True)
     graph.erase_node(product)
     return wide
+
+
+def without_identities(module: fx.GraphModule) -> None:
+    """I A is A: the columns of a Hessian begin with it."""
+    graph = module.graph
+    for product in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+        left, right = product.all_input_nodes[0], product.all_input_nodes[-1]
+        if _is_identity(left):
+            with graph.inserting_before(product):  # laid out as a product is, and nobody writes into A
+                same = graph.call_function(torch.ops.aten.clone.default, (right,), {"memory_format": torch.contiguous_format})
+            product.replace_all_uses_with(same, propagate_meta=True)
+            graph.erase_node(product)
+    module.recompile()
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Whether it is the identity matrix, which may have had another shape on the way."""
+    origin = _reshaped(node)
+    return origin.target is torch.ops.aten.eye.default and origin.meta["val"].shape == node.meta["val"].shape
+
+
+def _reshaped(node: fx.Node) -> fx.Node:
+    """Of which node it has the elements, in their order."""
+    aten = torch.ops.aten
+    if node.target not in (aten.view.default, aten.unsqueeze.default, aten.expand.default):
+        return node
+    source = node.all_input_nodes[0]
+    now, before = node.meta["val"], source.meta["val"]
+    return _reshaped(source) if _known(now, before) and now.numel() == before.numel() else node
+
+
+def _known(*tensors: Tensor) -> bool:
+    """Whether their sizes are."""
+    return all(isinstance(n, int) for t in tensors for n in t.shape)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from energynet import _tree
 from energynet._autodiff import readable, tracing
-from energynet._products import products, ragged, widened
+from energynet._products import products, ragged, widened, without_identities
 
 
 def while_loop(condition: Callable[[Any], Tensor | bool], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
@@ -100,7 +100,9 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
     with disable_proxy_modes_tracing():
         fresh = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in examples]
         graph = make_fx(function, products(), _allow_non_fake_inputs=True)(*fresh)
-    return graph, lift(graph)
+    captured = lift(graph)
+    without_identities(graph)
+    return graph, captured
 
 
 def lift(graph: fx.GraphModule) -> list[Tensor]:
@@ -205,7 +207,7 @@ def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]
     asked = [n for node in graph.graph.nodes if node not in fixed for n in node.all_input_nodes if n in fixed]
     while asked:
         node = asked.pop()
-        if node.op == "placeholder" or (node.all_input_nodes and not _cheap(fixed[node])):
+        if node.op == "placeholder" or not _cheap(node, fixed[node]):
             crossing[node] = None
         else:
             asked.extend(n for n in node.all_input_nodes)
@@ -233,7 +235,16 @@ def _movable(node: fx.Node) -> bool:
     return not _is_mutable(node) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def _cheap(value: Any) -> bool:
+def _cheap(node: fx.Node, value: Any) -> bool:
     if not isinstance(value, Tensor):
         return True  # a size, or several results at once
+    if not node.all_input_nodes:
+        return node.target is not torch.ops.aten.eye.default  # which keeps what it is part of from being vectorised
+    if value.dim() == 0 and _is_literal(node):
+        return True
     return value._is_view() or any(step == 0 and size != 1 for size, step in zip(value.shape, value.stride()))
+
+
+def _is_literal(node: fx.Node) -> bool:
+    """Whether it is computed from nothing but numbers of the program's text."""
+    return node.op != "placeholder" and all(_is_literal(n) for n in node.all_input_nodes)

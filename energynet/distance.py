@@ -34,12 +34,12 @@ def distance(problem: Problem, termination: Termination, x: Tensor, size: Tensor
 
 
 def first_scale(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
-    """A guess before the first step: 1/γ, or the curvature at the start."""
+    """A guess before the first step: 1/γ, or the curvature at the start along F."""
     one = torch.ones_like(termination.size(x))
     if not is_scaled(problem):
         return one
     if problem.step_size is None:
-        scale = scale_at(problem, termination, x, residual)
+        scale = _along(problem, termination, x, residual).curvature
         return torch.where((scale > 0) & torch.isfinite(scale), scale, 1)
     step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
     return one / step_size
@@ -47,13 +47,7 @@ def first_scale(problem: Problem, termination: Termination, x: Tensor, residual:
 
 def scale_at(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
     """‖F‖ / ‖e‖ with e a truncated Newton step. For F = 0 any value serves."""
-    assert problem.jacobian is not None
-    size = termination.sure_size(residual)
-    unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
-    product = problem.jacobian(x)
-    image = product(unit)
-    curvature = termination.sure_size(image)
-    curvature = torch.where(torch.isinf(curvature), torch.nan, curvature)  # else any gradient would pass for an arrival
+    product, size, unit, image, curvature = _along(problem, termination, x, residual)
     if problem.value_and_gradient is None:
         return torch.where(size == 0, 1, curvature)
     # In units of that curvature, since its square, too, may underflow.
@@ -61,6 +55,25 @@ def scale_at(problem: Problem, termination: Termination, x: Tensor, residual: Te
     rows = one.to(image.dtype).unsqueeze(-1)
     length = termination.size(_newton_step(lambda p: product(p) / rows, unit, image / rows))
     return torch.where(size == 0, 1, torch.where(length > 0, one / torch.where(length > 0, length, 1), curvature))
+
+
+class _Along(NamedTuple):
+    product: Callable[[Tensor], Tensor]  # with ∂F/∂x
+    size: Tensor  # ‖F‖, (*batch)
+    unit: Tensor  # F / ‖F‖, (*batch, n)
+    image: Tensor  # of it
+    curvature: Tensor  # ‖image‖, (*batch)
+
+
+def _along(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> _Along:
+    assert problem.jacobian is not None
+    size = termination.sure_size(residual)
+    unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
+    product = problem.jacobian(x)
+    image = product(unit)
+    curvature = termination.sure_size(image)
+    curvature = torch.where(torch.isinf(curvature), torch.nan, curvature)  # else any gradient would pass for an arrival
+    return _Along(product, size, unit, image, curvature)
 
 
 def _newton_step(product: Callable[[Tensor], Tensor], right: Tensor, image: Tensor) -> Tensor:

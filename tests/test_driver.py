@@ -48,11 +48,12 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet._autodiff import recording_program
+from energynet._autodiff import columns, gradient_of_sum, linearise, recording_program
 from energynet._cpp import in_place, rewriting
 from energynet._fold import folded
+from energynet._passes import dear_once
 from energynet._pointers import with_pointers
-from energynet._products import products
+from energynet._products import products, without_identities
 from energynet._while import while_loop
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
@@ -652,6 +653,78 @@ def test_what_depends_on_constants_alone_leaves_a_loop_and_chance_stays() -> Non
     assert "aten.sin.default" in body and "aten.mm.default" not in body
     assert "aten.rand_like.default" in body_of(lambda x: x + torch.rand_like(A))
     assert "aten.rand.default" in body_of(lambda x: x + torch.rand(4, 4))
+
+
+@pytest.mark.parametrize("square", [lambda y: y**2, lambda y: y.square(), lambda y: 0.5 * y * y])
+def test_the_curvature_of_squares_leaves_a_loop(square: Callable[[Tensor], Tensor]) -> None:
+    """Of ½‖A x‖², the whole matrix AᵀA, for which I is not multiplied with A first; the rest of a Hessian does not."""
+    A = torch.ones(5, 4)
+
+    def energy(x: Tensor) -> Tensor:
+        return square(x @ A.mT).sum() + x.cosh().log().sum()
+
+    def update(x: Tensor) -> Tensor:
+        return x @ columns(linearise(lambda x: gradient_of_sum(energy, x), x[0], transposed=True), x[0])
+
+    body = body_of(update)
+    assert body.count("aten.mm.default") == 1 and "aten.eye.default" not in body and "aten.cosh.default" in body
+
+
+@compiles
+@pytest.mark.parametrize("power", [2, 3, 2.0, 2.5, 1, 0])
+def test_powers_compiled(power: float) -> None:
+    """Each has its own derivatives, also where it is applied to zero."""
+    A = torch.tensor([[1.0, 0.5], [0.0, 2.0], [0.3, 0.3]], dtype=torch.float64)
+    z = torch.tensor([0.0, 0.7, 1.5], dtype=torch.float64, requires_grad=True)
+    found = []
+
+    def energy(x: Tensor, z: Tensor) -> Tensor:
+        return (A @ x - z).square().sum() + 0.1 * ((1 + (A @ x) ** 2) ** power).sum() + x.cosh().log().sum()
+
+    for driver in (Eager(), Compiled(strict=True)):
+        x = minimize(energy, A.new_zeros(2), z, solver=Newton(), termination=TIGHT, driver=driver).value
+        found.append([x, *torch.autograd.grad(x.square().sum(), z)])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
+
+
+def products_left(function: Callable[..., Tensor], *examples: Tensor) -> int:
+    module = make_fx(function)(*examples)
+    without_identities(module)
+    return len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default))
+
+
+def test_a_product_with_the_identity_is_none() -> None:
+    A = torch.ones(4, 5)
+    assert products_left(lambda A: torch.eye(4) @ A, A) == 0
+    assert products_left(lambda A: torch.eye(4).expand(4, 4).unsqueeze(1).view(4, 4) @ A, A) == 0
+    for other in (lambda: torch.eye(4).flip(0), lambda: torch.eye(5, 4), lambda: torch.eye(2).expand(2, 2, 2).reshape(2, 4),
+                  lambda: torch.eye(4).unsqueeze(0).expand(2, 4, 4).reshape(8, 4), lambda: 2 * torch.eye(4)):  # fmt: skip
+        assert products_left(lambda A: other() @ A, A) == 1  # noqa: B023
+
+
+@compiles
+def test_a_product_with_the_identity_is_written_into_and_not_its_factor() -> None:
+    A = torch.arange(12.0).view(4, 3)
+    found = []
+    for driver in (Eager(), Compiled(strict=True)):
+        x = fixed_point(lambda x: 0.1 * x + (torch.eye(3) @ A.mT).mul_(2).view(-1), torch.zeros(12), driver=driver).value
+        found.append(x)
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(A, torch.arange(12.0).view(4, 3), rtol=0, atol=0)
+
+
+def test_what_is_dear_is_computed_once_for_all_rows() -> None:
+    """Such as the bend of a potential, which Inductor would compute anew for each element of the Hessian."""
+
+    def marked(function: Callable[..., Tensor]) -> list[str]:
+        graph = make_fx(function)(torch.ones(40), torch.ones(40, 40)).graph
+        dear_once(graph)
+        return [str(n.target) for n in graph.nodes if n.meta.get("inductor_realize_to_strides")]
+
+    assert marked(lambda x, A: A * (1 - x.tanh() ** 2)) == ["aten.rsub.Scalar"]
+    assert marked(lambda x, A: A * x.cosh().unsqueeze(0).expand(40, 40)) == ["aten.cosh.default"]
+    assert marked(lambda x, A: A * (2 * x) + x.exp().sum() * A) == []
+    assert marked(lambda x, A: A[:5] * x.exp()) == []
 
 
 def test_products_with_one_matrix_are_one_and_it_is_not_repeated() -> None:

@@ -92,7 +92,10 @@ UNROLLED = [LBFGS(memory=2), LBFGS(memory=2, search=Backtracking()), GradientDes
 
 @pytest.mark.parametrize("solver", UNROLLED, ids=repr)
 def test_a_converged_unrolling_has_the_derivatives_of_the_minimum(solver: Solver) -> None:
-    """One sample arrives at its minimum, where the slope is exactly zero, while the others still run."""
+    """One sample arrives at its minimum, where the slope is exactly zero, while the others still run.
+
+    The second derivatives arrive later than the answer.
+    """
     z = torch.tensor([[1.0, 1.0], [0.3, -1.5], [2.0, 0.5]], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, 30.0], dtype=torch.float64)
     energy = lambda x, z: ((x - z).cosh() + weights * (x - z * z.sin()).square()).sum(-1)  # noqa: E731
@@ -102,8 +105,8 @@ def test_a_converged_unrolling_has_the_derivatives_of_the_minimum(solver: Solver
         x = minimize(energy, torch.zeros_like(z), z, solver=solver, adjoint=adjoint, termination=limit).value
         (first,) = torch.autograd.grad(x.sum(), z, create_graph=True)
         found.append((x, first, *torch.autograd.grad(first.square().sum(), z)))
-    for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
+    for expected, got, rtol in zip(*found, (0, 0, 2e-6), strict=True):
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=1e-7)
 
 
 @pytest.mark.parametrize("solver", [LBFGS(), LBFGS(search=Backtracking()), GradientDescent()], ids=repr)

@@ -20,6 +20,7 @@ ORDER = [
     "_fold",
     "_pointers",
     "_cpp",
+    "_passes",
     "_products",
     "_while",
     "_program",

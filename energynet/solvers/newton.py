@@ -60,7 +60,4 @@ class Newton(TrustRegion):
 def _newton_step(hessian: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """−H⁻¹g, and whether H is positive definite, ``(*batch)`` bool."""
     factor, info = torch.linalg.cholesky_ex(hessian)
-    definite = info == 0
-    identity = torch.eye(g.shape[-1], dtype=hessian.dtype, device=g.device)
-    factor = torch.where(definite[..., None, None], factor, identity)
-    return -torch.cholesky_solve(g.to(hessian.dtype).unsqueeze(-1), factor).squeeze(-1).to(g.dtype), definite
+    return -torch.cholesky_solve(g.to(hessian.dtype).unsqueeze(-1), factor).squeeze(-1).to(g.dtype), info == 0

@@ -24,6 +24,10 @@ SHORTEST = 0.005
 """Seconds that a sample of a timing lasts at least: a faster call is repeated within it."""
 
 
+SETTLED = 0.1
+"""Seconds of calls before a sample on a CPU: another library's threads leave these ones badly placed for so long."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the command line says."""
@@ -98,13 +102,19 @@ class Racer:
     call: Call
     count: int = 1
     used: float = 0.0
+    lasted: float = 0.0
     samples: list[float] = dataclasses.field(default_factory=list)
 
     def sample(self, device: str) -> float:
         """Seconds a call, the mean over as many as last long enough."""
+        if device == "cpu" and self.lasted < SETTLED:
+            started = time.perf_counter()
+            while time.perf_counter() - started < SETTLED:
+                self.call()
         lasted = timed(self.call, self.count, device)
         self.used += lasted
-        return lasted / self.count
+        self.lasted = lasted / self.count
+        return self.lasted
 
 
 def timed(call: Call, count: int, device: str) -> float:
