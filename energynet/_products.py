@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-SMALL = 2**16  # elements; beyond, the product of a library is faster
+SMALL = 2**20  # elements; beyond, the product of a library is faster, on one thread as it is
 LANES = 16  # columns that a library computes at once
 
 

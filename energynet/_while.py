@@ -204,10 +204,18 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
 def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]:
     """What the rest of the body reads of the fixed nodes; what is cheap, as expanding or a constant, is done again there."""
     crossing: dict[fx.Node, None] = {}
+    literal: set[fx.Node] = set()  # made of nothing but numbers in the text
+    for node in graph.graph.nodes:
+        if node.op != "placeholder" and literal.issuperset(node.all_input_nodes):
+            literal.add(node)
     asked = [n for node in graph.graph.nodes if node not in fixed for n in node.all_input_nodes if n in fixed]
+    seen: set[fx.Node] = set()
     while asked:
         node = asked.pop()
-        if node.op == "placeholder" or not _cheap(node, fixed[node]):
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" or not _cheap(node, fixed[node], node in literal):
             crossing[node] = None
         else:
             asked.extend(n for n in node.all_input_nodes)
@@ -235,16 +243,9 @@ def _movable(node: fx.Node) -> bool:
     return not _is_mutable(node) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def _cheap(node: fx.Node, value: Any) -> bool:
+def _cheap(node: fx.Node, value: Any, is_literal: bool) -> bool:
     if not isinstance(value, Tensor):
         return True  # a size, or several results at once
-    if not node.all_input_nodes:
+    if is_literal and (value.dim() == 0 or not node.all_input_nodes):
         return node.target is not torch.ops.aten.eye.default  # which keeps what it is part of from being vectorised
-    if value.dim() == 0 and _is_literal(node):
-        return True
     return value._is_view() or any(step == 0 and size != 1 for size, step in zip(value.shape, value.stride()))
-
-
-def _is_literal(node: fx.Node) -> bool:
-    """Whether it is computed from nothing but numbers of the program's text."""
-    return node.op != "placeholder" and all(_is_literal(n) for n in node.all_input_nodes)

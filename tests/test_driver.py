@@ -651,6 +651,8 @@ def test_what_depends_on_constants_alone_leaves_a_loop_and_chance_stays() -> Non
     A = torch.ones(4, 4)
     body = body_of(lambda x: x.sin() + torch.eye(4) @ A @ A)
     assert "aten.sin.default" in body and "aten.mm.default" not in body
+    assert "aten.sum.default" not in body_of(lambda x: x.sin() * (A * A).sum())
+    assert recorded(lambda x: x * (2 * torch.ones(()) * 3)).find_nodes(op="placeholder")[2:] == []
     assert "aten.rand_like.default" in body_of(lambda x: x + torch.rand_like(A))
     assert "aten.rand.default" in body_of(lambda x: x + torch.rand(4, 4))
 
@@ -780,3 +782,17 @@ def test_a_product_with_one_matrix_is_that_of_as_many(rows: int) -> None:
     else:
         assert turned is NotImplemented
     assert product(own, shared.contiguous()) is NotImplemented
+
+
+@compiles
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("solver", [LBFGS(), Newton(), NewtonCG()], ids=repr)
+def test_one_problem_whose_matrix_fills_a_cache(solver: Solver, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    A, b = torch.randn(330, 270, dtype=torch.float64) / 16, torch.randn(330, dtype=torch.float64)
+    expected = torch.linalg.solve(A.mT @ A + torch.eye(270), A.mT @ b)
+    energy = lambda x, A, b: 0.5 * (x @ A.mT - b).square().sum() + 0.5 * x.square().sum()  # noqa: E731
+    limit = Termination(atol=0.1 * tolerance, rtol=0.1 * tolerance)
+    A, b = A.to(dtype), b.to(dtype)
+    solution = minimize(energy, b.new_zeros(270), A, b, solver=solver, termination=limit, driver=Compiled(strict=True))
+    assert (solution.value - expected).norm() <= tolerance * expected.norm()
