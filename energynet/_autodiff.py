@@ -190,12 +190,32 @@ def linearise(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool)
 def columns(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # (*batch, n) -> (n, *batch, n)
     """A linear map of the n unit vectors, taken at once; one by one where a part of it cannot be mapped, as code of NumPy's."""
     n = like.shape[-1]
-    units = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *[1] * (like.ndim - 1), n).expand(n, *like.shape)
+    units = _identity(n, like).reshape(n, *[1] * (like.ndim - 1), n).expand(n, *like.shape)
     try:
         found: Tensor = torch.func.vmap(product)(units)
     except RuntimeError:
         found = torch.stack([product(unit) for unit in units])
     return found
+
+
+_MARK = "_energynet_identity"
+
+
+def _identity(n: int, like: Tensor) -> Tensor:
+    """The identity matrix, known by its memory: `is_identity`."""
+    matrix = torch.eye(n, dtype=like.dtype, device=like.device)
+    if tracing():
+        setattr(wrappers(matrix)[-1].untyped_storage(), _MARK, True)
+    return matrix
+
+
+def is_identity(matrix: Tensor) -> bool:  # (n, m)
+    """Whether it is the whole matrix of `columns`' unit vectors, and not written into since.
+
+    Of no other it is said: where an energy multiplies I and an A that is not finite, the product is NaN, and not A.
+    """
+    whole = matrix.shape[0] == matrix.shape[1] and matrix.is_contiguous() and not matrix._version
+    return whole and hasattr(matrix.untyped_storage(), _MARK) and matrix.untyped_storage().nbytes() == matrix.nbytes
 
 
 def leaf_variables(tensor: Tensor) -> list[Tensor]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from energynet._autodiff import is_identity
+
 SMALL = 2**20  # elements; beyond, the product of a library is faster, on one thread as it is
 LANES = 16  # columns that a library computes at once
 
@@ -13,12 +15,17 @@ LANES = 16  # columns that a library computes at once
 def products() -> dict[Any, Callable[..., Any]]:
     """How products are recorded, where not as they come: a thin one, one with a shared matrix, none; and what cannot be."""
     aten = torch.ops.aten
-    return {aten.mm.default: _thin, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,
+    return {aten.mm.default: _product, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,
             aten.ones_like.default: _ones_like, aten._linalg_check_errors.default: _raising}  # fmt: skip
 
 
 def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
     raise RuntimeError(f"{name} raises where a matrix is singular, which a program cannot: use its variant ending in _ex")
+
+
+def _product(a: Tensor, b: Tensor) -> Any:
+    """The columns of a Hessian begin with I A, which is A; not with a view of it, since it may be written into."""
+    return b.clone(memory_format=torch.contiguous_format) if is_identity(a) else _thin(a, b)
 
 
 def _thin(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
@@ -69,35 +76,6 @@ def widened(graph: fx.Graph, product: fx.Node) -> fx.Node:
     product.replace_all_uses_with(part, propagate_meta=True)
     graph.erase_node(product)
     return wide
-
-
-def without_identities(module: fx.GraphModule) -> None:
-    """I A is A: the columns of a Hessian begin with it."""
-    graph = module.graph
-    for product in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-        left, right = product.all_input_nodes[0], product.all_input_nodes[-1]
-        if _is_identity(left):
-            with graph.inserting_before(product):  # laid out as a product is, and nobody writes into A
-                same = graph.call_function(torch.ops.aten.clone.default, (right,), {"memory_format": torch.contiguous_format})
-            product.replace_all_uses_with(same, propagate_meta=True)
-            graph.erase_node(product)
-    module.recompile()
-
-
-def _is_identity(node: fx.Node) -> bool:
-    """Whether it is the identity matrix, which may have had another shape on the way."""
-    origin = _reshaped(node)
-    return origin.target is torch.ops.aten.eye.default and origin.meta["val"].shape == node.meta["val"].shape
-
-
-def _reshaped(node: fx.Node) -> fx.Node:
-    """Of which node it has the elements, in their order."""
-    aten = torch.ops.aten
-    if node.target not in (aten.view.default, aten.unsqueeze.default, aten.expand.default):
-        return node
-    source = node.all_input_nodes[0]
-    now, before = node.meta["val"], source.meta["val"]
-    return _reshaped(source) if _known(now, before) and now.numel() == before.numel() else node
 
 
 def _known(*tensors: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from energynet._autodiff import recording_program
 from energynet._cpp import rewriting
 from energynet._passes import passes
-from energynet._products import products, without_identities
+from energynet._products import products
 from energynet._while import lift
 
 
@@ -43,7 +43,6 @@ class Program:
             graph = make_fx(lambda *t: list(function(*t)), products(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
         """Tensors that the function took from elsewhere."""
-        without_identities(graph)
         if any(lazy(t) for t in self.captured):
             raise RuntimeError("it captures a lazily conjugated or negated tensor: take its .resolve_conj().resolve_neg()")
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from energynet import _tree
 from energynet._autodiff import readable, tracing
-from energynet._products import products, ragged, widened, without_identities
+from energynet._products import products, ragged, widened
 
 
 def while_loop(condition: Callable[[Any], Tensor | bool], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
@@ -100,9 +100,7 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
     with disable_proxy_modes_tracing():
         fresh = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in examples]
         graph = make_fx(function, products(), _allow_non_fake_inputs=True)(*fresh)
-    captured = lift(graph)
-    without_identities(graph)
-    return graph, captured
+    return graph, lift(graph)
 
 
 def lift(graph: fx.GraphModule) -> list[Tensor]:

@@ -53,7 +53,7 @@ from energynet._cpp import in_place, rewriting
 from energynet._fold import folded
 from energynet._passes import dear_once
 from energynet._pointers import with_pointers
-from energynet._products import products, without_identities
+from energynet._products import products
 from energynet._while import while_loop
 from energynet.binding import Binding
 from energynet.fingerprint import Fingerprint
@@ -689,30 +689,80 @@ def test_powers_compiled(power: float) -> None:
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
 
 
-def products_left(function: Callable[..., Tensor], *examples: Tensor) -> int:
-    module = make_fx(function)(*examples)
-    without_identities(module)
-    return len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default))
+def columns_of(product: Callable[[Tensor, Tensor], Tensor], A: Tensor) -> list[str]:
+    """The products and copies of a recorded program that takes the columns of a linear map."""
+    with recording_program():
+        graph = make_fx(lambda x, A: columns(lambda v: product(v, A), x), products())(A[0], A).graph
+    return [str(n.target)[5:-8] for n in graph.nodes if str(n.target) in ("aten.mm.default", "aten.clone.default")]
 
 
-def test_a_product_with_the_identity_is_none() -> None:
-    A = torch.ones(4, 5)
-    assert products_left(lambda A: torch.eye(4) @ A, A) == 0
-    assert products_left(lambda A: torch.eye(4).expand(4, 4).unsqueeze(1).view(4, 4) @ A, A) == 0
-    for other in (lambda: torch.eye(4).flip(0), lambda: torch.eye(5, 4), lambda: torch.eye(2).expand(2, 2, 2).reshape(2, 4),
-                  lambda: torch.eye(4).unsqueeze(0).expand(2, 4, 4).reshape(8, 4), lambda: 2 * torch.eye(4)):  # fmt: skip
-        assert products_left(lambda A: other() @ A, A) == 1  # noqa: B023
+def test_the_product_of_all_unit_vectors_is_the_matrix() -> None:
+    A = torch.ones(4, 4)
+    assert columns_of(lambda v, A: v @ A, A) == ["clone"]
+    assert columns_of(lambda v, A: torch.func.grad(lambda v: 0.5 * (v @ A).square().sum())(v), A) == ["clone", "mm"]
+    assert columns_of(lambda v, A: 2 * v @ A, A) == ["mm"]
+    assert columns_of(lambda v, A: v.flip(0) @ A, A) == ["mm"]
+    assert columns_of(lambda v, A: v.mul_(2) @ A, A)[-1] == "mm"
+    assert columns_of(lambda v, A: (v.view(2, 2) @ A[:2]).view(-1), A) == ["mm"]
+
+    def one_by_one(v: Tensor, A: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(v):
+            raise RuntimeError("not at once")
+        return (v.view(2, 2) @ A[:2, :2]).view(-1)
+
+    assert columns_of(one_by_one, A) == ["mm"] * 4
+    assert columns_of(lambda v, A: torch.func.grad(lambda A: columns(lambda w: w @ A * v, v).sum())(A).sum(0), A)
+
+
+def test_the_identity_of_an_energy_is_multiplied() -> None:
+    """It may be written into; and where A has an element that is not finite, the product is not A."""
+    assert "aten.mm.default" in body_of(lambda x: torch.eye(4) @ x)
+
+
+IDENTITIES: dict[str, Callable[[Tensor], Any]] = {
+    "an element": lambda unit: unit[0, 1].fill_(0.5),
+    "the diagonal": lambda unit: unit.diagonal().fill_(2.0),
+    "a view": lambda unit: unit.view(9)[7:8].add_(0.5),
+    "the whole": lambda unit: unit.mul_(2.0),
+    "nothing": lambda unit: None,
+}
 
 
 @compiles
-def test_a_product_with_the_identity_is_written_into_and_not_its_factor() -> None:
-    A = torch.arange(12.0).view(4, 3)
+@pytest.mark.parametrize("write", IDENTITIES.values(), ids=IDENTITIES)
+@pytest.mark.parametrize("solver", [None, Newton()], ids=repr)
+def test_an_identity_that_an_energy_writes_into(solver: Solver | None, write: Callable[[Tensor], Any]) -> None:
+    A = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def energy(x: Tensor) -> Tensor:  # (2, 3) -> (2,)
+        unit = torch.eye(3, dtype=torch.float64)
+        before = (unit @ A).mT
+        write(unit)
+        return 0.5 * (x - before - 0.1 * (unit @ A).mT).square().sum(-1)
+
+    drivers = (Eager(), Compiled(strict=True))
+    found = [minimize(energy, A.mT * 0, solver=solver, driver=d, termination=TIGHT).value for d in drivers]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
+
+
+@compiles
+def test_where_the_product_with_an_identity_is_not_finite_both_drivers_say_so() -> None:
+    A = torch.tensor([[1.0, 2.0], [3.0, torch.inf]])  # of which the first row is finite
+    for driver in (Eager(), Compiled(strict=True)):
+        energy = lambda x: (x - (torch.eye(2) @ A)[0]).square().sum(-1)  # noqa: E731
+        found = minimize(energy, torch.ones(1, 2), driver=driver, on_failure="ignore")
+        assert found.status.tolist() == [Status.NONFINITE]
+
+
+@compiles
+def test_the_columns_of_a_linear_map_are_written_into_and_not_its_matrix() -> None:
+    A = torch.arange(12.0).view(3, 4)
     found = []
     for driver in (Eager(), Compiled(strict=True)):
-        x = fixed_point(lambda x: 0.1 * x + (torch.eye(3) @ A.mT).mul_(2).view(-1), torch.zeros(12), driver=driver).value
-        found.append(x)
+        update = lambda x: 0.1 * x + columns(lambda v: v @ A, A[:, 0]).mul_(2).view(-1)  # noqa: E731
+        found.append(fixed_point(update, torch.zeros(12), driver=driver).value)
     torch.testing.assert_close(*found)
-    torch.testing.assert_close(A, torch.arange(12.0).view(4, 3), rtol=0, atol=0)
+    torch.testing.assert_close(A, torch.arange(12.0).view(3, 4), rtol=0, atol=0)
 
 
 def test_what_is_dear_is_computed_once_for_all_rows() -> None:
