@@ -8,10 +8,12 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the memory at once
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # float32 proper, as PyTorch's products are
 
 import torch
 from rich.console import Console
@@ -52,8 +54,10 @@ class InFloat32(Workload):
             contender = next((c for c in drivers if c.name == row.contender), None)
             if contender is not None and row.right:
                 with quiet():
-                    count = launches(contender.call(work, Task(row.task)), options.device)
-                row.note = f"{count / sum(map(int, row.steps.split('+'))):.1f} kernels an iteration"
+                    count, busy = kernels(contender.call(work, Task(row.task)), options.device)
+                each = count / sum(map(int, row.steps.split("+")))
+                row.note = f"{each:.1f} kernels an iteration, device busy {100 * busy / (row.seconds or 1):.0f} %"
+        watch.seen(rows)
         return rows
 
 
@@ -64,17 +68,18 @@ def single(problem: Problem) -> Problem:
     return dataclasses.replace(problem.to(torch.float32), tolerance=1e-5, adjoint_tolerance=1e-5)
 
 
-def launches(call: Call, device: str) -> int:
-    """Kernels that a call has the device run."""
+def kernels(call: Call, device: str) -> tuple[int, float]:
+    """How many a call has the device run, and the seconds that they take."""
     from torch.profiler import ProfilerActivity, profile
 
     if device == "cpu":
-        return 0
+        return 0, 0.0
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
         synchronise(device)
     on_device = [e for e in seen.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)
+    found = [e.time_range.elapsed_us() for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
+    return len(found), 1e-6 * sum(found)
 
 
 class Largest(Workload):
@@ -87,7 +92,7 @@ class Largest(Workload):
     def run(self, options: Options, watch: Watcher) -> list[Row]:
         """From what a smaller image takes to one that fills the memory; a little smaller where it does not fit."""
         rows: list[Row] = []
-        for contender in (Plain(), OursEager(), OursCompiled()):
+        for contender in (OursCompiled(), Plain(), OursEager()):
             side = 16 if options.quick else 1024
             for part in (1.0, 0.98, 0.9, 0.8):
                 watch.doing(f"largest image: {contender.name} at {side} × {side}")
@@ -134,18 +139,23 @@ def main() -> None:
     for workload in (*map(InFloat32, FIXED), Largest(arguments.gib)):
         if workload.name not in arguments.only:
             continue
-        rows = workload.run(options, Printed())
+        rows = workload.run(options, Printed(arguments.output, workload, options))
         console.print(report.table(workload, rows))
-        if not options.quick:
-            report.write(arguments.output, workload, rows, options)
 
 
 class Printed(Watcher):
-    """A line for each step of the work but the rounds."""
+    """A line for each step of the work but the rounds; what has been seen is in the file at once, should time run out."""
+
+    def __init__(self, output: Path, workload: Workload, options: Options) -> None:
+        self.output, self.workload, self.options = output, workload, options
 
     def doing(self, what: str) -> None:
         if "round" not in what:
             print(what, file=sys.stderr, flush=True)
+
+    def seen(self, rows: Sequence[Row]) -> None:
+        if not self.options.quick:
+            report.write(self.output, self.workload, rows, self.options)
 
 
 def parse() -> argparse.Namespace:
