@@ -14,6 +14,7 @@ from unittest import mock
 
 from energynet._fold import folded
 from energynet._pointers import with_pointers
+from energynet._replay import with_replays
 
 _HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
 _CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
@@ -38,7 +39,7 @@ def rewriting(parts: int) -> Iterator[None]:
     original = GraphLowering._compile_to_module_lines
 
     def compile_lines(self: Any, wrapper_code: Any) -> Any:
-        wrapper_code.value = in_parts(in_place(folded(wrapper_code.value)), parts)
+        wrapper_code.value = in_parts(in_place(folded(with_replays(wrapper_code.value))), parts)
         return original(self, wrapper_code)
 
     with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines), _without_remarks():

@@ -16,7 +16,7 @@ def passes(parts: int) -> dict[str, Any]:
             dear_once(graph)
 
         def uuid(self) -> str:
-            return f"energynet: loops in place, sums apart and folded, dear once, {parts} parts, 9"
+            return f"energynet: loops in place or recorded, sums apart and folded, dear once, {parts} parts, 10"
 
     return {"post_grad_custom_pre_pass": SumsApart()}
 

@@ -15,7 +15,10 @@ from energynet._autodiff import recording_program
 from energynet._cpp import rewriting
 from energynet._passes import passes
 from energynet._products import products
+from energynet._replay import Recordings
 from energynet._while import lift
+
+CPU = "cpu"  # where loops are machine code: nothing has to be recorded
 
 
 class Program:
@@ -48,7 +51,8 @@ class Program:
         self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
         inputs = [*fakes, *(_fake(mode, t, ()) for t in self.captured)]
         with torch.no_grad(), rewriting(parts):
-            self._run = _compiled(graph, inputs, {**options, **passes(parts)}, parts)
+            run = _compiled(graph, inputs, {**options, **passes(parts)}, parts)
+        self._run = run if examples[0].device.type == CPU else Recordings(run)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors of these sizes are what the program was compiled for."""

@@ -719,29 +719,25 @@ def test_the_identity_of_an_energy_is_multiplied() -> None:
     assert "aten.mm.default" in body_of(lambda x: torch.eye(4) @ x)
 
 
-IDENTITIES: dict[str, Callable[[Tensor], Any]] = {
-    "an element": lambda unit: unit[0, 1].fill_(0.5),
-    "the diagonal": lambda unit: unit.diagonal().fill_(2.0),
-    "a view": lambda unit: unit.view(9)[7:8].add_(0.5),
-    "the whole": lambda unit: unit.mul_(2.0),
-    "nothing": lambda unit: None,
-}
-
-
 @compiles
-@pytest.mark.parametrize("write", IDENTITIES.values(), ids=IDENTITIES)
-@pytest.mark.parametrize("solver", [None, Newton()], ids=repr)
-def test_an_identity_that_an_energy_writes_into(solver: Solver | None, write: Callable[[Tensor], Any]) -> None:
+def test_identities_that_an_energy_writes_into() -> None:
     A = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    writes: list[Callable[[Tensor], Any]] = [
+        lambda unit: unit[0, 1].fill_(0.5),
+        lambda unit: unit.diagonal().add_(1.0),
+    ]
 
     def energy(x: Tensor) -> Tensor:  # (2, 3) -> (2,)
-        unit = torch.eye(3, dtype=torch.float64)
-        before = (unit @ A).mT
-        write(unit)
-        return 0.5 * (x - before - 0.1 * (unit @ A).mT).square().sum(-1)
+        terms = []
+        for write in writes:
+            unit = torch.eye(3, dtype=torch.float64)
+            before = (unit @ A).mT
+            write(unit)
+            terms.append((x - before - 0.1 * (unit @ A).mT).square().sum(-1))
+        return 0.5 * torch.stack(terms).sum(0)
 
     drivers = (Eager(), Compiled(strict=True))
-    found = [minimize(energy, A.mT * 0, solver=solver, driver=d, termination=TIGHT).value for d in drivers]
+    found = [minimize(energy, A.mT * 0, solver=Newton(), driver=d, termination=TIGHT).value for d in drivers]
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
 
 

@@ -33,7 +33,6 @@ from .workload import FixedStepWorkload, Workload, installed_peers
 
 FIXED: list[FixedStepWorkload] = [Single(), Batch(), Labels(), LabelsApart(), Images()]
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "accelerator.json"
-GIB = 2**30
 
 
 class InFloat32(Workload):
@@ -90,21 +89,27 @@ class Largest(Workload):
         self.gib = gib
 
     def run(self, options: Options, watch: Watcher) -> list[Row]:
-        """From what a smaller image takes to one that fills the memory; a little smaller where it does not fit."""
         rows: list[Row] = []
-        for contender in (OursCompiled(), Plain(), OursEager()):
-            side = 16 if options.quick else 1024
-            for part in (1.0, 0.98, 0.9, 0.8):
-                watch.doing(f"largest image: {contender.name} at {side} × {side}")
-                row = self._row(contender, side, options)
-                if part == 1.0:
-                    each = 2**20 * max(1.0, row.peak_mib or 1.0) / side**2
-                elif row.seconds is not None:
-                    break
-                side = 64 if options.quick else int((part * self.gib * GIB / each) ** 0.5) // 64 * 64
-            rows.append(row)
+        for contender in (Plain(), OursEager(), OursCompiled()):
+            rows.append(self._largest(contender, options, watch))
             watch.seen(rows)
         return rows
+
+    def _largest(self, contender: Contender, options: Options, watch: Watcher) -> Row:
+        """From what a smaller image takes to one that fills the memory; a little smaller where it does not fit."""
+        small = 16 if options.quick else 1024
+        watch.doing(f"largest image: {contender.name} at {small} × {small}")
+        row = self._row(contender, small, options)
+        if row.seconds is None:
+            return row
+        pixels = small**2 * self.gib * 1024 / max(1.0, row.peak_mib or 0.0)
+        for part in (0.98, 0.9, 0.8):
+            side = 64 if options.quick else int((part * pixels) ** 0.5) // 64 * 64
+            watch.doing(f"largest image: {contender.name} at {side} × {side}")
+            row = self._row(contender, side, options)
+            if row.seconds is not None:
+                break
+        return row
 
     def _row(self, contender: Contender, side: int, options: Options) -> Row:
         row = Row(self.name, f"{self.gib:g} GiB", contender.name, right=True)
