@@ -16,12 +16,14 @@ def products() -> dict[Any, Callable[..., Any]]:
     """What is recorded otherwise than it comes: a thin product, one with a shared matrix, none; and what cannot be."""
     aten = torch.ops.aten
     return {aten.mm.default: _product, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,
-            aten.cosh.default: _cosh, aten.sinh.default: _sinh,
+            aten.cholesky_solve.default: _cholesky_solve, aten.cosh.default: _cosh, aten.sinh.default: _sinh,
             aten.ones_like.default: _ones_like, aten._linalg_check_errors.default: _raising}  # fmt: skip
 
 
 def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
-    raise RuntimeError(f"{name} raises where a matrix is singular, which a program cannot: use its variant ending in _ex")
+    raise RuntimeError(
+        f"{name} raises where a matrix is singular, which a program cannot: use cholesky_ex or inv_ex, or driver=Eager()"
+    )
 
 
 def _product(a: Tensor, b: Tensor) -> Any:
@@ -43,6 +45,13 @@ def _shared(a: Tensor, b: Tensor) -> Any:  # (B, n, k), (B, k, m)
     if a.stride(0) == 0 and b.shape[2] == 1:
         return torch.mm(b.squeeze(2), a[0].mT).unsqueeze(2)
     return NotImplemented
+
+
+def _cholesky_solve(right: Tensor, factor: Tensor, upper: bool = False) -> Any:
+    """What it calls itself: where a size may change, PyTorch cannot tell that nothing is broadcast."""
+    if _known(right, factor) or right.shape[:-2] != factor.shape[:-2]:
+        return NotImplemented
+    return torch.ops.aten._cholesky_solve_helper.default(right, factor, upper)
 
 
 def _empty_power(a: Tensor, exponent: Any) -> Any:

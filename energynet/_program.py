@@ -4,6 +4,7 @@ A `Program` runs a function once on fake tensors and records every operation, wh
 ``torch.func`` code they came from; Inductor makes machine code of the record.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from energynet._products import products
 from energynet._replay import Recordings
 from energynet._while import lift
 
+_OFFSET = re.compile(r" and L\['t\d+'\]\.storage_offset\(\) == 0")  # of no matter: a program is given addresses
 CPU = "cpu"  # where loops are machine code: nothing has to be recorded
 
 
@@ -48,7 +50,8 @@ class Program:
         """Tensors that the function took from elsewhere."""
         if any(lazy(t) for t in self.captured):
             raise RuntimeError("it captures a lazily conjugated or negated tensor: take its .resolve_conj().resolve_neg()")
-        self._guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
+        guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
+        self._guard = guard and _OFFSET.sub("", guard)
         inputs = [*fakes, *(_fake(mode, t, ()) for t in self.captured)]
         with torch.no_grad(), rewriting(parts):
             run = _compiled(graph, inputs, {**options, **passes(parts)}, parts)
@@ -150,5 +153,6 @@ def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:
 
     sizes = [DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC for dim in range(tensor.ndim)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-    fake: Tensor = mode.from_tensor(tensor.detach(), symbolic_context=context)
+    first = tensor.detach().as_strided(tensor.size(), tensor.stride(), 0)  # as if not part of a larger tensor
+    fake: Tensor = mode.from_tensor(first, symbolic_context=context)
     return fake

@@ -158,7 +158,7 @@ class Loop:
     def _recorded(self, inputs: list[Any]) -> "Recorded | None":
         try:
             return Recorded(self.turn, inputs, self.carried)
-        except (RuntimeError, AssertionError) as error:  # an operation that waits for the device, a layout that is not kept
+        except Exception as error:  # an operation that waits for the device, say; if it is the body's, it comes again
             _log.info("A loop's kernels are launched one by one, since they could not be recorded: %s", error)
             return None
 
@@ -175,6 +175,8 @@ class Recorded:
     def __init__(self, turn: Callable[[list[Any]], list[Any]], inputs: list[Any], carried: int) -> None:
         self.own = [t.clone() if isinstance(t, Tensor) else t for t in inputs]
         self.carried = carried
+        if any(isinstance(t, Tensor) and t.stride() != own.stride() for t, own in zip(inputs, self.own, strict=True)):
+            raise RuntimeError("an input has gaps in its memory")
         memory = {t.untyped_storage().data_ptr() for t in self.own if isinstance(t, Tensor)}
 
         def update() -> Tensor:
@@ -211,12 +213,14 @@ def record(update: Callable[[], Tensor], device: torch.device) -> tuple[Callable
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
+    torch._C._cuda_clearCublasWorkspaces()  # no two graphs share one, which may run at the same time
     with torch.cuda.stream(side):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             result = update()
         finally:
             graph.capture_end()
+            torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.current_stream(device).wait_stream(side)
     return graph.replay, result
 
@@ -233,10 +237,10 @@ def kind(inputs: list[Any]) -> Hashable:
 def _told(value: Any, device: torch.device) -> Hashable:
     """What a recording has of an input: a number as it is, also as a tensor on the CPU; None of a tensor elsewhere."""
     if not isinstance(value, Tensor):
-        return type(value), value
+        return type(value), repr(value)  # which tells zeros from one another, and not a NaN from itself
     if value.device == device:
         return value.shape, value.stride(), value.dtype
-    return (value.dtype, value.item()) if value.device.type == "cpu" and value.dim() == 0 else None
+    return (value.dtype, repr(value.item())) if value.device.type == "cpu" and value.dim() == 0 else None
 
 
 def stream_of(device: torch.device) -> int | None:

@@ -139,7 +139,8 @@ def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Mem
     above, products, left = _times(moves, y), _times(changes, y), memory.inverse[..., 1:, 1:]
     curvature = torch.where(rows, above[..., -1:], 1)
     column = torch.cat([-_times(left, above[..., :-1]), torch.ones_like(curvature)], -1) / curvature
-    inverse = torch.cat([torch.nn.functional.pad(left, (0, 0, 0, 1)), column.unsqueeze(-1)], -1)
+    below = torch.zeros_like(above[..., None, :-1])  # not by pad, which would fix the size of the batch in a program
+    inverse = torch.cat([torch.cat([left, below], -2), column.unsqueeze(-1)], -1)
     beside = torch.cat([memory.products[..., 1:, 1:], products[..., :-1].unsqueeze(-2)], -2)
     return _either(keep, Memory(moves, changes, inverse, torch.cat([beside, products.unsqueeze(-1)], -1)), memory)
 
