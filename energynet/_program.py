@@ -153,6 +153,7 @@ def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:
 
     sizes = [DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC for dim in range(tensor.ndim)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-    first = tensor.detach().as_strided(tensor.size(), tensor.stride(), 0)  # as if not part of a larger tensor
-    fake: Tensor = mode.from_tensor(first, symbolic_context=context)
+    if tensor.storage_offset() and not lazy(tensor):  # as if it were not a part of a larger tensor; not as a view of it
+        tensor = tensor.new_empty(0).set_(tensor.untyped_storage(), 0, tensor.size(), tensor.stride())
+    fake: Tensor = mode.from_tensor(tensor.detach(), symbolic_context=context)
     return fake
