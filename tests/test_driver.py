@@ -673,15 +673,16 @@ def test_the_curvature_of_squares_leaves_a_loop(square: Callable[[Tensor], Tenso
 
 
 @compiles
-@pytest.mark.parametrize("power", [2, 3, 2.0, 2.5, 1, 0])
-def test_powers_compiled(power: float) -> None:
+@pytest.mark.parametrize("powers", [[2, 2.0, 2.5], [3, 1, 0]], ids=str)
+def test_powers_compiled(powers: list[float]) -> None:
     """Each has its own derivatives, also where it is applied to zero."""
     A = torch.tensor([[1.0, 0.5], [0.0, 2.0], [0.3, 0.3]], dtype=torch.float64)
     z = torch.tensor([0.0, 0.7, 1.5], dtype=torch.float64, requires_grad=True)
     found = []
 
     def energy(x: Tensor, z: Tensor) -> Tensor:
-        return (A @ x - z).square().sum() + 0.1 * ((1 + (A @ x) ** 2) ** power).sum() + x.cosh().log().sum()
+        terms = [((1 + (A @ x) ** 2) ** power).sum() for power in powers]
+        return (A @ x - z).square().sum() + 0.1 * torch.stack(terms).sum() + x.cosh().log().sum()
 
     for driver in (Eager(), Compiled(strict=True)):
         x = minimize(energy, A.new_zeros(2), z, solver=Newton(), termination=TIGHT, driver=driver).value
@@ -851,8 +852,10 @@ def test_a_product_with_one_matrix_is_that_of_as_many(rows: int) -> None:
 
 
 @compiles
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("solver", [LBFGS(), Newton(), NewtonCG()], ids=repr)
+@pytest.mark.parametrize(
+    ("solver", "dtype", "tolerance"),
+    [(LBFGS(), torch.float32, 1e-5), (Newton(), torch.float64, 1e-10), (NewtonCG(), torch.float64, 1e-10)],
+)
 def test_one_problem_whose_matrix_fills_a_cache(solver: Solver, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     A, b = torch.randn(330, 270, dtype=torch.float64) / 16, torch.randn(330, dtype=torch.float64)
