@@ -21,6 +21,8 @@ from energynet import (
 )
 from energynet.linear import Dense
 
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
 
 class Interpreted(fx.Interpreter):
     """Runs a recorded program with its loops."""
@@ -46,7 +48,6 @@ def energy(x: Tensor, z: Tensor) -> Tensor:  # (B, 3), (B, 3) -> (B,)
     return 0.5 * (x - z).square().sum(-1) + x.cosh().log().sum(-1)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("solver", [Picard(), LBFGS(), Newton(), Anderson()], ids=repr)
 def test_a_changed_batch_compiles_once_more(solver: Solver, caplog: pytest.LogCaptureFixture) -> None:
     driver, data = Compiled(strict=True), torch.randn(30, 3, dtype=torch.float64)
@@ -63,7 +64,6 @@ def test_a_changed_batch_compiles_once_more(solver: Solver, caplog: pytest.LogCa
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_so_does_a_gradient_by_a_dense_matrix() -> None:
     driver, data = Compiled(strict=True), torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     for size, programs in ((3, 2), (5, 4), (9, 4)):
