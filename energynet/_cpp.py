@@ -8,6 +8,7 @@ turn swaps the old values with the new ones. What is not recognised stays as it 
 import contextlib
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -48,11 +49,16 @@ def rewriting(parts: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_remarks() -> Iterator[None]:
-    """In here, Inductor does not say which operations it calls the slower way, such as a triangular solve: nobody can help it."""
+    """In here, Inductor does not say which operations it calls the slower way, such as a triangular solve, nor what it still
+    uses that PyTorch has deprecated: nobody can help it, and who makes errors of warnings could not compile.
+    """
     log = logging.getLogger("torch._inductor.ir")
     log.addFilter(_worth_saying)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         log.removeFilter(_worth_saying)
 

@@ -17,13 +17,23 @@ def products() -> dict[Any, Callable[..., Any]]:
     aten = torch.ops.aten
     return {aten.mm.default: _product, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,
             aten.cholesky_solve.default: _cholesky_solve, aten.cosh.default: _cosh, aten.sinh.default: _sinh,
-            aten.ones_like.default: _ones_like, aten._linalg_check_errors.default: _raising}  # fmt: skip
+            aten.ones_like.default: _ones_like, aten._linalg_check_errors.default: _raising,
+            aten._local_scalar_dense.default: _reading}  # fmt: skip
 
 
 def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
     raise RuntimeError(
         f"{name} raises where a matrix is singular, which a program cannot: use cholesky_ex or inv_ex, or driver=Eager()"
     )
+
+
+def _reading(tensor: Tensor) -> Any:
+    """A number that PyTorch reads by itself, as in ``torch.add(x, y, alpha=tensor)``."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(tensor, FakeTensor):
+        return NotImplemented
+    raise RuntimeError(f"a number is read from a tensor of shape {tuple(tensor.shape)}, and would stay as it is now")
 
 
 def _product(a: Tensor, b: Tensor) -> Any:

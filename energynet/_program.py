@@ -4,6 +4,7 @@ A `Program` runs a function once on fake tensors and records every operation, wh
 ``torch.func`` code they came from; Inductor makes machine code of the record.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from energynet import _tree
 from energynet._autodiff import recording_program
 from energynet._cpp import rewriting
 from energynet._passes import passes
@@ -44,7 +46,7 @@ class Program:
         self._shapes = ShapeEnv()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
         fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
-        with torch.no_grad(), recording_program(), ValuesUnread(), mode:
+        with _alone(), torch.no_grad(), recording_program(), ValuesUnread(), mode:
             graph = make_fx(lambda *t: list(function(*t)), products(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
         """Tensors that the function took from elsewhere."""
@@ -53,7 +55,7 @@ class Program:
         guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
         self._guard = guard and _OFFSET.sub("", guard)
         inputs = [*fakes, *(_fake(mode, t, ()) for t in self.captured)]
-        with torch.no_grad(), rewriting(parts):
+        with _alone(), torch.no_grad(), rewriting(parts):
             run = _compiled(graph, inputs, {**options, **passes(parts)}, parts)
         self._run = run if examples[0].device.type == CPU else Recordings(run)
 
@@ -77,20 +79,40 @@ class Program:
                 yield tuple(found[part * count : (part + 1) * count])
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """In here no other thread compiles, be it by ``torch.compile``: what is changed for it belongs to the whole process."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        yield
+
+
 class ValuesUnread(TorchFunctionMode):
     """In here no Python reads the numbers of a tensor from elsewhere: the program would have them as they are now."""
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _READING and type(args[0]) in (Tensor, torch.nn.Parameter):
-            name = getattr(function, "__name__", function)
-            raise RuntimeError(f"Python reads, by {name}, the values of a tensor of shape {tuple(args[0].shape)}")
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        read = args[:1] if function in _READING else _within(args) if function in _MAKING else ()
+        read = (*args[1:], *kwargs.values()) if function in _SPLITTING else read
+        for tensor in read:
+            if type(tensor) in (Tensor, torch.nn.Parameter):
+                name = getattr(function, "__name__", function)
+                raise RuntimeError(f"Python reads, by {name}, the values of a tensor of shape {tuple(tensor.shape)}")
+        return function(*args, **kwargs)
+
+
+def _within(args: Sequence[Any]) -> list[Any]:
+    """The tensors among numbers: of a tensor alone a copy is recorded."""
+    return [t for a in args if isinstance(a, (list, tuple)) for t in _tree.leaves(list(a))]
 
 
 _READING = {
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__,
-    Tensor.__complex__, Tensor.__array__,
+    Tensor.__complex__, Tensor.__array__, torch.is_nonzero,
 }  # fmt: skip
+_MAKING = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+_SPLITTING = {torch.tensor_split, Tensor.tensor_split}  # at places that a tensor holds
 
 
 def lazy(tensor: Tensor) -> bool:

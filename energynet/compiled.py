@@ -3,12 +3,9 @@
 import dataclasses
 import itertools
 import threading
-import types
 import warnings
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from torch import Tensor
 from energynet import _tree
 from energynet._autodiff import transform_active
 from energynet._program import Program, lazy
+from energynet._recent import NUMBERS, Recent, forget_with, lasting
 from energynet._while import written_out
 from energynet.binding import Binding
 from energynet.driver import Driver
@@ -36,8 +34,9 @@ class Compiled(Driver):
     """The whole solve as one program of machine code, compiled at the first call for an energy and its shapes.
 
     Keep the object, because the programs are its own; a copy or a pickle has none. Forward and adjoint solves, of any order
-    and under ``torch.func``, are programs each. A changed batch size compiles once more, for every size from 2. With
-    ``trace=True`` and `UnrolledAdjoint` Python runs the loop.
+    and under ``torch.func``, are programs each. A changed batch size compiles once more, for every size from 2 (where the
+    energy asks for ``x.shape[0]``: ``len(x)`` is a number of Python's, and compiled anew for each). With ``trace=True`` and
+    `UnrolledAdjoint`, and where a dispatch mode of PyTorch follows each operation, Python runs the loop.
 
     Example:
         >>> Compiled()
@@ -61,17 +60,18 @@ class Compiled(Driver):
         """How many programs have been compiled."""
         self._lock = threading.RLock()
         self._counter = itertools.count()
-        self._marks: _Recent[int] = _Recent(capacity)  # fingerprint -> a number
-        self._met: _Recent[list[Tensor]] = _Recent(capacity)  # of that number
-        self._bound: _Recent[tuple[Fingerprint, Binding]] = _Recent(capacity)  # step -> its binding, while it is unchanged
-        self._examined: _Recent[Any] = _Recent(16 * capacity)
-        self._families: _Recent[list[Program]] = _Recent(capacity)  # function -> its programs, but for the sizes of batches
-        self._exact: _Recent[tuple[Program | None]] = _Recent(16 * capacity)  # function and shapes -> program, if it has one
-        self._own: _Recent[tuple[bool, ...]] = _Recent(capacity)  # function -> which tensors have one row a sample, if any
+        self._marks: Recent[int] = Recent(capacity)  # fingerprint -> a number
+        self._met: Recent[list[Tensor]] = Recent(capacity)  # of that number
+        self._bound: Recent[tuple[Fingerprint, Binding]] = Recent(capacity)  # step -> its binding, while it is unchanged
+        self._changes: Recent[int] = Recent(capacity)  # step -> how often it was bound anew
+        self._examined: Recent[Any] = Recent(16 * capacity)
+        self._families: Recent[list[Program]] = Recent(capacity)  # function -> its programs, but for the sizes of batches
+        self._exact: Recent[tuple[Program | None]] = Recent(16 * capacity)  # function and shapes -> program, if it has one
+        self._own: Recent[tuple[bool, ...]] = Recent(capacity)  # function and kinds -> which tensors have one row a sample
 
     def bind(self, step: Step) -> Binding:
-        named = [(name, part) for name, value in vars(step).items() for part in _named(value)]
-        where = (type(step), *((name, v if isinstance(v, _NUMBERS) else id(v)) for name, v in named))
+        named = [(name, part) for name, value in vars(step).items() for part in lasting(value)]
+        where = (type(step), *((name, v if isinstance(v, NUMBERS) else id(v)) for name, v in named))
         with self._lock:
             if (known := self._bound.get(where)) and known[0].unchanged():
                 return known[1]
@@ -80,10 +80,24 @@ class Compiled(Driver):
             resolved = {id(t) for t in binding.tensors}.difference(map(id, seen.inputs))  # such as parametrised weights
             if resolved:
                 seen = Fingerprint(_parts(binding.step), binding.tensors)
+            if known and seen.key not in self._marks:
+                self._count_change(where, step)
             binding = dataclasses.replace(binding, mark=self._mark(seen))
-            if not resolved and (where in self._bound or _forget_with((v for _, v in named), self._bound, where)):
+            if not resolved and (where in self._bound or forget_with((v for _, v in named), self._bound, where)):
                 self._bound.put(where, (seen, binding))
             return binding
+
+    def _count_change(self, where: Hashable, step: Step) -> None:
+        changes = (self._changes.get(where) or 0) + 1
+        self._changes.put(where, changes)
+        if changes == MANY:
+            what = _parts(step)[2]
+            warnings.warn(
+                f"Something that {getattr(what, '__qualname__', type(what).__qualname__)} may read has changed {changes} times, "
+                "and each time it is compiled anew. Likely causes: a counter, a cache or a growing list among the attributes, a "
+                "number that is scheduled. Keep it elsewhere, or as a 0-d tensor in a buffer, whose values may change.",
+                stacklevel=2,
+            )
 
     def _mark(self, seen: Fingerprint) -> int:
         mark = self._marks.get(seen.key)
@@ -110,7 +124,9 @@ class Compiled(Driver):
 
     def call(self, function: Pure, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         function = function.checked(self.check_every)
-        tensors = tuple(t.resolve_conj().resolve_neg() if lazy(t) else t for t in tensors)
+        if _observed(tensors):
+            return function(*tensors)
+        tensors = tuple(_settled(t, tensors[0].shape[:1]) for t in tensors)
         with self._lock:
             shards = self._shards(function, tensors)
             sets = [] if shards is None else shards.split(tensors)
@@ -125,7 +141,9 @@ class Compiled(Driver):
         count = how_many(tensors, function.batch_dims)
         if count == 1:
             return None
-        key = function.key, function.binding.mark
+        x = tensors[0]
+        kinds = ((t.shape[1:], t.shape[:1] == x.shape[:1], t.dtype) for t in tensors)
+        key = (function.key, function.binding.mark, *kinds)
         own = self._own.get(key)
         if own is None:
             own = divided(function, tensors) or ()
@@ -159,8 +177,8 @@ class Compiled(Driver):
         try:
             program = Program(function, tensors, dynamic, _options(tensors[0].device, parts), parts)
             mark = function.binding.mark
-            known = {id(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
-            lost = [tuple(t.shape) for t in program.captured if id(t) not in known and not written_out(t)]
+            known = {_memory(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
+            lost = [tuple(t.shape) for t in program.captured if _memory(t) not in known and not written_out(t)]
             if lost:
                 raise CompilationError(f"it uses tensors of shapes {lost} that were found in no attribute, closure or global")
         except Exception as error:  # whatever the tracer and the compiler raise
@@ -193,49 +211,13 @@ class Compiled(Driver):
         return _again(self.strict, self.capacity, self.check_every)
 
 
-class _Recent(Generic[T]):
-    """A dictionary that forgets what was longest unused."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.values: OrderedDict[Hashable, T] = OrderedDict()
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self.values
-
-    def get(self, key: Hashable) -> T | None:
-        value = self.values.get(key)
-        if value is not None:
-            self.values.move_to_end(key)
-        return value
-
-    def put(self, key: Hashable, value: T) -> None:
-        self.values.pop(key, None)  # to the end of the line
-        self.values[key] = value
-        if len(self.values) > self.capacity:
-            self.values.popitem(last=False)
-
-    def forget(self, key: Hashable) -> None:
-        self.values.pop(key, None)
+def _observed(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody follows each operation, such as ``make_fx`` or a counter of them, or there are no numbers."""
+    followed = torch._C._len_torch_dispatch_stack() > 0 or not tensors[0].numel()
+    return followed or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors)
 
 
-_NUMBERS = (float, int)
-
-
-def _named(value: Any) -> tuple[Any, ...]:
-    """What tells a value from others: of a bound method, which is another object each time, what it is made of."""
-    return (value.__func__, value.__self__) if isinstance(value, types.MethodType) else (value,)
-
-
-def _forget_with(values: Iterable[Any], cache: _Recent[Any], key: Hashable) -> bool:
-    """Have an entry forgotten when one of the values that its key names by id is no more, since ids come again."""
-    named = [v for v in values if not isinstance(v, (*_NUMBERS, type(None)))]
-    try:
-        for value in named:
-            weakref.finalize(value, cache.forget, key).atexit = False
-    except TypeError:  # it cannot tell of its end
-        return False
-    return True
+MANY = 8  # changes of what one energy reads, after which somebody should know
 
 
 def _options(device: torch.device, parts: int) -> dict[str, Any]:
@@ -256,6 +238,20 @@ def _ambient(device: torch.device) -> Hashable:
     """Settings around a call that change what operations do."""
     mixed = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return mixed, torch.get_default_dtype(), torch.get_num_threads()
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _settled(tensor: Tensor, rows: torch.Size) -> Tensor:
+    """The tensor as numbers in memory, whose strides do not change with the size of a batch."""
+    if lazy(tensor):
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_contiguous() or tensor.shape[:1] != rows or tensor.stride(0) == 0:
+        return tensor
+    outermost = tensor.stride(0) == max(tensor.stride()) and tensor.stride(0) * len(tensor) == tensor.numel()
+    return tensor if outermost else tensor.contiguous()
 
 
 def _order(tensor: Tensor) -> Hashable:

@@ -39,6 +39,7 @@ from energynet._autodiff import (
 )
 from energynet.driver import Driver, Eager
 from energynet.equation import Equation, Linear
+from energynet.fingerprint import Unread
 from energynet.loop import LoopState, Wrap, loop
 from energynet.problem import Problem
 from energynet.pure import Outcome, Solve, input_gradients
@@ -63,7 +64,7 @@ class AdjointRecord(NamedTuple):
     num_steps: Tensor  # (*batch) int32
 
 
-class AdjointReport:
+class AdjointReport(Unread):
     """Collects one `AdjointRecord` a backward solve; the caller's to keep, read and clear.
 
     Example:

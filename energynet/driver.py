@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from energynet.binding import Binding
+from energynet.fingerprint import Unread
 from energynet.pure import Pure
 from energynet.step import Step
 
 T = TypeVar("T")
 
 
-class Driver(ABC):
+class Driver(Unread, ABC):
     """Who runs the loop. The result is the same to rounding."""
 
     @abstractmethod

@@ -1,12 +1,15 @@
 """What a piece of Python says, apart from its tensors: equal fingerprints make equal programs."""
 
+import collections
+import contextvars
 import dataclasses
+import dis
 import enum
 import functools
 import sys
 import types
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +20,10 @@ from energynet.watch import MISSING, Watch, asked
 
 _PLAIN = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device, torch.Size, enum.Enum, type(...))
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "energynet"}
+
+
+class Unread:
+    """What a model may hold but no energy reads, as a driver, a report or a cache: it counts by its class, whatever is in it."""
 
 
 class Fingerprint:
@@ -62,18 +69,22 @@ class Fingerprint:
             return value.hex()
         if isinstance(value, Tensor):
             return self._tensor(value)
+        if isinstance(value, Unread):
+            return _identity(type(value))
         if id(value) in self._seen:
             return "seen", self._seen[id(value)]
         self._seen[id(value)] = len(self._seen)
         self._alive.append(value)
-        if isinstance(value, dict):
+        if isinstance(value, (dict, types.MappingProxyType)):
             return type(value), tuple((self._describe(k), v) for k, v in self._items(value))
-        if isinstance(value, (list, tuple)):
-            if isinstance(value, list):
+        if isinstance(value, (list, tuple, collections.deque)):
+            if not isinstance(value, tuple):
                 self._watch.whole(value, dict(enumerate(value)))
             return type(value), *(self._describe(v) for v in value)
-        if isinstance(value, (set, frozenset)) or hasattr(type(value), "tobytes"):
+        if isinstance(value, (set, frozenset, bytearray)) or hasattr(type(value), "tobytes"):
             return type(value), self._watch.content(value)
+        if isinstance(value, contextvars.ContextVar):
+            return _identity(value), self._describe(self._watch.variable(value))
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):
@@ -96,7 +107,7 @@ class Fingerprint:
         fixed = [(name, self._entry(attributes, name)) for name in slots]
         return self._describe(type(value)), *fixed, *self._items(getattr(value, "__dict__", {}))
 
-    def _items(self, mapping: dict[Any, Any]) -> list[tuple[Any, Hashable]]:
+    def _items(self, mapping: Mapping[Any, Any]) -> list[tuple[Any, Hashable]]:
         self._watch.whole(mapping, {})
         return [(name, self._entry(mapping, name)) for name in list(mapping)]
 
@@ -119,10 +130,10 @@ class Fingerprint:
 
     def _globals(self, code: types.CodeType, names: dict[str, Any]) -> list[Hashable]:
         found: list[Hashable] = []
-        for name in code.co_names:
+        for name in _global_names(code):
             value = names.get(name, sys.modules.get(name, MISSING))  # a module may be imported by the code itself
             if isinstance(value, types.ModuleType):
-                found += self._module(value, code.co_names)
+                found += self._module(value, _names(code))
             elif value is not MISSING:
                 found.append((name, self._entry(names, name)))
         inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
@@ -151,6 +162,22 @@ class Fingerprint:
                     self._watch.entry(attributes, name)
                     read.append(self._describe(value))
         return _identity(cls), *read
+
+
+@functools.lru_cache(4096)
+def _global_names(code: types.CodeType) -> Sequence[str]:
+    """The globals and modules that a piece of code reads; an attribute may go by the name of a global that it does not read."""
+    read = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")]
+    return list(dict.fromkeys([*read, *_spelled(code)] if "globals" in read else read))
+
+
+def _names(code: types.CodeType) -> Sequence[str]:
+    """What it may ask a module for."""
+    return [*code.co_names, *_spelled(code)] if "getattr" in code.co_names else code.co_names
+
+
+def _spelled(code: types.CodeType) -> list[str]:
+    return [c for c in code.co_consts if isinstance(c, str) and c.isidentifier()]
 
 
 def told(value: Any) -> Hashable:
@@ -188,7 +215,7 @@ def _hashable(value: Any) -> bool:
     try:
         hash(value)
         return True
-    except TypeError:
+    except Exception:  # a TypeError, but of PyTorch's containers
         return False
 
 

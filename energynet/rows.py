@@ -22,7 +22,8 @@ def own_rows(equation: Equation, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple
     try:
         tied = tuple(tied_rows(equation.residual, (x, *inputs))[1:])
         # What all share is moved once, too: a gate that is zero now hides what it is multiplied with.
-        alone = all(_is_independent(equation.residual, x, inputs, tied, shared) for shared in (False, True))
+        far = ((False, 0.5), (True, 0.5), (True, 50.0))
+        alone = all(_is_independent(equation.residual, x, inputs, tied, *each) for each in far)
         return tied if alone else None
     except Exception:  # whatever code raises that insists on the size of the batch
         return None
@@ -30,13 +31,15 @@ def own_rows(equation: Equation, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple
 
 @torch.no_grad()
 def _is_independent(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor], own: Sequence[bool],
-                    shared: bool) -> bool:  # fmt: skip
+                    shared: bool, far: float) -> bool:  # fmt: skip
     """Whether some samples by themselves give what they give among the others, as they would not with z − z.mean(0)."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(t: Tensor) -> Tensor:  # zeros would hide what they are multiplied with; positive ones stay positive
         noise = torch.rand(t.shape, generator=generator, dtype=torch.float32).to(t)
-        return t + 0.5 * noise * (1 + t.abs()) if t.is_floating_point() else t
+        if t.dtype == torch.bool:
+            return ~t
+        return t + far * noise * (1 + t.abs()) if t.is_floating_point() else t
 
     x, inputs = moved(x), [moved(t) if mine or shared else t for t, mine in zip(inputs, own, strict=True)]
     some = torch.randperm(len(x), generator=generator)[: len(x) // 2]

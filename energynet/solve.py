@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from energynet import _tree
-from energynet._autodiff import opaque, readable, recording
+from energynet._autodiff import opaque, readable, recording, tracing
 from energynet._tree import Layout
 from energynet.adjoint import ImplicitAdjoint
 from energynet.binding import Binding
@@ -196,6 +196,11 @@ def _rows(values: Tensor, best: Tensor) -> Tensor:  # (S, *batch, ...), (1, *bat
 @opaque  # Dynamo would unroll the loop
 def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, context: tuple[Any, ...],
            batch_dims: int | None, options: _Options) -> Solution:  # fmt: skip
+    if tracing():
+        raise RuntimeError(
+            "its energy or map solves a problem of its own, and a program could not tell how that one fails. "
+            "Compile that one, by its driver=Compiled(), and leave the outer solve to Eager()"
+        )
     with recording((arguments, x0, context)) as (arguments, x0, context):
         step = make_step(*arguments)
         check_options(step, options.solver, options.adjoint, options.on_failure)

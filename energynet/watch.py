@@ -1,9 +1,10 @@
 """What was read of a piece of Python, to see whether all of it is as it was."""
 
+import contextvars
 import operator
 import types
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,8 @@ class Watch:
     def __init__(self) -> None:
         self._entries: list[tuple[Any, Any, Any]] = []  # mapping, name, value
         self._sizes: list[tuple[Any, int]] = []
+        self._orders: list[tuple[Any, tuple[Any, ...]]] = []
+        self._variables: list[tuple[contextvars.ContextVar[Any], Any]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
         self._codes: list[tuple[Callable[[], Any], tuple[Any, ...]]] = []  # of a function, its code and defaults
         self._types: list[tuple[Callable[[], Any], type]] = []
@@ -38,6 +41,8 @@ class Watch:
         return (
             all(mapping.get(name, MISSING) is value for mapping, name, value in self._entries)
             and all(len(container) == size for container, size in self._sizes)
+            and all(tuple(mapping) == names for mapping, names in self._orders)
+            and all(variable.get(MISSING) is value for variable, value in self._variables)
             and all(cell.cell_contents is value for cell, value in self._cells)
             and all(all(map(operator.is_, _code(function()), code)) for function, code in self._codes)
             and all(type(value()) is cls for value, cls in self._types)
@@ -52,9 +57,18 @@ class Watch:
         return value
 
     def whole(self, container: Any, items: dict[Any, Any]) -> None:
-        """That a container has so many entries; of a list also which."""
-        self._sizes.append((container, len(container)))
+        """That a container has so many entries; of a list also which, of a mapping also in which order."""
+        if isinstance(container, Mapping):
+            self._orders.append((container, tuple(container)))
+        else:
+            self._sizes.append((container, len(container)))
         self._entries += [(_Items(container), place, value) for place, value in items.items()]
+
+    def variable(self, variable: contextvars.ContextVar[Any]) -> Any:
+        """The value of a context variable, or `MISSING`."""
+        value = variable.get(MISSING)
+        self._variables.append((variable, value))
+        return value
 
     def function(self, function: types.FunctionType) -> tuple[Any, ...]:
         """What a function closes over."""
@@ -112,6 +126,8 @@ class _Items:
 def _content(value: Any) -> Hashable:
     if isinstance(value, (set, frozenset)):
         return frozenset(value)
+    if isinstance(value, bytearray):
+        return bytes(value)
     return str(getattr(value, "dtype", "")), getattr(value, "shape", None), value.tobytes()
 
 

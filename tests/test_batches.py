@@ -1,15 +1,18 @@
 """One program for every size of a batch. Here the record of a program is run as it is, since Inductor takes a minute for each."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from problems import TIGHT
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from energynet import (
+    FPI_GD,
     LBFGS,
+    AdjointReport,
     Anderson,
     Compiled,
     Eager,
@@ -17,8 +20,10 @@ from energynet import (
     Newton,
     Picard,
     Solver,
+    WarmStart,
     minimize,
 )
+from energynet.compiled import MANY
 from energynet.linear import Dense
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -62,6 +67,80 @@ def test_a_changed_batch_compiles_once_more(solver: Solver, caplog: pytest.LogCa
     torch.testing.assert_close(found[2], every.value[:7], rtol=0, atol=1e-9)
     torch.testing.assert_close(found[4], every.value[11:], rtol=0, atol=1e-9)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("given", {
+    "rows": lambda n: torch.randn(2 * n, 3)[::2], "columns": lambda n: torch.randn(n, 6)[:, ::2],
+    "turned": lambda n: torch.randn(3, n).mT, "one": lambda n: torch.randn(1, 3).expand(n, 3),
+    "inner": lambda n: torch.randn(n, 2, 3).mT[..., 0],
+}.values())  # fmt: skip
+def test_so_does_one_of_any_strides(given: Callable[[int], Tensor]) -> None:
+    driver = Compiled(strict=True)
+    for size, programs in ((3, 1), (5, 2), (7, 2), (6, 2)):
+        z = given(size)
+        x = minimize(energy, torch.zeros(size, 3), z, solver=Picard(), step_size=0.4, driver=driver).value
+        torch.testing.assert_close(x, minimize(energy, torch.zeros(size, 3), z, solver=Picard(), step_size=0.4).value)
+        assert driver.compilations == programs, size
+    nothing = torch.zeros(0, 3)
+    assert minimize(energy, nothing, nothing, solver=Picard(), step_size=0.4, driver=driver).value.shape == (0, 3)
+    assert driver.compilations == 2
+
+
+class Model(nn.Module):
+    """Owns the layer that solves its energy, and what is kept of the solves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3))
+        self.report, self.cache, self.calls = AdjointReport(), WarmStart(), 0
+        self.layer = FPI_GD(self.energy, 0.4, start=torch.zeros_like, driver=Compiled(strict=True),
+                            adjoint=ImplicitAdjoint(report=self.report))  # fmt: skip
+
+    def energy(self, x: Tensor, z: Tensor) -> Tensor:
+        return energy(x, z @ self.weight)
+
+
+layer = Model()
+"""By the name of an attribute that the energy's code mentions."""
+
+
+def test_what_a_model_holds_beside_its_energy_compiles_nothing_anew() -> None:
+    z, index = torch.ones(4, 3), [0, 1, 2, 3]
+    for _ in range(3):
+        solution = layer.layer.solve(z, x0=layer.cache.start(index, torch.zeros(4, 3)))
+        layer.cache.store(index, solution)
+        solution.value.sum().backward()
+        assert layer.layer.driver.compilations == 2
+    assert len(layer.report.records) == 3
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return energy(x, self.layer(z))
+
+
+def test_an_attribute_by_the_name_of_a_global_is_not_that_global() -> None:
+    global layer
+    layer, before = FPI_GD(Named(), 0.4, start=torch.zeros_like, driver=Compiled(strict=True)), layer  # type: ignore[assignment]
+    for _ in range(3):
+        layer(torch.ones(4, 3))
+        assert layer.driver.compilations == 1  # type: ignore[union-attr]
+    layer = before
+
+
+def test_who_compiles_again_and_again_is_told() -> None:
+    model = Model()
+    for _ in range(MANY):
+        model.layer(torch.ones(4, 3))
+        model.calls += 1
+    with pytest.warns(UserWarning, match=r"Model.energy may read has changed 8 times.*a counter"):
+        model.layer(torch.ones(4, 3))
+    model.calls += 1
+    model.layer(torch.ones(4, 3))  # told once
 
 
 def test_so_does_a_gradient_by_a_dense_matrix() -> None:

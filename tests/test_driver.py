@@ -1,6 +1,8 @@
 """The compiled driver: the results of the eager one, and no second compilation."""
 
 import array
+import collections
+import contextvars
 import copy
 import dataclasses
 import gc
@@ -116,6 +118,14 @@ def imports(x: Tensor) -> Tensor:
     return scale * outer.inner.scale * x  # type: ignore[name-defined]  # noqa: F821
 
 
+def asks(x: Tensor) -> Tensor:
+    import outer.inner  # type: ignore[import-not-found]
+
+    return getattr(outer.inner, "scale") * x  # noqa: B009
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default="")
+FACTOR: Any = 1.0
 CHANGES: dict[str, Callable[[], tuple[Any, Callable[[], object]]]] = {
     "a list of the class": lambda: (Settings(), lambda: Settings.weights.__setitem__(0, 5.0)),
     "another list of the class": lambda: (Settings(), lambda: setattr(Settings, "weights", [1.0, 3.0])),
@@ -130,6 +140,15 @@ CHANGES: dict[str, Callable[[], tuple[Any, Callable[[], object]]]] = {
     "defaults": lambda: (made := types.FunctionType(choosy.__code__, {}), lambda: setattr(made, "__defaults__", (1.0,))),
     "code": lambda: (made := types.FunctionType(choosy.__code__, {}), lambda: setattr(made, "__code__", settings.__code__)),
     "the precision of a tensor": lambda: (made := torch.ones(2), lambda: setattr(made, "data", made.double())),
+    "the order of modules": lambda: (
+        made := nn.ModuleDict({"a": nn.Tanh(), "b": nn.Sigmoid()}), lambda: made.update({"a": made.pop("a")})
+    ),
+    "the order of a dictionary": lambda: (made := {"a": 1, "b": 2}, lambda: made.update({"a": made.pop("a")})),
+    "an element of a queue": lambda: (made := collections.deque([1.0], 1), lambda: made.append(2.0)),
+    "a byte": lambda: (made := bytearray(2), lambda: made.__setitem__(0, 3)),
+    "a context variable": lambda: (VARIABLE, lambda: VARIABLE.set(len(VARIABLE.get()) * "x" + "x")),
+    "what getattr asks a module for": lambda: (asks, lambda: setattr(sys.modules["outer.inner"], "scale", 3.0)),
+    "what globals are asked for": lambda: (lambda x: globals()["FACTOR"] * x, lambda: globals().update(FACTOR=[])),
     "the layout of a tensor": lambda: (made := torch.ones(2, 3), lambda: made.t_()),
 }
 
@@ -155,7 +174,7 @@ def test_a_fingerprint_sees_a_change_of(change: str, monkeypatch: pytest.MonkeyP
 
 def test_what_cannot_be_looked_into_is_never_taken_for_another() -> None:
     """Though the memory of one that is no more may be used again."""
-    keys = [Fingerprint(bytearray(8)).key for _ in range(100)]
+    keys = [Fingerprint(iter([])).key for _ in range(100)]
     assert len(set(keys)) == 100
 
 
@@ -638,6 +657,19 @@ def test_numbers_of_a_captured_tensor_are_not_baked_in(use: Callable[[Tensor], f
     captured = torch.ones(1)
     with pytest.raises(CompilationError, match="Python reads"):
         fixed_point(lambda x: 0.1 * x + use(captured), torch.zeros(4, 3), driver=Compiled(strict=True))
+
+
+@pytest.mark.parametrize("use", {
+    "alpha": lambda x, c: torch.add(x, x, alpha=c), "index": lambda x, c: x[:, c].unsqueeze(1), "slice": lambda x, c: x[:, :c],
+    "roll": lambda x, c: torch.roll(x, c, 1), "fill": lambda x, c: x * torch.full((3,), c),
+    "new": lambda x, c: x * torch.tensor([c]),
+    "split": lambda x, c: torch.tensor_split(x, c, dim=1)[0], "beta": lambda x, c: torch.nn.functional.softplus(x, c),
+    "truth": lambda x, c: 2 * x if torch.is_nonzero(c) else x,
+}.items(), ids=lambda item: item[0])  # fmt: skip
+def test_nor_numbers_that_pytorch_reads_by_itself(use: tuple[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
+    captured = torch.tensor([1]) if use[0] == "split" else torch.tensor(1)
+    with pytest.raises(CompilationError, match="read"):
+        fixed_point(lambda x: 0.1 * x + 0.0 * use[1](x.detach(), captured).sum(), torch.zeros(4, 3), driver=Compiled(strict=True))
 
 
 @pytest.mark.parametrize("name", ["cholesky", "inv"])

@@ -101,6 +101,20 @@ def test_problems_of_a_vmap_are_divided_as_well() -> None:
     torch.testing.assert_close(torch.func.vmap(lambda z: solve(z, weight, driver))(z), z, rtol=0, atol=1e-9)
 
 
+@compiles
+@pytest.mark.usefixtures("two_threads")
+def test_a_context_of_one_row_a_sample_may_become_shared() -> None:
+    driver, z = Compiled(strict=True), torch.randn(2048, 3, dtype=torch.float64)
+    options: dict[str, Any] = {"step_size": 0.5, "solver": Picard(), "termination": Termination(rtol=1e-10)}
+
+    def energy(x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * (x - z).square().sum(-1) + x.cosh().log().sum(-1)
+
+    for given in (z, z[:1], z[0], z):
+        x = minimize(energy, torch.zeros_like(z), given, driver=driver, **options).value
+        torch.testing.assert_close(x, minimize(energy, torch.zeros_like(z), given, **options).value, rtol=0, atol=1e-12)
+
+
 def divided(energy: Callable[..., Tensor], *inputs: Tensor, size: int = 128, n: int = 32) -> bool | None:
     """Whether the driver divides the batch; None: it asks nobody, since the batch is small."""
     driver = Compiled()
@@ -126,6 +140,9 @@ def test_what_cannot_stand_alone_is_not_divided() -> None:
     assert not divided(lambda x, z: square(x - (z - z.mean(0))), torch.zeros(128, 32))
     gate = torch.zeros(())  # lets nothing through, now
     assert not divided(lambda x, z, gate: square(x - gate * (z - z.mean(0))), z, gate)
+    switch = torch.tensor(False)
+    assert not divided(lambda x, z, switch: square(x - torch.where(switch, z - z.mean(0), z)), z, switch)
+    assert not divided(lambda x, z: square(x - z - torch.relu(z.mean(0) - 10)), z)
     assert not divided(lambda x: square((x - 1).reshape(128, 32)))
     assert not divided(lambda x: square(x - z))  # from a closure
     assert divided(lambda x: square(x - 1))
