@@ -38,12 +38,12 @@ class WarmStart(Unread):
         device: where answers are kept, such as ``torch.device("cpu")`` to spare a GPU's memory; None: where they are.
 
     Raises:
-        ValueError: if capacity < 1.
+        ValueError: if capacity is not a whole number ≥ 1.
     """
 
     def __init__(self, capacity: int | None = None, *, device: torch.device | None = None) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"WarmStart needs capacity ≥ 1 or None, got {capacity}.")
+        if capacity is not None and not (isinstance(capacity, int) and capacity >= 1):
+            raise ValueError(f"WarmStart needs a whole capacity ≥ 1 or None, got {capacity}.")
         self.capacity, self.device = capacity, device
         self._rows: OrderedDict[int, int] = OrderedDict()  # number -> row of the tables, the one stored longest ago first
         self._tables: list[Tensor] = []  # of each leaf of x, (rows, ...)
@@ -74,7 +74,7 @@ class WarmStart(Unread):
         return _tree.unflatten(result, spec)
 
     def store(self, index: Tensor | Sequence[int], solution: Solution) -> None:
-        """Keep the answers of the samples that converged, without their graph.
+        """Keep the answers of the samples that converged, without their graph; of several precisions in the finest.
 
         Args:
             index: the samples' numbers, ``(B,)`` integers; of two equal ones the later counts.
@@ -104,8 +104,17 @@ class WarmStart(Unread):
             return {"numbers": numbers, "answers": [table[rows] for table in self._tables]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the answers of a `state_dict` in place of those kept; of too many the first are left out."""
+        """Take the answers of a `state_dict` in place of those kept; of too many the first are left out.
+
+        Raises:
+            ValueError: if there is not one answer a number.
+        """
         numbers = state["numbers"].tolist()
+        if any(len(table) != len(numbers) for table in state["answers"]):
+            raise ValueError(
+                f"WarmStart was given {len(numbers)} numbers and answers of shapes {[tuple(t.shape) for t in state['answers']]}. "
+                "Likely cause: a damaged or edited state. Load what state_dict gave."
+            )
         first = max(0, len(numbers) - self.capacity) if self.capacity else 0
         with self._lock, torch.inference_mode(False):
             self._tables = [table[first:].to(device=self.device, copy=True) for table in state["answers"]]
@@ -137,13 +146,19 @@ class WarmStart(Unread):
         return row
 
     def _grow(self, leaves: list[Tensor], needed: int) -> None:
-        """Room for so many rows; half of it may be spare."""
-        if self._tables and len(self._tables[0]) >= needed:
+        """Room for so many rows, of which half may be spare, in dtypes that lose nothing."""
+        dtypes = [leaf.dtype for leaf in leaves]
+        if self._tables:
+            dtypes = [torch.promote_types(table.dtype, dtype) for table, dtype in zip(self._tables, dtypes)]
+        room = len(self._tables[0]) if self._tables else 0
+        if room >= needed and dtypes == [table.dtype for table in self._tables]:
             return
-        size = max(needed, 2 * len(self._tables[0]) if self._tables else 0)
+        size = room if room >= needed else max(needed, 2 * room)
         size = size if self.capacity is None else min(size, self.capacity)
         with torch.inference_mode(False):  # what was made in inference mode could not be written to outside of it
-            tables = [leaf.new_empty((size, *leaf.shape[1:]), device=self.device, requires_grad=False) for leaf in leaves]
+            shapes = [(size, *leaf.shape[1:]) for leaf in leaves]
+            devices = [self.device or leaf.device for leaf in leaves]
+            tables = [torch.empty(s, dtype=d, device=where) for s, d, where in zip(shapes, dtypes, devices)]
         for table, old in zip(tables, self._tables):
             table[: len(old)] = old
         self._tables = tables
@@ -161,7 +176,7 @@ class WarmStart(Unread):
 def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
     numbers = index.tolist() if isinstance(index, Tensor) else [_whole(number) for number in index]
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
-    if not isinstance(numbers, list) or sizes != {len(numbers)} or not all(isinstance(n, int) for n in numbers):
+    if not isinstance(numbers, list) or sizes != {len(numbers)} or not all(type(n) is int for n in numbers):
         shape = tuple(index.shape) if isinstance(index, Tensor) else len(numbers)
         raise ValueError(
             f"WarmStart needs one whole number a sample, got index {shape} for x of shapes {[tuple(t.shape) for t in leaves]}. "
@@ -172,10 +187,14 @@ def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
 
 def _whole(number: Any) -> int:
     """A number of Python, NumPy or PyTorch as an int: the same number, or an error."""
-    whole = int(number)
-    if whole != number:
+    try:
+        nested = hasattr(number, "ndim") and number.ndim > 0
+        whole = None if nested or isinstance(number, bool) else int(number)
+    except (TypeError, ValueError, OverflowError):  # a list, NaN, infinity
+        whole = None
+    if whole is None or whole != number or not -(2**63) <= whole < 2**63:
         raise ValueError(
-            f"WarmStart needs whole numbers of samples, got {number}. Likely cause: an index that was scaled or averaged. Let "
-            "the data set return its index beside each sample."
+            f"WarmStart needs whole numbers of samples, got {number}. Likely cause: a mask, or an index that was scaled or "
+            "averaged. Let the data set return its index beside each sample."
         )
     return whole

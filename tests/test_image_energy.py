@@ -221,6 +221,34 @@ def test_bounds_that_make_no_sense_are_refused(options: dict[str, float]) -> Non
 
 
 @compiles
+@pytest.mark.parametrize(("options", "match"), [
+    ({"num_filters": 0}, "at least one channel"), ({"channels": 0}, "at least one channel"), ({"size": 1}, "odd and at least 3"),
+    ({"size": 4}, "odd and at least 3"),
+])  # fmt: skip
+def test_filters_that_cannot_be_are_refused(options: dict[str, int], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ImageEnergy(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"2 × 2 and more, got \(2, 1, 1, 1\)"):
+        BoundedFilters(Boundary.ZERO)(torch.ones(2, 1, 1, 1))
+    x = torch.rand(3, 1, 5, 6)
+    assert ImageEnergy(num_filters=2, size=4, boundary=Boundary.INSIDE)(x, x).shape == (3,)
+
+
+def test_what_would_be_broadcast_over_other_samples_is_told() -> None:
+    energy = ImageEnergy(num_filters=2, size=3)
+    x, y, mask = torch.rand(3, 3, 1, 3, 8)
+    for wrong in (y[:, 0], y[0]):
+        for solve in (energy, lambda x, *z: minimize(energy, None, *z)):
+            with pytest.raises(ValueError, match=r"images \(B, C, H, W\), got y"):
+                solve(x, wrong)
+    for wrong in (mask[:, 0], mask[0, 0], mask[:, 0, 0, 0][:2], mask[:2]):
+        with pytest.raises(ValueError, match=r"one a pixel like y \(3, 1, 3, 8\), got"):
+            minimize(energy, None, y, wrong)
+    same = torch.full((3,), 0.5)
+    for right in (0.5, torch.tensor(0.5), same, same[:1], same[:, None, None, None], torch.full((3, 1, 3, 8), 0.5)):
+        torch.testing.assert_close(energy(x, y, right), energy(x, y, 0.5))
+
+
 def test_compiled_solve_as_eager() -> None:
     energy = image_energy(Boundary.INSIDE)  # the smallest program: the C++ compiler takes minutes on a busy machine
     y = torch.randn(2, 1, 6, 6, dtype=DOUBLE)

@@ -4,7 +4,9 @@ import copy
 import io
 import pickle
 import threading
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -169,6 +171,39 @@ def test_answers_stored_in_inference_mode_are_written_over_in_training() -> None
         with torch.inference_mode():
             each.store([0], solution(3 * torch.ones(1, 3)))
         assert each.start([0], torch.zeros(1, 3)).tolist() == [[3.0, 3.0, 3.0]]
+
+
+def test_of_several_precisions_the_finest_is_kept() -> None:
+    cache = WarmStart()
+    cache.store([0, 1], solution(torch.full((2, 1), 1e6)))
+    cache.store([2], solution(torch.ones(1, 1, dtype=torch.float16)))  # makes the table grow
+    cache.store([1], solution(torch.full((1, 1), 1 / 3, dtype=torch.float64)))  # and this one not
+    expected = torch.tensor([[1e6], [1 / 3], [1.0]], dtype=torch.float64)
+    assert torch.equal(cache.start([0, 1, 2], torch.zeros(3, 1, dtype=torch.float64)), expected)
+
+
+def test_a_state_that_does_not_fit_together_is_refused() -> None:
+    cache = WarmStart()
+    cache.store([4, 5], solution(torch.ones(2, 1)))
+    state = cache.state_dict()
+    state["numbers"] = torch.tensor([4, 5, 6])
+    with pytest.raises(ValueError, match=r"3 numbers and answers of shapes \[\(2, 1\)\]"):
+        WarmStart().load_state_dict(state)
+
+
+@pytest.mark.parametrize("index", [[True, False], torch.tensor([True, False]), [[3], [1]], numpy.array([[3], [1]]), [None, 1],
+                                   [float("inf"), 1], [2**70, 1]], ids=repr)  # fmt: skip
+def test_what_is_no_number_of_a_sample_is_refused(index: Any) -> None:
+    with pytest.raises(ValueError, match="whole number"):
+        WarmStart().store(index, solution(torch.ones(2, 1)))
+    with pytest.raises(ValueError, match="whole number"):
+        WarmStart().start(index, torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2.5, float("nan")])
+def test_a_capacity_that_is_none_is_refused(capacity: Any) -> None:
+    with pytest.raises(ValueError, match=f"whole capacity ≥ 1 or None, got {capacity}"):
+        WarmStart(capacity)
 
 
 def test_a_number_that_is_not_whole_is_refused() -> None:

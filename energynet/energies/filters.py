@@ -104,6 +104,9 @@ class BoundedFilters(nn.Module):
 
     Args:
         boundary: what a filter sees beyond the border.
+
+    Raises:
+        ValueError: by a call, if filters have a single pixel.
     """
 
     def __init__(self, boundary: Boundary) -> None:
@@ -111,6 +114,8 @@ class BoundedFilters(nn.Module):
         self.boundary = boundary
 
     def forward(self, weight: Tensor) -> Tensor:  # (F, C, k, k)
+        if weight.shape[-1] < 2:
+            raise ValueError(f"BoundedFilters needs filters of 2 × 2 and more, got {tuple(weight.shape)}: they have zero mean.")
         weight = weight - weight.mean((-2, -1), keepdim=True)
         repeats = self.boundary.repeats(weight.shape[-1] // 2)
         return weight / (repeats * largest_response(weight)).sqrt()

@@ -45,7 +45,7 @@ class ImageEnergy(Energy):
             ``REFLECT`` a pixel may be seen four times, which the bound allows for: λ stays below about S/2 in effect.
 
     Raises:
-        ValueError: if strength, scale or concavity is out of range.
+        ValueError: if a number is out of range; by a call, if y or p is not of the shape that is needed.
 
     Source: Goujon et al. (2023), A neural-network-based convex regularizer; Goujon et al. (2024), Learning weakly convex
         regularizers: the form, with potentials in closed form in place of splines.
@@ -63,6 +63,13 @@ class ImageEnergy(Energy):
         boundary: Boundary = Boundary.REFLECT,
     ) -> None:
         super().__init__()
+        if min(channels, num_filters) < 1:
+            raise ValueError(f"ImageEnergy needs at least one channel and one filter, got {channels} and {num_filters}.")
+        if size < 2 or (size % 2 == 0 and boundary is not Boundary.INSIDE):
+            raise ValueError(
+                f"size must be odd and at least 3, or any from 2 with Boundary.INSIDE, got {size} and {boundary}: a filter has "
+                "zero mean, and one of a single pixel is zero."
+            )
         if not (0 < strength < math.inf and 0 < scale < math.inf):
             raise ValueError(f"strength and scale must be positive and finite, got {strength} and {scale}.")
         if not 0 <= concavity < min(1, strength):
@@ -94,11 +101,10 @@ class ImageEnergy(Energy):
             precision: p, the weight of the data, relative to the noise that was learned for, (σ₀/σ)²: a float, one value
                 a sample ``(B,)``, or one a pixel, like y.
         """
+        precision = _checked(y, precision)
         scale = self.log_scale.exp()
         filters = self.weight / scale[:, None, None, None]
         factor = self.strength * torch.sigmoid(self.raw_strength) * scale.square()
-        if isinstance(precision, Tensor) and precision.ndim == 1:
-            precision = precision[:, None, None, None]
         if self.raw_mixing is None:
             return y, precision, filters, factor, None
         return y, precision, filters, factor, self.concavity / self.strength * torch.sigmoid(self.raw_mixing)
@@ -110,6 +116,23 @@ class ImageEnergy(Energy):
         if mixing is not None:
             potential = potential - _bend(mixing[:, None] * u) / mixing[:, None]
         return 0.5 * (precision * (x - y).square()).sum((1, 2, 3)) + potential.sum(-1) @ factor
+
+
+def _checked(y: Tensor, precision: Tensor | float) -> Tensor | float:
+    """The precision in a shape that multiplies images: others would be broadcast, and mix the samples."""
+    if y.ndim != 4:
+        raise ValueError(f"ImageEnergy needs images (B, C, H, W), got y {tuple(y.shape)}. Grey ones have C = 1: y.unsqueeze(1).")
+    if not isinstance(precision, Tensor) or precision.ndim == 0:
+        return precision
+    shape = tuple(precision.shape)
+    if precision.ndim == 1 and len(precision) in (1, len(y)):
+        return precision[:, None, None, None]
+    if precision.ndim != 4 or any(n not in (1, m) for n, m in zip(shape, y.shape)):
+        raise ValueError(
+            f"precision must be a number, one value a sample (B,), or one a pixel like y {tuple(y.shape)}, got {shape}. "
+            "A mask of grey images has C = 1: precision.unsqueeze(1)."
+        )
+    return precision
 
 
 def _bend(u: Tensor) -> Tensor:
