@@ -24,7 +24,7 @@ from benchmarks.w2_batch import Batch
 from benchmarks.w3_labels import Labels, LabelsApart
 from benchmarks.w4_images import Images
 from benchmarks.work import Task, prepare
-from benchmarks.workload import FixedStepWorkload
+from benchmarks.workload import FixedStepWorkload, Workload
 
 TOY = Options(repeats=1, quick=True, skip_peers=True)
 SKIPPED = {
@@ -55,6 +55,47 @@ def test_everybody_is_right_and_timed(each: FixedStepWorkload, tmp_path: Path) -
     report.table(each, rows)
     report.write(tmp_path / "found.json", each, rows, TOY)
     assert len(json.loads((tmp_path / "found.json").read_text())[each.name]["rows"]) == len(rows)
+
+
+class Toy(Workload):
+    name, title = "toy", "two rows"
+
+    def __init__(self, stops: bool = False) -> None:
+        self.stops = stops
+
+    def run(self, options: Options, watch: Watcher) -> list[Row]:
+        rows = [Row("toy", "forward", "one", seconds=1.0), Row("toy", "forward", "another", seconds=2.0)]
+        watch.seen(rows[:1])
+        if self.stops:
+            raise KeyboardInterrupt
+        watch.seen(rows)
+        return rows
+
+
+def test_an_earlier_table_stays_until_another_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # else the command makes one of its own
+    from benchmarks import __main__ as command
+
+    def run(stops: bool, *arguments: str) -> list[str]:
+        monkeypatch.setattr(command, "WORKLOADS", [Toy(stops)])
+        monkeypatch.setattr(command, "missing_peers", lambda: ["torchdeq"])
+        monkeypatch.setattr("sys.argv", ["benchmarks", "--only", "toy", *arguments])
+        command.main()
+        return [row["contender"] for row in json.loads((tmp_path / "found.json").read_text())["toy"]["rows"]]
+
+    output = "--output", str(tmp_path / "found.json")
+    assert run(False, *output) == ["one", "another"]
+    assert "not among the peers: torchdeq" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="130"):
+        run(True, *output)
+    assert "toy was interrupted" in (shown := capsys.readouterr().out) and "found.unfinished.json" in shown and "1 s" in shown
+    kept = [len(json.loads(path.read_text())["toy"]["rows"]) for path in sorted(tmp_path.glob("found*.json"))]
+    assert kept == [2, 1]
+    assert run(False, *output) == ["one", "another"] and not list(tmp_path.glob("*.unfinished.json"))
+    monkeypatch.chdir(tmp_path)
+    run(False)  # a peer is missing: not in the place of the table of all
+    assert (tmp_path / "results" / "benchmarks.json").exists()
 
 
 @pytest.mark.parametrize("each", [Single(), Batch(), Labels(), LabelsApart(), Images()], ids=lambda w: w.name)

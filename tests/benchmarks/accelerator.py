@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # float32 prop
 import torch
 from rich.console import Console
 
-from . import report
+from . import command, report
 from .contenders.handwritten import HandWritten
 from .contenders.ours import OursCompiled, OursEager
 from .contenders.plain import Plain
@@ -144,30 +144,31 @@ def main() -> None:
     for workload in (*map(InFloat32, FIXED), Largest(arguments.gib)):
         if workload.name not in arguments.only:
             continue
-        rows = workload.run(options, Printed(arguments.output, workload, options))
+        record = report.Record(None if options.quick else arguments.output, workload, options)
+        rows = workload.run(options, Printed(record))
         console.print(report.table(workload, rows))
+        record.complete(rows)
 
 
 class Printed(Watcher):
-    """A line for each step of the work but the rounds; what has been seen is in the file at once, should time run out."""
+    """A line for each step of the work but the rounds; what has been seen is in a file at once, should time run out."""
 
-    def __init__(self, output: Path, workload: Workload, options: Options) -> None:
-        self.output, self.workload, self.options = output, workload, options
+    def __init__(self, record: report.Record) -> None:
+        self.record = record
 
     def doing(self, what: str) -> None:
         if "round" not in what:
             print(what, file=sys.stderr, flush=True)
 
     def seen(self, rows: Sequence[Row]) -> None:
-        if not self.options.quick:
-            report.write(self.output, self.workload, rows, self.options)
+        self.record.seen(rows)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.accelerator", description="W1 to W4 on a GPU.")
+    parser = command.parser("accelerator", "W1 to W4 on a GPU.")
     names = [*(w.name for w in FIXED), Largest.name]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="W", help=f"of {', '.join(names)}")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds in which all are called in turn (default 7)")
+    parser.add_argument("--repeats", type=command.positive, default=7, help="rounds in which all are called in turn (default 7)")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a contender may use up in one race (default 20)")
     parser.add_argument("--gib", type=float, default=100.0, help="memory that the largest image may take (default 100)")
     parser.add_argument("--quick", action="store_true", help="toy sizes: does everything run? Writes no file")

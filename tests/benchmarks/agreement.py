@@ -42,6 +42,8 @@ from energynet import (
 )
 from energynet.constraints import Box
 
+from . import command
+
 MAPS: list[Solver] = [Picard(), Anderson(), Broyden(), Nesterov()]
 DESCENT: list[Solver] = [GradientDescent(), GradientDescent(BarzilaiBorwein()), LBFGS(), Newton(), NewtonCG()]
 LINEAR: list[Solver] = [Picard(), Anderson(), Broyden(), GMRES(), BiCGSTAB(), Dense()]
@@ -136,10 +138,11 @@ def refused(problem: Problem, solver: Solver, adjoint: Adjoint) -> None:
 
 
 def main() -> None:
+    every = {problem.name.split()[0].rstrip(","): problem for problem in problems()}
+    parser = command.parser("agreement", __doc__)
+    parser.add_argument("names", nargs="*", choices=[*every], metavar="name", help=f"of {', '.join(every)}; all by default")
     bad = 0
-    for problem in problems():
-        if sys.argv[1:] and problem.name.split()[0].rstrip(",") not in sys.argv[1:]:
-            continue
+    for problem in (every[name] for name in parser.parse_args().names or every):
         kinds = adjoints(problem)
         exact = derivatives(lambda z, p=problem: torch.stack([p.exact(row) for row in z]), problem.context, 2)  # type: ignore[misc]
         print(f"{problem.name}: rows forward, columns adjoint; largest relative error of value, first and second derivatives")

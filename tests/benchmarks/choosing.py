@@ -5,7 +5,6 @@ tolerance. They are counts and errors in float64, but for rounding the same on e
 the two drivers.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -48,6 +47,8 @@ from energynet import (
 )
 from energynet._autodiff import wrappers
 from energynet.derivative import Adjoint
+
+from . import command
 
 N = 50
 LIMIT = 20_000
@@ -278,7 +279,7 @@ def training_step(driver: Driver, size: Size) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser("choosing", __doc__)
     parser.add_argument("--json", type=Path, help="where to write the tables")
     parser.add_argument("--driver", action="store_true", help="also time the drivers")
     arguments = parser.parse_args()

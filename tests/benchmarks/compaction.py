@@ -4,7 +4,6 @@ Batches of which a part needs thirty times the steps of the others, solved by th
 float32, after a check that both give the same.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from energynet import Picard, Solution, Termination, minimize
 
+from . import command
 from .hoisting import seconds
 
 NEVER = 10**9
@@ -40,9 +40,9 @@ def together(task: Callable[[], Solution]) -> Solution:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser = command.parser("compaction", __doc__)
+    parser.add_argument("--repeats", type=command.positive, default=5)
+    parser.add_argument("--sizes", type=command.positive, nargs="+", default=[1024, 4096, 16384])
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, medians of {options.repeats}")
     for size in options.sizes:

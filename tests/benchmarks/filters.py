@@ -4,7 +4,6 @@ For each way the time of an energy, the sum of √(1 + u²) − 1 over all respo
 product with its Hessian, as in an adjoint solve. Medians over repeats in float32, after a check against float64.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -15,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from energynet.energies import filter_bank
+
+from . import command
 
 Bank = Callable[[Tensor, Tensor], Tensor]  # (B, C, H, W), (F, C, k, k) -> (B, F, H − k + 1, W − k + 1)
 
@@ -143,9 +144,9 @@ def medians(tasks: dict[str, list[Callable[[], Tensor]]], repeats: int, clock: C
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command.parser("filters", __doc__)
+    parser.add_argument("--repeats", type=command.positive, default=15)
+    parser.add_argument("--threads", type=command.positive, default=1)
     parser.add_argument("--filters", type=int, default=32)
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time, on a busy machine")

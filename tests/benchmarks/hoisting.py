@@ -5,7 +5,6 @@ and with the same work done anew in every evaluation: first a fixed number of gr
 tolerances with its gradient; the last way is compiled as well. Medians in float32, after a check that all give the same.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 from energynet import Compiled, Driver, Eager, Picard, Termination, minimize
 from energynet.energies import StructuredEnergy
+
+from . import command
 
 
 class Concatenated(nn.Module):
@@ -55,10 +56,10 @@ def seconds(tasks: list[Callable[[], object]], repeats: int, clock: Callable[[],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command.parser("hoisting", __doc__)
+    parser.add_argument("--repeats", type=command.positive, default=5)
+    parser.add_argument("--steps", type=command.positive, default=150)
+    parser.add_argument("--threads", type=command.positive, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time, on a busy machine")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -4,13 +4,14 @@ Runs ``tests/test_oracles.py`` and prints, for each test, the largest relative e
 derivatives beside the one that the test allows.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from . import command
 
 FILE = Path(__file__).parents[1] / "test_oracles.py"
 
@@ -34,7 +35,7 @@ class Recorder:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser("oracles", __doc__)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     recorder = Recorder()

@@ -89,6 +89,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+class Record:
+    """The file of a run: what has been seen lies beside it at once, and takes the place of an earlier run when it is complete."""
+
+    def __init__(self, path: Path | None, workload: Workload, options: Options) -> None:
+        self.path, self.workload, self.options = path, workload, options
+        self.unfinished = path and path.with_suffix(".unfinished.json")
+
+    def seen(self, rows: Sequence[Row]) -> None:
+        if self.unfinished and rows:
+            write(self.unfinished, self.workload, rows, self.options)
+
+    def complete(self, rows: Sequence[Row]) -> None:
+        if self.path and self.unfinished:
+            write(self.path, self.workload, rows, self.options)
+            self.unfinished.unlink(missing_ok=True)
+
+
 def write(path: Path, workload: Workload, rows: Sequence[Row], options: Options) -> None:
     """Put a workload into the file, in the place of an earlier run of it; each says when and where it was run."""
     content = json.loads(path.read_text()) if path.exists() else {}

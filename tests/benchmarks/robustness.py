@@ -1,11 +1,10 @@
 """Every minimiser on the classic test functions, beside SciPy's BFGS: ``python -m tests.benchmarks.robustness``.
 
-Solved: the energy of the answer is a known least value. Gradient: d x* / d t for E(x) + t bᵀx agrees with finite differences
-of polished answers, or, where the Hessian is singular, is refused. Steps: evaluations of the energy and its gradient, of
+Solved: the energy of the answer is a known least value. Gradient: d x* / d t for E(x) + t bᵀx agrees with a dense solve with
+the Hessian at the answer, or, where the Hessian is singular, is refused. Steps: evaluations of the energy and its gradient, of
 `NewtonCG` and `Newton` outer steps.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -21,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from problems import CLASSICS, Classic
 
 from energynet import Solver, Termination, minimize, solvers
+
+from . import command
 
 TERMINATION = Termination(atol=1e-9, rtol=1e-9, max_steps=20_000)
 
@@ -81,7 +82,7 @@ def gradient_verdict(problem: Classic, x: Tensor, b: Tensor, value: Tensor, t: T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser("robustness", __doc__)
     parser.add_argument("--only", help="names of solvers, comma-separated")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -92,6 +93,9 @@ def main() -> None:
     if hasattr(solvers, "BarzilaiBorwein"):
         kinds["GradientDescent(BB)"] = solvers.GradientDescent(solvers.BarzilaiBorwein())
     if arguments.only:
+        unknown = set(arguments.only.split(",")) - set(kinds)
+        if unknown:
+            parser.error(f"--only knows {', '.join(kinds)}, not {', '.join(sorted(unknown))}")
         kinds = {name: kinds[name] for name in arguments.only.split(",")}
     rows = {}
     for problem in CLASSICS:

@@ -49,6 +49,12 @@ def contenders(options: Options) -> list[Contender]:
     return own if options.skip_peers else [*own, *installed_peers()]
 
 
+PEERS = {"torchdeq": TorchDEQ, "torchopt": TorchOpt, "xitorch": XiTorch, "jaxopt": JaxOpt, "optimistix": Optimistix}
+
+
 def installed_peers() -> list[Contender]:
-    peers = {"torchdeq": TorchDEQ, "torchopt": TorchOpt, "xitorch": XiTorch, "jaxopt": JaxOpt, "optimistix": Optimistix}
-    return [peer() for module, peer in peers.items() if importlib.util.find_spec(module)]
+    return [peer() for module, peer in PEERS.items() if importlib.util.find_spec(module)]
+
+
+def missing_peers() -> list[str]:
+    return [module for module in PEERS if not importlib.util.find_spec(module)]
