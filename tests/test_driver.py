@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import energynet._while
 from energynet import (
     FPI_GD,
     LBFGS,
@@ -533,15 +534,18 @@ def test_one_problem_without_a_batch_dimension() -> None:
 
 
 @pytest.mark.parametrize("every", [2, 7, 1000])
-def test_looking_less_often_changes_no_answer(every: int) -> None:
+def test_looking_less_often_changes_no_answer(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     energy, z = LogCosh(), some_context(3, requires_grad=True)
-    found = []
+    found, looks, says_no = [], [], energynet._while._says_no
+    monkeypatch.setattr(energynet._while, "_says_no", lambda condition: looks[-1].append(1) or says_no(condition))
     for driver in (Eager(check_every=1), Eager(check_every=every)):
+        looks.append([])
         layer = FPI_GD(energy, energy.step_size, start=energy.start, termination=TIGHT, driver=driver)
         solution = layer.solve(z)
         found.append([solution.value, solution.num_steps, torch.autograd.grad(solution.value.square().sum(), z)[0]])
     for expected, got in zip(*found, strict=True):
         assert torch.equal(expected, got)
+    assert len(looks[1]) < 0.7 * len(looks[0])
     with pytest.raises(ValueError, match="check_every ≥ 1 or None, got 0"):
         Eager(check_every=0)
 

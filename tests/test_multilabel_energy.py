@@ -116,6 +116,15 @@ def test_structured_energy_is_what_its_docstring_says() -> None:
     torch.testing.assert_close(energy(u, z), hidden.square().mean(1) + 0.15 * u.square().sum(1))
 
 
+def test_the_features_are_read_once_a_solve() -> None:
+    energy, z = structured(), torch.randn(B, 6, dtype=torch.float64)
+    read, evaluated = [], []
+    energy.features.register_forward_hook(lambda *_: read.append(1))
+    energy.labels.register_forward_hook(lambda *_: evaluated.append(1))
+    minimize(energy, None, z)
+    assert len(read) == 1 < len(evaluated)
+
+
 def test_what_is_computed_once_changes_no_derivative_of_the_structured_energy() -> None:
     energy = structured()
     z = torch.randn(B, 6, dtype=torch.float64, requires_grad=True)
