@@ -84,7 +84,8 @@ def test_as_in_two_smaller_batches(solver: Solver, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_map_and_gmres_and_samples_that_depend_on_one_another() -> None:
-    z, rate = torch.linspace(0, 2, 2 * SIZE, dtype=torch.float64).reshape(SIZE, 2), torch.where(torch.arange(SIZE) % 10 == 0, 0.98, 0.5).double().unsqueeze(1)
+    z = torch.linspace(0, 2, 2 * SIZE, dtype=torch.float64).reshape(SIZE, 2)
+    rate = torch.where(torch.arange(SIZE) % 10 == 0, 0.98, 0.5).double().unsqueeze(1)
     options: dict[str, Any] = {"adjoint": ImplicitAdjoint(GMRES()), "termination": Termination(rtol=1e-10, max_steps=3000)}
     for centred in (False, True):
         z = z.detach().requires_grad_()
