@@ -86,6 +86,15 @@ def test_so_does_one_of_any_strides(given: Callable[[int], Tensor]) -> None:
     assert driver.compilations == 2
 
 
+def test_a_captured_part_of_a_tensor_is_known_by_its_memory() -> None:
+    scale, driver = torch.full((1,), 2.0).expand(3), Compiled(strict=True)
+    for expected in (2.0, 3.0):
+        scale[0] = expected
+        found = minimize(lambda x: 0.5 * (x - scale).square().sum(-1), torch.zeros(2, 3), driver=driver).value
+        torch.testing.assert_close(found, torch.full((2, 3), expected))
+    assert driver.compilations == 1
+
+
 class Model(nn.Module):
     """Owns the layer that solves its energy, and what is kept of the solves."""
 
@@ -117,10 +126,13 @@ def test_what_a_model_holds_beside_its_energy_compiles_nothing_anew() -> None:
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(3, 3)
+        self.layer, self.seen = nn.Linear(3, 3), 1.0
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return energy(x, self.layer(z))
+        return energy(x, self.seen * self.layer(z))
+
+
+seen: list[int] = []
 
 
 def test_an_attribute_by_the_name_of_a_global_is_not_that_global() -> None:
@@ -128,6 +140,7 @@ def test_an_attribute_by_the_name_of_a_global_is_not_that_global() -> None:
     layer, before = FPI_GD(Named(), 0.4, start=torch.zeros_like, driver=Compiled(strict=True)), layer  # type: ignore[assignment]
     for _ in range(3):
         layer(torch.ones(4, 3))
+        seen.append(1)
         assert layer.driver.compilations == 1  # type: ignore[union-attr]
     layer = before
 
