@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from energynet._fold import folded
+from energynet._gemm import by_onednn, mkl_is_slow
 from energynet._pointers import with_pointers
 from energynet._replay import with_replays
 
@@ -40,7 +41,8 @@ def rewriting(parts: int) -> Iterator[None]:
     original = GraphLowering._compile_to_module_lines
 
     def compile_lines(self: Any, wrapper_code: Any) -> Any:
-        wrapper_code.value = in_parts(in_place(folded(with_replays(wrapper_code.value))), parts)
+        source = in_place(folded(with_replays(wrapper_code.value)))
+        wrapper_code.value = in_parts(by_onednn(source) if mkl_is_slow() else source, parts)
         return original(self, wrapper_code)
 
     with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines), _without_remarks():

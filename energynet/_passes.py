@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from energynet._gemm import mkl_is_slow
+
 
 def passes(parts: int) -> dict[str, Any]:
     """Options that give Inductor our pass over its graphs, which also keeps apart what it has cached, so rewritten, on disk."""
@@ -16,7 +18,8 @@ def passes(parts: int) -> dict[str, Any]:
             dear_once(graph)
 
         def uuid(self) -> str:
-            return f"energynet: loops in place or recorded, sums apart and folded, dear once, {parts} parts, 10"
+            gemm = "oneDNN" if mkl_is_slow() else "MKL"
+            return f"energynet: loops in place or recorded, sums apart and folded, dear once, by {gemm}, {parts} parts, 12"
 
     return {"post_grad_custom_pre_pass": SumsApart()}
 

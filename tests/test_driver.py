@@ -27,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import energynet._cpp
+import energynet._passes
 import energynet._while
 from energynet import (
     FPI_GD,
@@ -54,6 +56,7 @@ from energynet import (
 from energynet._autodiff import columns, gradient_of_sum, linearise, recording_program
 from energynet._cpp import in_place, rewriting
 from energynet._fold import folded
+from energynet._gemm import by_onednn
 from energynet._passes import dear_once
 from energynet._pointers import with_pointers
 from energynet._products import products
@@ -856,6 +859,31 @@ def test_a_product_with_a_fixed_matrix_has_a_whole_number_of_lanes() -> None:
     assert [columns(n) for n in (31, 32, 33, 40, 41, 159)] == [31, 32, 33, 40, 48, 160]
     assert columns(159, torch.float64) == 159
     assert "aten.constant_pad_nd.default" not in body_of(lambda x: (x @ torch.ones(4, 159))[:, :4])
+
+
+@compiles
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_large_products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[str] = []
+    for module in (energynet._cpp, energynet._passes):
+        monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(energynet._cpp, "by_onednn", lambda source: sources.append(by_onednn(source)) or sources[-1])
+    torch.manual_seed(0)
+    W = torch.randn(300, 400) / 20
+    whole, part = W[:, :99].contiguous(), W[:, 5:104]
+
+    def energy(x: Tensor, V: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(x @ V.T).square().mean(-1) + 0.5 * (x - 1).square().sum(-1)
+
+    def solved(driver: Driver, V: Tensor) -> list[Tensor]:
+        V = V.detach().requires_grad_()
+        x = minimize(energy, torch.zeros(80, 99), V, step_size=0.5, solver=Picard(), driver=driver).value
+        return [x.detach(), torch.autograd.grad(x.square().sum(), V)[0]]
+
+    for V in (whole, part):
+        torch.testing.assert_close(solved(Compiled(strict=True), V), solved(Eager(), V), rtol=1e-3, atol=2e-4)
+    assert all("energynet_mm_out(while_loop_body" in source for source in sources)
+    assert by_onednn("aoti_torch_cpu_mm_out(") == "aoti_torch_cpu_mm_out("  # of another form than expected
 
 
 @compiles

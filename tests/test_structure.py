@@ -18,6 +18,7 @@ ORDER = [
     "_tree",
     "_autodiff",
     "_fold",
+    "_gemm",
     "_pointers",
     "_replay",
     "_cpp",
