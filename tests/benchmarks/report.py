@@ -59,7 +59,8 @@ def duration(seconds: float) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers were taken on."""
-    settings = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
+    names = "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    settings = {name: os.environ[name] for name in names if name in os.environ}
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
