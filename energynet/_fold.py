@@ -41,6 +41,11 @@ def folded(source: str) -> str:
         >>> folded("int main() { return 0; }")
         'int main() { return 0; }'
     """
-    if _SLOW not in source or _PREFIX not in source:
+    return calling(source, _SLOW, _FAST, _PREFIX, _FOLD)
+
+
+def calling(source: str, slow: str, fast: str, prefix: str, definition: str) -> str:
+    """The same program that calls one function in place of another; it is defined after the prefix, without which all stays."""
+    if slow not in source or prefix not in source:
         return source
-    return source.replace(_SLOW, _FAST).replace(_PREFIX, _PREFIX + _FOLD, 1)
+    return source.replace(slow, fast).replace(prefix, prefix + definition, 1)

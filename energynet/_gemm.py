@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from energynet._fold import calling
+
 _SLOW = "aoti_torch_cpu_mm_out("
 _FAST = "energynet_mm_out("
 _PREFIX = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>"
@@ -45,9 +47,7 @@ def by_onednn(source: str) -> str:
         >>> by_onednn("int main() { return 0; }")
         'int main() { return 0; }'
     """
-    if _SLOW not in source or _PREFIX not in source:
-        return source
-    return source.replace(_SLOW, _FAST).replace(_PREFIX, _PREFIX + _PRODUCT, 1)
+    return calling(source, _SLOW, _FAST, _PREFIX, _PRODUCT)
 
 
 @functools.cache

@@ -62,8 +62,7 @@ class Compiled(Driver):
         self._counter = itertools.count()
         self._marks: Recent[int] = Recent(capacity)  # fingerprint -> a number
         self._met: Recent[list[Tensor]] = Recent(capacity)  # of that number
-        self._bound: Recent[tuple[Fingerprint, Binding]] = Recent(capacity)  # step -> its binding, while it is unchanged
-        self._changes: Recent[int] = Recent(capacity)  # step -> how often it was bound anew
+        self._bound: Recent[tuple[Fingerprint, Binding, int]] = Recent(capacity)  # step -> its binding, and how many came before
         self._examined: Recent[Any] = Recent(16 * capacity)
         self._families: Recent[list[Program]] = Recent(capacity)  # function -> its programs, but for the sizes of batches
         self._exact: Recent[tuple[Program | None]] = Recent(16 * capacity)  # function and shapes -> program, if it has one
@@ -80,24 +79,15 @@ class Compiled(Driver):
             resolved = {id(t) for t in binding.tensors}.difference(map(id, seen.inputs))  # such as parametrised weights
             if resolved:
                 seen = Fingerprint(_parts(binding.step), binding.tensors)
+            changes = known[2] if known else 0
             if known and seen.key not in self._marks:
-                self._count_change(where, step)
+                changes += 1
+                if changes == MANY:
+                    _tell_of_changes(step)
             binding = dataclasses.replace(binding, mark=self._mark(seen))
             if not resolved and (where in self._bound or forget_with((v for _, v in named), self._bound, where)):
-                self._bound.put(where, (seen, binding))
+                self._bound.put(where, (seen, binding, changes))
             return binding
-
-    def _count_change(self, where: Hashable, step: Step) -> None:
-        changes = (self._changes.get(where) or 0) + 1
-        self._changes.put(where, changes)
-        if changes == MANY:
-            what = _parts(step)[2]
-            warnings.warn(
-                f"Something that {getattr(what, '__qualname__', type(what).__qualname__)} may read has changed {changes} times, "
-                "and each time it is compiled anew. Likely causes: a counter, a cache or a growing list among the attributes, a "
-                "number that is scheduled. Keep it elsewhere, or as a 0-d tensor in a buffer, whose values may change.",
-                stacklevel=2,
-            )
 
     def _mark(self, seen: Fingerprint) -> int:
         mark = self._marks.get(seen.key)
@@ -218,6 +208,16 @@ def _observed(tensors: Sequence[Tensor]) -> bool:
 
 
 MANY = 8  # changes of what one energy reads, after which somebody should know
+
+
+def _tell_of_changes(step: Step) -> None:
+    what = _parts(step)[2]
+    warnings.warn(
+        f"Something that {getattr(what, '__qualname__', type(what).__qualname__)} may read has changed {MANY} times, and each "
+        "time it is compiled anew. Likely causes: a counter, a cache or a growing list among the attributes, a number that is "
+        "scheduled. Keep it elsewhere, or as a 0-d tensor in a buffer, whose values may change.",
+        stacklevel=3,
+    )
 
 
 def _options(device: torch.device, parts: int) -> dict[str, Any]:
