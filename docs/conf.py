@@ -63,5 +63,5 @@ napoleon_custom_sections = ["Source"]
 autodoc_inherit_docstrings = False  # an override without a docstring is that of PyTorch or of the base class: not shown
 nitpick_ignore_regex = [
     (r"any", r"torch\..*|Energy\.forward"),  # no inventory of PyTorch is fetched; forward has no docstring of its own
-    (r"py:class", r"(torch\..*|∇E|a minimisation)"),  # a property's "∇E of a minimisation: ..." is read as a type
+    (r"py:class", r"(torch\..*|∇E|a minimization)"),  # a property's "∇E of a minimization: ..." is read as a type
 ]

@@ -1,37 +1,33 @@
 """energynet: define an energy, get a differentiable solver."""
 
-from energynet import constraints, diagnostics, regularisers
-from energynet.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
-from energynet.black_box import implicit
-from energynet.compiled import CompilationError, Compiled
-from energynet.derivative import Adjoint, AdjointRecord, AdjointReport
-from energynet.driver import Driver, Eager
+import contextlib
+
+from energynet import constraints, diagnostics, regularizers
 from energynet.energy import Energy, gradient
+from energynet.engine.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
+from energynet.engine.driver import Driver, Eager
+from energynet.engine.purity import ImpureFunctionError, LostGradientError
+from energynet.engine.root_gradient import Adjoint, AdjointReport
+from energynet.implicit import implicit
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
-from energynet.probe import ImpureFunctionError, LostGradientError
-from energynet.problem import Problem
-from energynet.solution import ConvergenceError, ConvergenceWarning, Solution, Status, Trace
+from energynet.solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from energynet.solve import MultiStart, fixed_point, minimize
 from energynet.solvers import (
     LBFGS,
     Anderson,
     Backtracking,
-    BacktrackingStep,
     BarzilaiBorwein,
     Broyden,
-    FixedStep,
     GradientDescent,
-    LineSearch,
     Nesterov,
     Newton,
     NewtonCG,
     Picard,
     Solver,
-    StepRule,
     StrongWolfe,
 )
-from energynet.step import DampedStep, GradientStep, Kind, MapStep, OptimalityStep, Prox, ProximalStep, Step
+from energynet.step import DampedStep, GradientStep, MapStep, OptimalityStep, Prox, ProximalStep, Step
 from energynet.termination import Termination
 from energynet.warm_start import WarmStart
 
@@ -39,16 +35,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adjoint",
-    "AdjointRecord",
     "AdjointReport",
     "Anderson",
     "Backtracking",
-    "BacktrackingStep",
     "BarzilaiBorwein",
     "BiCGSTAB",
     "Broyden",
-    "CompilationError",
-    "Compiled",
     "ConjugateGradient",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -59,15 +51,12 @@ __all__ = [
     "Energy",
     "FPI_GD",
     "FPI_NN",
-    "FixedStep",
     "GMRES",
     "GradientDescent",
     "GradientStep",
     "ImplicitAdjoint",
     "ImpureFunctionError",
-    "Kind",
     "LBFGS",
-    "LineSearch",
     "LostGradientError",
     "MINRES",
     "MapStep",
@@ -79,17 +68,14 @@ __all__ = [
     "OneStepAdjoint",
     "OptimalityStep",
     "Picard",
-    "Problem",
     "Prox",
     "ProximalStep",
     "Solution",
     "Solver",
     "Status",
     "Step",
-    "StepRule",
     "StrongWolfe",
     "Termination",
-    "Trace",
     "UnrolledAdjoint",
     "WarmStart",
     "constraints",
@@ -98,5 +84,10 @@ __all__ = [
     "gradient",
     "implicit",
     "minimize",
-    "regularisers",
+    "regularizers",
 ]
+
+with contextlib.suppress(ModuleNotFoundError):  # everything else works without the compiler
+    from energynet.compiled import CompilationError, Compiled
+
+    __all__ += ["CompilationError", "Compiled"]

@@ -15,8 +15,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet._autodiff import readable
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import readable
 from energynet.solve import fixed_point
 from energynet.solvers import Nesterov
 from energynet.step import Prox, per_sample
@@ -192,7 +192,7 @@ class GroupL2(Prox):
 class Affine(Prox):
     """Linear equations, matrix · x = right, on the last dimension.
 
-    The matrix is factorised once a solve, Aᵀ = Q R, and the projection is x − Q Qᵀ x + Q R⁻ᵀ b.
+    The matrix is factorized once a solve, Aᵀ = Q R, and the projection is x − Q Qᵀ x + Q R⁻ᵀ b.
 
     Example:
         >>> import torch
@@ -240,7 +240,7 @@ class Affine(Prox):
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class TotalVariation(Prox):
-    """The term weight · Σ ‖differences of neighbours‖ over the last ``dims`` dimensions: piecewise constant answers.
+    """The term weight · Σ ‖differences of neighbors‖ over the last ``dims`` dimensions: piecewise constant answers.
 
     Its proximal map is itself a solve, of the dual problem by accelerated projected gradients, and differentiable to any
     order as every solve. Where that does not converge the result is NaN, so that the outer solve fails too.
@@ -252,7 +252,7 @@ class TotalVariation(Prox):
 
     Args:
         weight: a float, or a tensor that broadcasts to ``x`` without its last ``dims`` dimensions, as ``(B,)``.
-        dims: how many trailing dimensions have neighbours: 1 for signals ``(B, n)``, 2 for images ``(B, H, W)``.
+        dims: how many trailing dimensions have neighbors: 1 for signals ``(B, n)``, 2 for images ``(B, H, W)``.
         isotropic: whether differences in all directions are taken together, √(dx² + dy²), or apart, abs(dx) + abs(dy).
         termination: of the inner solve, in units of ‖x − mean(x)‖; default: ε^¾ of the dtype, in at most 20 000 steps.
 

@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet._autodiff import linearise, readable, recording
-from energynet._tree import Layout
-from energynet.adjoint import ImplicitAdjoint
-from energynet.binding import Binding
-from energynet.checks import check_start, examine
-from energynet.derivative import Adjoint, RootAdjoint
+from energynet._torch.autodiff import linearize, readable, recording
+from energynet._torch.tree import Layout
 from energynet.energy import Energy, EnergyLike
+from energynet.engine.adjoint import ImplicitAdjoint
+from energynet.engine.binding import Binding
+from energynet.engine.loop import loop
+from energynet.engine.root_gradient import Adjoint, RootAdjoint
+from energynet.engine.validation import check_start, examine
 from energynet.linear import ConjugateGradient
-from energynet.loop import loop
-from energynet.problem import Problem
 from energynet.solution import ConvergenceError, Solution, Status, describe, samples
 from energynet.solve import fixed_point
 from energynet.solvers import Picard, Solver
-from energynet.spectrum import arnoldi, normalised, ritz_values, some_direction
+from energynet.solvers.problem import Problem
+from energynet.solvers.spectrum import arnoldi, normalized, ritz_values, some_direction
 from energynet.step import GradientStep, Kind, Step, as_step, per_sample
 from energynet.termination import Termination, l2_norm
 
 StepLike = Step | Energy | Callable[..., Any]
-"""A step, an `Energy` (taken as its gradient step), or a map g(x, \\*inputs). Wrap another energy in `GradientStep`."""
+"""A step, an `Energy` (taken as its gradient step), or a map g(x, \\*context). Wrap another energy in `GradientStep`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class GradientError:
         return self.bound / torch.stack([g.norm() for g in self.gradient]).norm()
 
 
-def contraction_factor(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, products: int = 40) -> Tensor:
+def contraction_factor(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, products: int = 40) -> Tensor:
     """Spectral radius of ∂g/∂x: by what factor an iteration shrinks a small error in the long run; below 1 it converges.
 
     Example:
@@ -121,7 +121,7 @@ def contraction_factor(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1
     Args:
         step: g, or a `Step`; an energy as ``GradientStep(energy, step_size)``.
         x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
-        inputs: what the step takes besides x.
+        context: what the step takes besides x.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
         products: Jacobian products at most; exact from n on, below that a good estimate of the outermost eigenvalues.
 
@@ -133,7 +133,7 @@ def contraction_factor(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1
 
     Source: Lanczos (1950) for energies, Arnoldi (1951) for maps.
     """
-    at = Linearised.of(step, x, inputs, batch_dims)
+    at = Linearized.of(step, x, context, batch_dims)
     start = some_direction(torch.zeros_like(at.x))
     if at.step.symmetric:
         return (1 - at.gamma * ritz_values(at.product, start, products)).abs().amax(-1)
@@ -159,12 +159,12 @@ def curvature(energy: EnergyLike, x: Any, *context: Any, products: int = 40) -> 
 
     Source: Lanczos (1950).
     """
-    at = Linearised.of(GradientStep(energy), x, context, 1)
+    at = Linearized.of(GradientStep(energy), x, context, 1)
     values = ritz_values(at.product, some_direction(torch.zeros_like(at.x)), products)
     return Curvature(values.amin(-1), values.amax(-1))
 
 
-def solution_error(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, solver: Solver | None = None) -> Tensor:
+def solution_error(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, solver: Solver | None = None) -> Tensor:
     """A bound on ‖x − x*‖ without knowing x*: twice the Newton step e = A⁻¹F(x).
 
     It lies between 1 and 2.5 times the error where h = ‖A⁻¹‖ K ‖e‖ ≤ ½ for a Lipschitz constant K of A = ∂F/∂x near
@@ -181,7 +181,7 @@ def solution_error(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, so
     Args:
         step: an `Energy`, a map g, or a `Step`; any other energy as ``GradientStep(energy)``.
         x: the point to judge: ``(B, ...)``, a pytree of such, or a `Solution`.
-        inputs: what the step takes besides x.
+        context: what the step takes besides x.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
         solver: of the linear equation; default: conjugate gradients for energies, `Picard` for maps.
 
@@ -190,7 +190,7 @@ def solution_error(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, so
 
     Source: Deuflhard (2004), Newton methods for nonlinear problems, sections 2.1 and 2.2.
     """
-    at = Linearised.of(step, x, inputs, batch_dims)
+    at = Linearized.of(step, x, context, batch_dims)
     newton, failed = at.newton(at.x, solver)
     simplified, failed_again = at.newton(at.x - newton, solver)
     size = l2_norm(newton)
@@ -204,7 +204,7 @@ def gradient_error(
     loss: Callable[[Any], Tensor],
     step: StepLike,
     x: Any,
-    *inputs: Any,
+    *context: Any,
     wrt: Sequence[Tensor],
     adjoint: Adjoint | None = None,
     termination: Termination | None = None,
@@ -227,8 +227,8 @@ def gradient_error(
         loss: of the answer, a scalar.
         step: an `Energy`, a map g, or a `Step`; any other energy as ``GradientStep(energy)``.
         x: the point that was taken for the answer: ``(B, ...)``, a pytree of such, or a `Solution`.
-        inputs: what the step takes besides x.
-        wrt: tensors that require grad, of the inputs or the step's parameters.
+        context: what the step takes besides x.
+        wrt: tensors that require grad, of the context or the step's parameters.
         adjoint: whose gradients to judge; default `ImplicitAdjoint`.
         termination: of the forward solve, which an adjoint without its own takes; default `Termination`.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
@@ -246,13 +246,13 @@ def gradient_error(
         shapes = [tuple(t.shape) for t in wrt if not t.requires_grad]
         seen = f"those of shapes {shapes} do not require grad" if wrt else "none was given"
         raise ValueError(
-            f"wrt names the tensors whose gradient is judged, but {seen}: pass parameters, or inputs after requires_grad_()."
+            f"wrt names the tensors whose gradient is judged, but {seen}: pass parameters, or context after requires_grad_()."
         )
     if not isinstance(adjoint, RootAdjoint):
         raise TypeError(f"{adjoint!r} differentiates the iterations, not the solution: only their result x is known here.")
     if isinstance(adjoint, ImplicitAdjoint) and adjoint.termination is None:
         adjoint = dataclasses.replace(adjoint, termination=termination or Termination())
-    at = Linearised.of(step, x, inputs, batch_dims)
+    at = Linearized.of(step, x, context, batch_dims)
     # Up to a hundred times tighter than the default: as far as the dtype allows.
     eps = torch.finfo(at.x.dtype).eps
     tight = Termination(rtol=max(0.01 * eps**0.5, 1000 * eps), max_steps=10_000)
@@ -261,19 +261,19 @@ def gradient_error(
     if bool(failed.any()):
         raise ConvergenceError(f"No Newton step could be taken for {samples(failed)}: x is no strict minimum of the energy, or "
                                "no attracting fixed point of the map. Solve more tightly first.")  # fmt: skip
-    given, solved = (_gradient(loss, at, at.x, inputs, wrt, a) for a in (adjoint, exact))
-    corrected = _gradient(loss, at, at.x - newton, inputs, wrt, exact)
+    given, solved = (_gradient(loss, at, at.x, context, wrt, a) for a in (adjoint, exact))
+    corrected = _gradient(loss, at, at.x - newton, context, wrt, exact)
     return GradientError(given, _minus(solved, corrected), _minus(given, solved))
 
 
 def explain(solution: Solution) -> str:
-    """A solve in words: how many samples converged, the slowest, the residuals, and what happened to the others.
+    """A solve in words: how many samples converged, the slowest, the estimated errors, and what happened to the others.
 
     Example:
         >>> import torch
         >>> from energynet import minimize
         >>> print(explain(minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 1), step_size=0.5)))
-        2 of 2 samples converged. The slowest, sample 0, took 1 step. Residuals lie between ..., in units of x.
+        2 of 2 samples converged. The slowest, sample 0, took 1 step. Estimated errors lie between ..., in units of x.
 
     Args:
         solution: of `minimize`, `fixed_point` or a layer's ``solve``.
@@ -281,20 +281,20 @@ def explain(solution: Solution) -> str:
     Raises:
         ValueError: under vmap, where no value can be read.
     """
-    status, steps, residual = solution.status, solution.num_steps, solution.residual
+    status, steps, error = solution.status, solution.num_steps, solution.error
     if not readable(status):
         raise ValueError("Under vmap a solution stands for many, and no value can be read. Explain what vmap returns instead.")
     if not status.numel():
         return "There are no samples."
-    most, finite = int(steps.amax()), residual[torch.isfinite(residual)]
+    most, finite = int(steps.amax()), error[torch.isfinite(error)]
     count = f"{int(solution.converged.sum())} of {status.numel()} samples" if status.ndim else "The problem"
     parts = [f"{count} {'converged' if status.ndim or solution.converged else 'did not converge'}."]
     slowest = f"The slowest, {_first(steps == most)}," if status.ndim else "It"
     parts.append(f"{slowest} took {most} step{'' if most == 1 else 's'}.")
     if len(finite):
-        parts.append(f"Residuals lie between {float(finite.amin()):.3g} and {float(finite.amax()):.3g}, in units of x.")
+        parts.append(f"Estimated errors lie between {float(finite.amin()):.3g} and {float(finite.amax()):.3g}, in units of x.")
     if not solution.converged.all():
-        parts.append(describe(status, residual, steps, adjoint=False))
+        parts.append(describe(status, error, steps, adjoint=False))
     return " ".join(parts)
 
 
@@ -304,7 +304,7 @@ def _first(mask: Tensor) -> str:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Linearised:
+class Linearized:
     """The optimality condition F of a step, and A = ∂F/∂x at one point, on flat tensors."""
 
     step: Step  # the caller's
@@ -314,20 +314,20 @@ class Linearised:
     product: Callable[[Tensor], Tensor]  # p -> A p
 
     @classmethod
-    def of(cls, step: StepLike, x: Any, inputs: tuple[Any, ...], batch_dims: int) -> "Linearised":
+    def of(cls, step: StepLike, x: Any, context: tuple[Any, ...], batch_dims: int) -> "Linearized":
         x = x.value if isinstance(x, Solution) else x
         step = GradientStep(step) if isinstance(step, Energy) else as_step(step)
         check_start(x)
-        with recording((x, inputs)) as (x, inputs), torch.no_grad():
+        with recording((x, context)) as (x, context), torch.no_grad():
             binding = Binding.of(step)
-            code = binding.step.encode(*inputs)
+            code = binding.step.encode(*context)
             layout = Layout.of(x, examine(binding, x, code, None if step.energy_of is not None else batch_dims))
             flat = layout.ravel(x).clone()
 
             def residual(x: Tensor) -> Tensor:
                 return layout.ravel(binding.step.optimality(layout.unravel(x), *code)).to(x.dtype)
 
-            return cls(step, layout, flat, residual, linearise(residual, flat, transposed=step.symmetric))
+            return cls(step, layout, flat, residual, linearize(residual, flat, transposed=step.symmetric))
 
     @property
     def gamma(self) -> float | Tensor:
@@ -341,7 +341,7 @@ class Linearised:
         solver.check(Kind.SYMMETRIC if self.step.symmetric else Kind.LINEAR)
         with recording(x) as x, torch.no_grad():
             right = self.residual(x)
-            v = normalised(right)  # the squares of a tiny F would underflow
+            v = normalized(right)  # the squares of a tiny F would underflow
             gamma = None if self.step.step_size is None else self.gamma
             problem = Problem(lambda u: self.product(u) - v, gamma, self.layout.batch_dims, None, lambda _: self.product,
                               right=v, start=v, symmetric=self.step.symmetric)  # fmt: skip
@@ -352,12 +352,12 @@ class Linearised:
 ANYWHERE = Termination(atol=1e30, rtol=0.0, max_steps=0)  # takes any point for the answer
 
 
-def _gradient(loss: Callable[[Any], Tensor], at: Linearised, x: Tensor, inputs: tuple[Any, ...], wrt: Sequence[Tensor],
+def _gradient(loss: Callable[[Any], Tensor], at: Linearized, x: Tensor, context: tuple[Any, ...], wrt: Sequence[Tensor],
               adjoint: Adjoint) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradient that comes back if x is taken for the answer."""
     start = at.layout.unravel(x)
     with torch.enable_grad():
-        taken = fixed_point(at.step, start, *inputs, batch_dims=at.layout.batch_dims, termination=ANYWHERE, adjoint=adjoint)
+        taken = fixed_point(at.step, start, *context, batch_dims=at.layout.batch_dims, termination=ANYWHERE, adjoint=adjoint)
         gradients = torch.autograd.grad(loss(taken.value), wrt, allow_unused=True)
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(wrt, gradients))
 

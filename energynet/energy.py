@@ -1,4 +1,4 @@
-"""Energies: one scalar a sample, whose minimiser is the answer."""
+"""Energies: one scalar a sample, whose minimizer is the answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from energynet._autodiff import gradient_of_sum, recording
+from energynet._torch.autodiff import gradient_of_sum, recording
 
 EnergyLike = Callable[..., Tensor]
 """Any callable or module ``E(x, *context) -> (B,)``; a 0-d value means one problem without a batch dimension."""

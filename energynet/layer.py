@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from energynet import _tree
-from energynet.binding import modules_in
-from energynet.derivative import Adjoint
-from energynet.driver import Driver
+from energynet._torch import tree as _tree
 from energynet.energy import Energy, EnergyLike
+from energynet.engine.binding import modules_in
+from energynet.engine.driver import Driver
+from energynet.engine.root_gradient import Adjoint
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
 from energynet.solvers import Picard, Solver
@@ -53,7 +53,7 @@ class _Layer(nn.Module, ABC):
 
 
 class FPI_GD(_Layer):
-    """The minimiser of an energy as a layer: one gradient step, iterated to its fixed point.
+    """The minimizer of an energy as a layer: one gradient step, iterated to its fixed point.
 
     Example:
         >>> import torch
@@ -64,11 +64,11 @@ class FPI_GD(_Layer):
     Args:
         energy: E(x, \\*context) -> ``(B,)``, an `Energy`, a module or any callable.
         step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; a `torch.nn.Parameter` is registered, a tensor
-            becomes a buffer. None: solvers that need one estimate it, sample by sample.
+            becomes a buffer. None: it is estimated per sample, and halved where it turns out too long.
         prox: of constraints and terms that are not smooth, as of `minimize`.
         start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context, such as a network
             that predicts the answer (it gets no gradient: the answer does not depend on it); default: ``energy.start``.
-        solver: default `Picard` with the ``step_size`` given, else that of `minimize`.
+        solver: default `Picard`, which takes gradient steps; `LBFGS` and others need fewer evaluations.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients; ``ImplicitAdjoint(Picard())`` is the paper's backward
             fixed-point iteration.
@@ -104,19 +104,18 @@ class FPI_GD(_Layer):
         self._configure(solver, termination, adjoint, on_failure, driver)
 
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
-        """The minimiser and how the solve went.
+        """The minimizer and how the solve went.
 
         Args:
             context: what the energy takes besides x.
-            x0: where to begin; does not change the answer of an energy with one minimiser.
+            x0: where to begin; does not change the answer of an energy with one minimizer.
             trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:
             default = self.energy.start if isinstance(self.energy, Energy) else None
             x0 = _start(self.start, default, context, self)
-        solver = self.solver or (None if self.step_size is None else Picard())
         return minimize(
-            self.energy, x0, *context, step_size=self.step_size, prox=self.prox, solver=solver,
+            self.energy, x0, *context, step_size=self.step_size, prox=self.prox, solver=self.solver or Picard(),
             termination=self.termination, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
             driver=self.driver,
         )  # fmt: skip

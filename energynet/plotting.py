@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from energynet._autodiff import recording
-from energynet.diagnostics import Linearised, StepLike
+from energynet._torch.autodiff import recording
+from energynet.diagnostics import Linearized, StepLike
 from energynet.energy import EnergyLike
 
 if TYPE_CHECKING:
@@ -15,36 +15,36 @@ if TYPE_CHECKING:
 
 
 def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
-    """Residuals of each sample over the steps on a log scale, and the energies, if there are any, on a second axis.
+    """Estimated errors of each sample over the steps on a log scale, and the energies, if there are any, on a second axis.
 
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> trace = SimpleNamespace(residual=torch.logspace(0, -3, 4)[:, None], energy=None)     # (T + 1, B)
+        >>> trace = SimpleNamespace(error=torch.logspace(0, -3, 4)[:, None], energy=None)     # (T + 1, B)
         >>> plot_trace(trace).get_yscale()
         'log'
 
     Args:
-        trace: of a solve with ``trace=True``: ``residual`` ``(T + 1, B)`` and ``energy``, the same or None.
+        trace: of a solve with ``trace=True``: ``error`` ``(T + 1, B)`` and ``energy``, the same or None.
         ax: where to draw; default: new axes. The energies go to a twin of it, dashed.
 
     Returns:
-        The axes of the residuals.
+        The axes of the errors.
     """
     ax = _axes(ax)
-    residual = trace.residual.detach().cpu().reshape(len(trace.residual), -1)  # (T + 1, B)
-    count = residual.shape[1]
+    error = trace.error.detach().cpu().reshape(len(trace.error), -1)  # (T + 1, B)
+    count = error.shape[1]
     alpha = max(0.15, min(1.0, 8 / max(count, 1)))
-    for k, column in enumerate(residual.T):
+    for k, column in enumerate(error.T):
         shown = torch.where(column > 0, column, torch.nan)[: _moving(column)]  # a log scale has no place for 0
         ax.plot(shown.tolist(), color=_color(k), alpha=alpha, marker="o" if len(shown) <= 20 else None, markersize=3,
                 label=f"sample {k}")  # fmt: skip
-    ax.set(yscale="log", xlabel="step", ylabel="residual")
+    ax.set(yscale="log", xlabel="step", ylabel="error")
     ax.grid(alpha=0.3)
     ax.locator_params(axis="x", integer=True)
     front = ax
     if trace.energy is not None:
-        front = _plot_energies(trace.energy.detach().cpu().reshape(len(residual), -1), ax, alpha)
+        front = _plot_energies(trace.energy.detach().cpu().reshape(len(error), -1), ax, alpha)
     if 1 < count <= 8:
         front.legend(*ax.get_legend_handles_labels(), framealpha=0.9, fontsize="small", loc="lower left")
     return ax
@@ -129,7 +129,7 @@ def _draw_levels(x: Tensor, y: Tensor, height: Tensor, ax: "Axes") -> None:
     levels = _levels(height)
     if len(levels) < 2:  # a constant
         return
-    # One colour for each band, whatever the spacing of the levels.
+    # One color for each band, whatever the spacing of the levels.
     norm = BoundaryNorm(levels, 256, extend="both")
     grid = x.tolist(), y.tolist(), height.tolist()
     bands = ax.contourf(*grid, levels=levels, norm=norm, cmap="viridis", alpha=0.55, extend="both")
@@ -198,7 +198,7 @@ def plot_spectrum(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, ax:
         ValueError: if the step has no step size, or does not return the shapes of x.
     """
     ax = _axes(ax)
-    values = _eigenvalues(Linearised.of(step, x, inputs, batch_dims))  # (B, n)
+    values = _eigenvalues(Linearized.of(step, x, inputs, batch_dims))  # (B, n)
     turn = torch.linspace(0, 2 * torch.pi, 200)
     ax.plot(turn.cos().tolist(), turn.sin().tolist(), color="gray", linewidth=1)
     ax.axhline(0, color="gray", linewidth=0.5)
@@ -212,7 +212,7 @@ def plot_spectrum(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, ax:
     return ax
 
 
-def _eigenvalues(at: Linearised) -> Tensor:  # -> (B, n), complex
+def _eigenvalues(at: Linearized) -> Tensor:  # -> (B, n), complex
     n = at.x.shape[-1]
     with torch.no_grad():
         columns = [p - at.gamma * at.product(p) for p in (row.expand_as(at.x) for row in torch.eye(n).to(at.x))]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet._autodiff import readable
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import readable
 
 OnFailure = Literal["raise", "warn", "ignore"]
 POLICIES = ("raise", "warn", "ignore")
@@ -47,7 +47,7 @@ _FORWARD = {
     Status.CONVERGED: "converged.",
     Status.MAX_STEPS: (
         "ran out of steps, or no step improved it further. Likely cause: the map contracts slowly, the step size is too small "
-        "or so large that the iterates jump to and fro, the energy has no minimiser, or the tolerance lies below what the dtype "
+        "or so large that the iterates jump to and fro, the energy has no minimizer, or the tolerance lies below what the dtype "
         "can reach (about its rounding unit times the condition number). Try a better step size, Anderson, LBFGS, a larger "
         "max_steps, a looser tolerance or float64."
     ),
@@ -57,7 +57,7 @@ _FORWARD = {
     ),
     Status.DIVERGED: (
         "diverged. Likely cause: the step size exceeds 2/L (L the largest curvature), the map does not contract, or the "
-        "energy has no minimiser (unbounded below, or linear in x). Try a smaller step size, DampedStep, or add a term "
+        "energy has no minimizer (unbounded below, or linear in x). Try a smaller step size, DampedStep, or add a term "
         "that grows in every direction of x, such as a ridge."
     ),
 }
@@ -94,12 +94,12 @@ class Trace:
         (tensor([9., 9.]), torch.Size([2, 2, 1]))
 
     Args:
-        residual: ``(T + 1, B)``, in the units of ``Solution.residual``.
+        error: ``(T + 1, B)``, estimated distances to the answer as ``Solution.error``, by the last scale.
         value: the iterates, like ``x0`` with a leading T + 1.
-        energy: ``(T + 1, B)``, of a minimisation.
+        energy: ``(T + 1, B)``, of a minimization.
     """
 
-    residual: Tensor
+    error: Tensor
     value: Any
     energy: Tensor | None = None
 
@@ -121,14 +121,14 @@ class Solution:
     Args:
         value: like ``x0``; carries the gradients.
         status: ``(B,)`` int8, compare with `Status`.
-        residual: ``(B,)``, the distance estimate of `Termination` at ``value``, in units of ``x``.
+        error: ``(B,)``, the estimated distance of ``value`` to the answer, as `Termination` compares it, in units of ``x``.
         num_steps: ``(B,)`` int32, updates until the sample stopped.
         trace: the steps, if they were asked for by ``trace=True``.
     """
 
     value: Any
     status: Tensor
-    residual: Tensor
+    error: Tensor
     num_steps: Tensor
     trace: Trace | None = None
 
@@ -143,7 +143,7 @@ class Solution:
         Raises:
             ConvergenceError: naming the samples that did not, the likely cause and what to try.
         """
-        report(self.status, self.residual, self.num_steps, "raise")
+        report(self.status, self.error, self.num_steps, "raise")
         return self
 
     def __repr__(self) -> str:
@@ -158,27 +158,28 @@ class Solution:
 _tree.register_dataclass(Solution)
 
 
-def report(status: Tensor, residual: Tensor, steps: Tensor, on_failure: OnFailure, adjoint: bool = False) -> None:
+def report(status: Tensor, error: Tensor, steps: Tensor, on_failure: OnFailure, adjoint: bool = False) -> None:
     """Raise, warn or keep silent about samples that did not converge. All tensors are ``(*batch)`` and readable."""
     if on_failure == "ignore" or bool((status == Status.CONVERGED).all()):
         return
-    message = describe(status, residual, steps, adjoint)
+    message = describe(status, error, steps, adjoint)
     if on_failure == "raise":
         raise ConvergenceError(message + ' (on_failure="warn" or "ignore" goes on without these samples.)')
     warnings.warn(message + " These samples add nothing to shared gradients; their own context gets NaN.",
                   ConvergenceWarning, stacklevel=2)  # fmt: skip
 
 
-def describe(status: Tensor, residual: Tensor, steps: Tensor, adjoint: bool) -> str:
+def describe(status: Tensor, error: Tensor, steps: Tensor, adjoint: bool) -> str:
     """Every failure in words: what happened, to which samples, the likely cause, what to try."""
     sentences = _ADJOINT if adjoint else _FORWARD
+    measured = "residual" if adjoint else "error"
     parts = []
     for kind in (s for s in Status if s != Status.CONVERGED):
         failed = status == kind
         if bool(failed.any()):
             first = tuple(i[0] for i in torch.nonzero(failed, as_tuple=True)) if failed.ndim else ()
             parts.append(
-                f"{kind.name}: {samples(failed)} {sentences[kind]} Seen: residual {float(residual[first]):.3g} "
+                f"{kind.name}: {samples(failed)} {sentences[kind]} Seen: {measured} {float(error[first]):.3g} "
                 f"after {int(steps[first])} step{'' if int(steps[first]) == 1 else 's'}."
             )
     return ("The adjoint solve (the gradient) failed. " if adjoint else "The solve failed. ") + " ".join(parts)

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet._autodiff import opaque, readable, recording, tracing
-from energynet._tree import Layout
-from energynet.adjoint import ImplicitAdjoint
-from energynet.binding import Binding
-from energynet.checks import check_options, check_start, examine
-from energynet.derivative import Adjoint, Method, RootAdjoint
-from energynet.driver import Driver, Eager
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import opaque, readable, recording, tracing
+from energynet._torch.tree import Layout
 from energynet.energy import Energy, EnergyLike
-from energynet.equation import Constant, Root
-from energynet.probe import unwatched
-from energynet.quarantine import replaced_by_good
+from energynet.engine.adjoint import ImplicitAdjoint
+from energynet.engine.binding import Binding
+from energynet.engine.driver import Driver, Eager
+from energynet.engine.equation import Constant, Root
+from energynet.engine.failed_samples import replaced_by_good
+from energynet.engine.purity import unwatched
+from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
+from energynet.engine.validation import check_options, check_start, examine
 from energynet.solution import OnFailure, Solution, Status, Trace
 from energynet.solvers import LBFGS, Nesterov, Picard, Solver
 from energynet.step import GradientStep, Prox, ProximalStep, Step, as_step
@@ -28,7 +28,7 @@ from energynet.termination import Termination
 def fixed_point(
     step: Step | Callable[..., Any],
     x0: Any,
-    *inputs: Any,
+    *context: Any,
     batch_dims: int = 1,
     solver: Solver | None = None,
     termination: Termination | None = None,
@@ -37,7 +37,7 @@ def fixed_point(
     trace: bool = False,
     driver: Driver | None = None,
 ) -> Solution:
-    """Solve x = g(x, \\*inputs), differentiably in the inputs and in the parameters of g.
+    """Solve x = g(x, \\*context), differentiably in the context and in the parameters of g.
 
     Example:
         >>> import torch
@@ -47,9 +47,9 @@ def fixed_point(
         tensor([2., 2.])
 
     Args:
-        step: g(x, \\*inputs) -> like x, a function, a module or a `Step`.
+        step: g(x, \\*context) -> like x, a function, a module or a `Step`.
         x0: where to start: a tensor ``(B, ...)`` or a pytree of such.
-        inputs: tensors, pytrees and anything else that g takes; tensors of floating point are differentiated.
+        context: tensors, pytrees and anything else that g takes; tensors of floating point are differentiated.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
         solver: default `Picard`.
         termination: default `Termination`.
@@ -71,7 +71,7 @@ def fixed_point(
     """
     solver, termination, adjoint = solver or Picard(), termination or Termination(), adjoint or ImplicitAdjoint()
     options = _Options(solver, termination, adjoint, on_failure, trace, driver or Eager())
-    return _solve(as_step, (step,), x0, inputs, batch_dims, options)
+    return _solve(as_step, (step,), x0, context, batch_dims, options)
 
 
 def minimize(
@@ -101,11 +101,11 @@ def minimize(
         energy: E(x, \\*context) -> ``(B,)``; a 0-d value means one problem without a batch dimension.
         x0: where to start: a tensor ``(B, ...)``, a pytree of such or a `MultiStart`; None asks ``energy.start(*context)``.
         context: tensors, pytrees and anything else that E takes; tensors of floating point are differentiated.
-        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None: solvers that need one estimate it, sample
-            by sample, from the largest curvature at x0. Of the default solver only the length of the first step.
-        prox: of constraints and terms that are not smooth, such as ``energynet.constraints.Box(0.0, 1.0)``; minimises their
+        step_size: γ of gradient steps, a float, a 0-d tensor or one value per sample ``(B,)``; None: solvers that need one
+            estimate it per sample, from the largest curvature at x0, and shorten it where it turns out too long.
+        prox: of constraints and terms that are not smooth, such as ``energynet.constraints.Box(0.0, 1.0)``; minimizes their
             sum with E.
-        solver: default `LBFGS`; with a ``prox``, `Nesterov`.
+        solver: default `Picard` with a ``step_size``, else `LBFGS`; with a ``prox``, `Nesterov`.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients on the Hessian; with a ``prox``, by GMRES.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
@@ -125,7 +125,7 @@ def minimize(
     """
     if x0 is None and isinstance(energy, Energy):
         x0 = energy.start(*context)
-    solver = solver or (LBFGS() if prox is None else Nesterov())
+    solver = solver or _default_solver(step_size, prox)
     termination, adjoint = termination or Termination(), adjoint or ImplicitAdjoint()
     options = _Options(solver, termination, adjoint, on_failure, trace, driver or Eager())
     if isinstance(x0, MultiStart):
@@ -133,6 +133,13 @@ def minimize(
     if prox is None:
         return _solve(GradientStep, (energy, step_size), x0, context, None, options)
     return _solve(ProximalStep, (energy, step_size, prox), x0, context, None, options)
+
+
+def _default_solver(step_size: Any, prox: Any) -> Solver:
+    """A step size means gradient steps; without one the solver finds its own."""
+    if step_size is not None:
+        return Picard()
+    return LBFGS() if prox is None else Nesterov()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,15 +225,15 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         how = options.solver, options.termination, options.on_failure, adjoint
         method = Method(root, *how, trace=options.trace, driver=options.driver)
         with unwatched():
-            x, status, residual, steps, *trace = options.adjoint.run(method, layout.ravel(x0), inputs)
-        return Solution(layout.unravel(x), status, residual, steps, _trace(layout, trace))
+            x, status, error, steps, *trace = options.adjoint.run(method, layout.ravel(x0), inputs)
+        return Solution(layout.unravel(x), status, error, steps, _trace(layout, trace))
 
 
 def _trace(layout: Layout, tensors: list[Tensor]) -> Trace | None:
     if not tensors:
         return None
-    residual, value, *energy = tensors
-    return Trace(residual, layout.unravel(value), *energy)
+    error, value, *energy = tensors
+    return Trace(error, layout.unravel(value), *energy)
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet._autodiff import gradient_of_sum
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import gradient_of_sum
 from energynet.energy import EnergyLike, encode, evaluate
 
 
@@ -37,7 +37,7 @@ class Step(ABC):
 
     symmetric: ClassVar[bool] = False
     """Whether ∂F/∂x is symmetric, so that conjugate gradients may solve the adjoint equation."""
-    normalised: ClassVar[bool] = True
+    normalized: ClassVar[bool] = True
     """Whether F is in units of ``x``, as x − g(x) is; otherwise residuals are divided by its derivative, as ∇E by a curvature."""
     step_size: float | Tensor | None = 1.0
     """γ; None where it is not known, so that solvers which need one estimate it."""
@@ -118,7 +118,7 @@ class GradientStep(Step):
     energy: EnergyLike
     step_size: float | Tensor | None = None
     symmetric: ClassVar[bool] = True
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     @property
     def guessed(self) -> bool:  # type: ignore[override]
@@ -172,8 +172,8 @@ class DampedStep(Step):
         return self.step.symmetric
 
     @property
-    def normalised(self) -> bool:  # type: ignore[override]
-        return self.step.normalised
+    def normalized(self) -> bool:  # type: ignore[override]
+        return self.step.normalized
 
     @property
     def kind(self) -> Kind:
@@ -217,7 +217,7 @@ class OptimalityStep(Step):
 
     condition: Callable[..., Any]
     symmetric: bool = False  # type: ignore[misc]
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
     step_size: ClassVar[None] = None  # type: ignore[misc]
 
     def optimality(self, x: Any, *code: Any) -> Any:
@@ -267,7 +267,7 @@ class Prox(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class ProximalStep(Step):
-    """A gradient step, then the proximal map of what is not smooth: prox(x − γ ∇E(x), γ), to minimise E + h.
+    """A gradient step, then the proximal map of what is not smooth: prox(x − γ ∇E(x), γ), to minimize E + h.
 
     F(x) = (x − g(x)) / γ is the prox-gradient mapping: it is ∇E where h does nothing, and zero at the minimum. Contracts for
     0 < γ < 2/L as `GradientStep` does.
@@ -295,7 +295,7 @@ class ProximalStep(Step):
     step_size: float | Tensor | None = dataclasses.field()  # no default, though the base class has one
     prox: Prox | Callable[[Any, float | Tensor], Any]
     guessed: bool = dataclasses.field(default=False, kw_only=True)
-    normalised: ClassVar[bool] = False
+    normalized: ClassVar[bool] = False
 
     @property
     def energy_of(self) -> EnergyLike:

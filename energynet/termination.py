@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from energynet._autodiff import readable
+from energynet._torch.autodiff import readable
 
 Norm = Callable[[Tensor], Tensor]
 

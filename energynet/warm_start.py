@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet.fingerprint import Unread
+from energynet._torch import tree as _tree
 from energynet.solution import Solution
 
 
-class WarmStart(Unread):
+class WarmStart:
     """The last answer of each sample, kept by its number, to begin there when the sample comes again.
 
     Training changes the parameters a little from step to step, so an old answer is close to the new one. Where there is one

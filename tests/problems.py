@@ -116,7 +116,7 @@ class Classic:
     residuals: Callable[[Tensor], Tensor]  # (..., n) -> (..., m), batched over leading dimensions
     start: tuple[float, ...]  # the standard starting point
     minima: tuple[float, ...]  # known least values of E, the global one first; some local ones are reached at infinity only
-    singular: bool = False  # whether the Hessian at a global minimiser is, to 1e-10 of its norm, if only by bad scaling
+    singular: bool = False  # whether the Hessian at a global minimizer is, to 1e-10 of its norm, if only by bad scaling
 
     def energy(self, x: Tensor) -> Tensor:  # (B, n) -> (B,)
         return self.residuals(x).square().sum(-1)
@@ -283,8 +283,8 @@ OSBORNE2 = (
 def osborne2(x: Tensor) -> Tensor:
     """MGH 19."""
     t = (count_like(x, 65)[:, None] - 1) / 10
-    height, rate, centre = x[..., None, 1:4], x[..., None, 5:8], x[..., None, 8:11]
-    peaks = (height * (-(t - centre).square() * rate).exp()).sum(-1)
+    height, rate, center = x[..., None, 1:4], x[..., None, 5:8], x[..., None, 8:11]
+    peaks = (height * (-(t - center).square() * rate).exp()).sum(-1)
     return numbers_like(x, *OSBORNE2) - (x[..., :1] * (-t[:, 0] * x[..., 4:5]).exp() + peaks)
 
 
@@ -356,7 +356,7 @@ def broyden_tridiagonal(x: Tensor) -> Tensor:
 
 
 def broyden_banded(x: Tensor) -> Tensor:
-    """MGH 31: five neighbours below and one above."""
+    """MGH 31: five neighbors below and one above."""
     every = x.new_ones(x.shape[-1], x.shape[-1])
     band = every.triu(-5).tril(1) - every.triu().tril()
     return x * (2 + 5 * x**2) + 1 - (x * (1 + x)) @ band.mT

@@ -129,10 +129,10 @@ def test_the_reference_is_the_same_without_a_dense_hessian(monkeypatch: pytest.M
     torch.testing.assert_close(free.answers[Task.GRADIENT][0], dense.answers[Task.GRADIENT][0], rtol=1e-9, atol=1e-12)
 
 
-def test_all_minimisers_reach_the_accuracy_and_their_evaluations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_minimizers_reach_the_accuracy_and_their_evaluations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     everyone = w5_accuracy.everyone
 
-    def eager(options: Options) -> list[w5_accuracy.Minimiser]:
+    def eager(options: Options) -> list[w5_accuracy.Minimizer]:
         return [m for m in everyone(options) if "compiled" not in m.name]
 
     monkeypatch.setattr(w5_accuracy, "everyone", eager)
@@ -142,7 +142,7 @@ def test_all_minimisers_reach_the_accuracy_and_their_evaluations_are_counted(mon
 
 
 def test_evaluations_are_those_of_a_known_algorithm() -> None:
-    from benchmarks.contenders.minimisers import Tally, _Seen
+    from benchmarks.contenders.minimizers import Tally, _Seen
 
     x, tally = torch.ones(3, requires_grad=True), Tally()
     (slope,) = torch.autograd.grad(_Seen.apply(x, tally).pow(4).sum(), x, create_graph=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from energynet import FPI_GD, FPI_NN, GradientStep, ImpureFunctionError, LostGradientError, fixed_point, gradient, minimize
-from energynet.binding import Binding
+from energynet.engine.binding import Binding
 
 F64 = torch.float64
 X0 = torch.zeros(2, 3, dtype=F64)
@@ -238,7 +238,7 @@ def test_tied_parameters_collect_both_gradients() -> None:
     torch.testing.assert_close(torch.autograd.grad(solve(energy).sum(), energy.a)[0], 4 * W)
 
 
-def test_parametrised_weights_are_computed_once_a_solve_and_differentiated() -> None:
+def test_parametrized_weights_are_computed_once_a_solve_and_differentiated() -> None:
     calls = []
 
     class Double(nn.Module):

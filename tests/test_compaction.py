@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import energynet.loop
+import energynet.engine.loop
 from energynet import (
     LBFGS,
     Anderson,
@@ -22,8 +22,8 @@ from energynet import (
     fixed_point,
     minimize,
 )
+from energynet.engine.tasks import Samples
 from energynet.linear import GMRES
-from energynet.pure import Samples
 
 SIZE = 1200  # of which every tenth is slow
 
@@ -64,7 +64,7 @@ def test_as_in_two_smaller_batches(solver: Solver, monkeypatch: pytest.MonkeyPat
     alone: list[int] = []
     some = Samples.some
     monkeypatch.setattr(Samples, "some", lambda self, rows: alone.append(len(rows)) or some(self, rows))
-    monkeypatch.setattr(energynet.loop, "LOOK", 2)
+    monkeypatch.setattr(energynet.engine.loop, "LOOK", 2)
     options: dict[str, Any] = {"solver": solver, "step_size": 1.0 if isinstance(solver, Picard) else None,
                                "termination": Termination(atol=1e-9, rtol=0.0, max_steps=4000),
                                "adjoint": ImplicitAdjoint(termination=Termination(rtol=1e-9))}  # fmt: skip
@@ -87,14 +87,14 @@ def test_a_map_and_gmres_and_samples_that_depend_on_one_another() -> None:
     z = torch.linspace(0, 2, 2 * SIZE, dtype=torch.float64).reshape(SIZE, 2)
     rate = torch.where(torch.arange(SIZE) % 10 == 0, 0.98, 0.5).double().unsqueeze(1)
     options: dict[str, Any] = {"adjoint": ImplicitAdjoint(GMRES()), "termination": Termination(rtol=1e-10, max_steps=3000)}
-    for centred in (False, True):
+    for centerd in (False, True):
         z = z.detach().requires_grad_()
 
-        def step(x: Tensor, z: Tensor, rate: Tensor, centred: bool = centred) -> Tensor:
-            return rate * x + (1 - rate) * (z - z.mean(0) + 1 if centred else z)
+        def step(x: Tensor, z: Tensor, rate: Tensor, centerd: bool = centerd) -> Tensor:
+            return rate * x + (1 - rate) * (z - z.mean(0) + 1 if centerd else z)
 
         found = fixed_point(step, torch.zeros_like(z), z, rate, **options)
-        torch.testing.assert_close(found.value, z - z.mean(0) + 1 if centred else z, rtol=0, atol=1e-7)
+        torch.testing.assert_close(found.value, z - z.mean(0) + 1 if centerd else z, rtol=0, atol=1e-7)
         (gradient,) = torch.autograd.grad(found.value[:, 0].sum(), z)
-        expected = torch.zeros_like(z) if centred else torch.eye(2, dtype=torch.float64)[:1].expand(SIZE, 2)
+        expected = torch.zeros_like(z) if centerd else torch.eye(2, dtype=torch.float64)[:1].expand(SIZE, 2)
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-7)

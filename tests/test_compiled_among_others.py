@@ -13,12 +13,12 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from energynet import CompilationError, Compiled, Driver, Eager, Picard, minimize
-from energynet._cpp import rewriting
-from energynet._program import _alone
+from energynet.compiled.cpu_loops import rewriting
+from energynet.compiled.tracing import _alone
 
 
 def outer(driver: Driver, inner: Driver, batch: int) -> tuple[Tensor, Tensor]:
-    """x* and the gradient of its squares: x* minimises ½‖x − z‖² + ½‖y*(x)‖², where y* minimises ½‖y − sin x‖² + ½‖y‖²."""
+    """x* and the gradient of its squares: x* minimizes ½‖x − z‖² + ½‖y*(x)‖², where y* minimizes ½‖y − sin x‖² + ½‖y‖²."""
     z = torch.linspace(-1, 1, 2 * batch, dtype=torch.float64).reshape(batch, 2).requires_grad_()
 
     def answer(x: Tensor) -> Tensor:

@@ -28,9 +28,9 @@ from energynet import (
 )
 from energynet.constraints import L1, Affine, Box, GroupL2, L2Ball, NonNegative, Prox, Simplex, TotalVariation
 from energynet.linear import GMRES
-from energynet.problem import Problem
 from energynet.solution import Status
 from energynet.solvers import Nesterov, Solver
+from energynet.solvers.problem import Problem
 from energynet.step import DampedStep, GradientStep, Kind, ProximalStep
 
 B, N = 3, 4
@@ -50,7 +50,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     assert error <= tolerance, f"error {float(error):.2e}"
 
 
-def neighbours(x: Tensor, dims: int) -> list[Tensor]:
+def neighbors(x: Tensor, dims: int) -> list[Tensor]:
     return [x.diff(dim=d) for d in range(-dims, 0)]
 
 
@@ -94,11 +94,11 @@ CASES = [
     Case("group", GroupL2, (tensor(0.3, 0.9),), term=lambda u: (u.norm(dim=-1) * tensor(0.3, 0.9)).sum(-1), shape=(B, 2, 3)),
     Case("affine", Affine, (A, RIGHT), violation=lambda u: (u @ A.mT - RIGHT).norm(dim=-1)),
     Case("variation", lambda w: TotalVariation(w, termination=EXACT), (tensor(0.3),),
-         term=lambda u: 0.3 * neighbours(u, 1)[0].abs().sum(-1)),
+         term=lambda u: 0.3 * neighbors(u, 1)[0].abs().sum(-1)),
     Case("images", lambda w: TotalVariation(w, dims=2, termination=EXACT), (tensor(0.2),),
          term=lambda u: 0.2 * isotropic_variation(u), shape=(B, 2, 3)),
     Case("anisotropic", lambda w: TotalVariation(w, dims=2, isotropic=False, termination=EXACT), (tensor(0.2),),
-         term=lambda u: 0.2 * sum(d.abs().flatten(1).sum(-1) for d in neighbours(u, 2)), shape=(B, 2, 3)),
+         term=lambda u: 0.2 * sum(d.abs().flatten(1).sum(-1) for d in neighbors(u, 2)), shape=(B, 2, 3)),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
 DIRECT, NESTED = CASES[:9], CASES[9:]
@@ -281,7 +281,7 @@ def test_sets_that_are_empty_and_images_that_are_none() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_affine_keeps_a_low_precision(dtype: torch.dtype) -> None:
-    plane = Affine(torch.ones(1, 4), torch.ones(1))  # no factorisation in half precision exists
+    plane = Affine(torch.ones(1, 4), torch.ones(1))  # no factorization in half precision exists
     z = torch.linspace(-1, 1, 12).reshape(3, 4)
     x = minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(3, 4, dtype=dtype), z.to(dtype), prox=plane).value
     assert x.dtype == dtype
@@ -427,10 +427,10 @@ def test_gradients_of_a_captured_bound_and_of_one_that_is_an_input_are_the_same(
         close(got, expected)
 
 
-def test_affine_is_factorised_once_and_gradients_reach_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_affine_is_factorized_once_and_gradients_reach_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the solution of the dense KKT system, to second order."""
-    factorise, calls = torch.linalg.qr, []
-    monkeypatch.setattr(torch.linalg, "qr", lambda a: calls.append(a.shape) or factorise(a))
+    factorize, calls = torch.linalg.qr, []
+    monkeypatch.setattr(torch.linalg, "qr", lambda a: calls.append(a.shape) or factorize(a))
     z, matrix, right = (t.clone().requires_grad_() for t in (randn(B, N, seed=4), A, RIGHT))
 
     def dense(z: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
@@ -461,7 +461,7 @@ def test_a_user_prox_and_a_pytree() -> None:
     start = {"a": torch.zeros(B, N).double(), "b": torch.zeros(B, N).double()}
     x = fixed_point(ProximalStep(energy, 0.5, prox), start, z, termination=TIGHT, solver=Nesterov(),
                     adjoint=ImplicitAdjoint(Anderson(), TIGHT)).value  # fmt: skip
-    both = ((z - 0.5) / 2).relu()  # b ≤ ½ is always active: a minimises (a − z)² + (a + ½)²
+    both = ((z - 0.5) / 2).relu()  # b ≤ ½ is always active: a minimizes (a − z)² + (a + ½)²
     close(x["a"], both)
     close(x["b"], torch.full((B, N), 0.5).double())
     close(grad(x["a"].sum(), z)[0], 0.5 * (z > 0.5))
@@ -497,7 +497,7 @@ def test_answers_keep_bounds_and_zeros_under_nesterov() -> None:
 
 def test_the_step_says_what_it_is() -> None:
     step = ProximalStep(quadratic, 0.3, NonNegative())
-    assert step.kind is Kind.MAP and not step.symmetric and not step.normalised and step.energy_of is quadratic
+    assert step.kind is Kind.MAP and not step.symmetric and not step.normalized and step.energy_of is quadratic
     x, z = randn(B, N), randn(B, N, seed=1)
     free = ProximalStep(quadratic, 1e-3, lambda x, step_size: x).optimality(x, (), z)
     close(free, GradientStep(quadratic).optimality(x, z), 1e-12)  # the step size is divided out
@@ -511,7 +511,7 @@ def test_a_tiny_step_size_cannot_fake_convergence() -> None:
     few = Termination(max_steps=50)
     for solver in (Picard(), Nesterov()):
         solution = solve(case, z, *case.tensors, gamma=1e-9, solver=solver, termination=few, policy="ignore")
-        assert (solution.status == Status.MAX_STEPS).all() and (solution.residual > 0.01).all()
+        assert (solution.status == Status.MAX_STEPS).all() and (solution.error > 0.01).all()
 
 
 def test_scaling_the_energy_does_not_change_the_residual() -> None:
@@ -520,7 +520,7 @@ def test_scaling_the_energy_does_not_change_the_residual() -> None:
     seen = []
     for c in (1.0, 1e6):
         step = ProximalStep(lambda x, z, c=c: c * quadratic(x, z), 0.1 / c, Box(LOW, HIGH))
-        seen.append(fixed_point(step, torch.ones_like(z), z, termination=few, solver=Picard(), on_failure="ignore").residual)
+        seen.append(fixed_point(step, torch.ones_like(z), z, termination=few, solver=Picard(), on_failure="ignore").error)
     close(seen[0], seen[1], 1e-6)
 
 

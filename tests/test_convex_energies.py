@@ -1,4 +1,4 @@
-"""Convexity of the convex energies for any weights, what strong convexity adds, and their minimisers."""
+"""Convexity of the convex energies for any weights, what strong convexity adds, and their minimizers."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_what_does_not_depend_on_x_is_encoded_once_a_solve() -> None:
     assert len(encoded) == 1 < len(evaluated)
 
 
-def test_minimiser_and_gradients_of_a_strongly_convex_network() -> None:
+def test_minimizer_and_gradients_of_a_strongly_convex_network() -> None:
     layer = FPI_GD(StronglyConvex(network(2, 0.5), 1.0), 0.2, termination=Termination(0.0, 1e-12))
     z = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
     for x0 in (None, 5 * torch.randn(3, N, dtype=torch.float64)):

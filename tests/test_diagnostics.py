@@ -24,7 +24,7 @@ from energynet import (
 )
 from energynet.diagnostics import contraction_factor, curvature, explain, gradient_error, solution_error
 from energynet.energies import Quadratic
-from energynet.spectrum import arnoldi, some_direction
+from energynet.solvers.spectrum import arnoldi, some_direction
 
 EXACT = Termination(atol=0.0, rtol=1e-13, max_steps=100_000)
 
@@ -134,7 +134,7 @@ def test_without_strong_convexity_no_constant_step_contracts() -> None:
     assert flat.safe_step_size.isinf() and flat.best_contraction.isinf()
 
 
-def test_parametrised_modules_and_inference_mode() -> None:
+def test_parametrized_modules_and_inference_mode() -> None:
     linear = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 3))
     with torch.inference_mode():
         found = contraction_factor(linear, torch.zeros(2, 3))

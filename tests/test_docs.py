@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
-MODULES = ["energynet", "energynet.constraints", "energynet.diagnostics", "energynet.regularisers", "energynet.plotting",
+MODULES = ["energynet", "energynet.constraints", "energynet.diagnostics", "energynet.regularizers", "energynet.plotting",
            "energynet.testing", "energynet.testing.strategies", "energynet.energies"]  # fmt: skip
 API = (DOCS / "api.md").read_text()
-INTERNAL = {"energynet.diagnostics.Linearised"}  # shared with energynet.plotting
+INTERNAL = {"energynet.diagnostics.Linearized"}  # shared with energynet.plotting
 BUILT = {"_generated", "tutorials"}  # folders that exist in a build only
 
 

@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-import energynet._cpp
-import energynet._passes
-import energynet._while
+import energynet.compiled.cpu_loops
+import energynet.compiled.loops
+import energynet.compiled.passes
 from energynet import (
     FPI_GD,
     LBFGS,
@@ -53,17 +53,17 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet._autodiff import columns, gradient_of_sum, linearise, recording_program
-from energynet._cpp import in_place, rewriting
-from energynet._fold import folded
-from energynet._gemm import by_onednn
-from energynet._passes import dear_once
-from energynet._pointers import with_pointers
-from energynet._products import products
-from energynet._while import while_loop
-from energynet.binding import Binding
-from energynet.fingerprint import Fingerprint
-from energynet.pure import Pure
+from energynet._torch.autodiff import columns, gradient_of_sum, linearize, recording_program
+from energynet.compiled.cpu_loops import in_place, rewriting
+from energynet.compiled.decompositions import products
+from energynet.compiled.fingerprint import Fingerprint
+from energynet.compiled.fold import folded
+from energynet.compiled.gemm import by_onednn
+from energynet.compiled.loops import while_loop
+from energynet.compiled.passes import dear_once
+from energynet.compiled.pointers import with_pointers
+from energynet.engine.binding import Binding
+from energynet.engine.tasks import Pure
 
 SCALE = 1.0
 
@@ -539,8 +539,8 @@ def test_one_problem_without_a_batch_dimension() -> None:
 @pytest.mark.parametrize("every", [2, 7, 1000])
 def test_looking_less_often_changes_no_answer(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     energy, z = LogCosh(), some_context(3, requires_grad=True)
-    found, looks, says_no = [], [], energynet._while._says_no
-    monkeypatch.setattr(energynet._while, "_says_no", lambda condition: looks[-1].append(1) or says_no(condition))
+    found, looks, says_no = [], [], energynet._torch.while_loop._says_no
+    monkeypatch.setattr(energynet._torch.while_loop, "_says_no", lambda condition: looks[-1].append(1) or says_no(condition))
     for driver in (Eager(check_every=1), Eager(check_every=every)):
         looks.append([])
         layer = FPI_GD(energy, energy.step_size, start=energy.start, termination=TIGHT, driver=driver)
@@ -578,8 +578,8 @@ def test_only_what_nobody_can_help_is_kept_from_the_log(monkeypatch: pytest.Monk
     with rewriting(1):
         log.warning(remark, "aten.linalg_solve_triangular.default")
         log.warning("something else")
-    log.warning(remark, "afterwards, another's")
-    assert [text.split()[0] for text in heard.texts] == ["something", "afterwards,"]
+    log.warning(remark, "afterward, another's")
+    assert [text.split()[0] for text in heard.texts] == ["something", "afterward,"]
 
 
 class Heard(logging.Handler):
@@ -705,7 +705,7 @@ def test_the_curvature_of_squares_leaves_a_loop(square: Callable[[Tensor], Tenso
         return square(x @ A.mT).sum() + x.cosh().log().sum()
 
     def update(x: Tensor) -> Tensor:
-        return x @ columns(linearise(lambda x: gradient_of_sum(energy, x), x[0], transposed=True), x[0])
+        return x @ columns(linearize(lambda x: gradient_of_sum(energy, x), x[0], transposed=True), x[0])
 
     body = body_of(update)
     assert body.count("aten.mm.default") == 1 and "aten.eye.default" not in body and "aten.expm1.default" in body
@@ -865,9 +865,10 @@ def test_a_product_with_a_fixed_matrix_has_a_whole_number_of_lanes() -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_large_products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     sources: list[str] = []
-    for module in (energynet._cpp, energynet._passes):
+    for module in (energynet.compiled.cpu_loops, energynet.compiled.passes):
         monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(energynet._cpp, "by_onednn", lambda source: sources.append(by_onednn(source)) or sources[-1])
+    cpu_loops = energynet.compiled.cpu_loops
+    monkeypatch.setattr(cpu_loops, "by_onednn", lambda source: sources.append(by_onednn(source)) or sources[-1])
     torch.manual_seed(0)
     W = torch.randn(300, 400) / 20
     whole, part = W[:, :99].contiguous(), W[:, 5:104]

@@ -99,7 +99,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         solution = layer.solve(z)
         solution.value.square().sum().backward()
-    assert solution.residual.dtype == torch.float32
+    assert solution.error.dtype == torch.float32
     torch.testing.assert_close(solution.value, plain, rtol=0, atol=3e-2)
     assert network.weight.grad is not None and bool(network.weight.grad.isfinite().all())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from energynet.experiments.arff import read_arff
-from energynet.experiments.data import MultiLabelData, digits, load, load_npz, split_rows, standardised
+from energynet.experiments.data import MultiLabelData, digits, load, load_npz, split_rows, standardized
 
 XML = """<?xml version="1.0"?>
 <labels xmlns="http://mulan.sourceforge.net/labels"><label name="it's"><label name="b"/></label></labels>"""
@@ -16,7 +16,7 @@ HEADER = """% a comment
 
 @attribute size numeric
 @ATTRIBUTE 'two words' {0,1}
-@attribute colour {red,'dark blue'}
+@attribute color {red,'dark blue'}
 """
 LABELS = "@attribute 'it\\'s' {0,1}\n@attribute b {0,1}\n@data\n"
 
@@ -99,10 +99,10 @@ def test_folder_errors_say_what_was_there(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_numeric_features_are_standardised_by_training_rows() -> None:
+def test_numeric_features_are_standardized_by_training_rows() -> None:
     features = torch.tensor([[0.0, 1.0, 5.0], [1.0, 3.0, 5.0], [1.0, 5.0, 5.0]])
     labels = torch.zeros(3, 1)
-    data = standardised(MultiLabelData("x", features, labels, features + 1, labels, ("a",)))
+    data = standardized(MultiLabelData("x", features, labels, features + 1, labels, ("a",)))
     assert torch.equal(data.features[:, 0], features[:, 0])
     torch.testing.assert_close(data.features[:, 1], torch.tensor([-1.0, 0.0, 1.0]))
     assert torch.equal(data.features[:, 2], torch.zeros(3))

@@ -76,7 +76,7 @@ def test_a_tiny_step_is_not_convergence(gamma: float, dtype: torch.dtype) -> Non
     solution = minimize(lambda x: (x - 3).square().sum(-1), torch.zeros(2, 4, dtype=dtype), step_size=gamma, solver=Picard(),
                         on_failure="ignore", termination=Termination(max_steps=50))  # fmt: skip
     assert (solution.status == Status.MAX_STEPS).all()
-    assert (solution.residual > 1).all()
+    assert (solution.error > 1).all()
 
 
 def test_residual_is_the_distance_for_an_isotropic_energy_whatever_its_factor_and_start() -> None:
@@ -86,7 +86,7 @@ def test_residual_is_the_distance_for_an_isotropic_energy_whatever_its_factor_an
             solution = minimize(lambda x, c: c * (x - 3).square().sum(-1), torch.full((1, 4), start, dtype=torch.float64),
                                 factor, step_size=0.2 / factor, termination=loose)  # fmt: skip
             error = (solution.value - 3).norm(dim=-1)
-            torch.testing.assert_close(solution.residual, error, rtol=1e-9, atol=1e-14)
+            torch.testing.assert_close(solution.error, error, rtol=1e-9, atol=1e-14)
 
 
 def test_low_precision_step_that_rounds_to_no_change_has_not_arrived() -> None:
@@ -355,7 +355,7 @@ def test_half_precision_keeps_its_dtype(dtype: torch.dtype) -> None:
         x0 = torch.zeros(2, 3, dtype=dtype)
         z = torch.ones(2, 3, dtype=dtype, requires_grad=True)
         solution = fixed_point(lambda x, z: 0.5 * x + z, x0, z, solver=solver)
-        assert solution.value.dtype == dtype and solution.residual.dtype == torch.float32
+        assert solution.value.dtype == dtype and solution.error.dtype == torch.float32
         torch.testing.assert_close(solution.value, torch.full_like(x0, 2.0), rtol=0.15, atol=0)
         solution.value.sum().backward()
         assert z.grad is not None
@@ -417,7 +417,7 @@ def test_a_gradient_whose_square_underflows_or_overflows_makes_no_answer(solver:
     scaled = lambda x: factor * energy(x)  # noqa: E731
     found = minimize(scaled, torch.stack([torch.zeros(2), exact[0]]), solver=solver, termination=limit, on_failure="ignore")
     wrong = (found.value - exact).norm(dim=-1) > 1e-2
-    assert not (wrong & (found.converged | (found.residual < 1e-2))).any()
+    assert not (wrong & (found.converged | (found.error < 1e-2))).any()
     if factor < 1 and not isinstance(solver, LBFGS | NewtonCG):
         assert found.converged.all()
 
@@ -427,8 +427,8 @@ def test_the_residual_does_not_change_with_the_factor_of_an_energy_in_single_pre
     weights = torch.tensor([1.0, 5.0, 0.2])
     none = Termination(max_steps=0)
     energy = lambda x: (weights * (x - 1).square()).sum(-1) + x.prod(-1)  # noqa: E731
-    expected = minimize(energy, torch.zeros(1, 3), termination=none, on_failure="ignore").residual
-    found = minimize(lambda x: factor * energy(x), torch.zeros(1, 3), termination=none, on_failure="ignore").residual
+    expected = minimize(energy, torch.zeros(1, 3), termination=none, on_failure="ignore").error
+    found = minimize(lambda x: factor * energy(x), torch.zeros(1, 3), termination=none, on_failure="ignore").error
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 

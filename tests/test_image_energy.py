@@ -1,4 +1,4 @@
-"""Filter banks against conv2d, and the image energy: its bounds, its symmetry, its minimiser and its derivatives."""
+"""Filter banks against conv2d, and the image energy: its bounds, its symmetry, its minimizer and its derivatives."""
 
 import math
 
@@ -118,8 +118,8 @@ def test_energy_is_what_its_docstring_says() -> None:
         return s * ((s**2 + t**2).sqrt() - s)
 
     s, kappa, t = s[:, None, None], kappa[:, None, None], conv2d(x, energy.weight, padding=1)
-    regulariser = strength * (huber(t, s) - kappa * huber(t, s / kappa)).sum((1, 2, 3))
-    torch.testing.assert_close(energy(x, y, p), 0.5 * (p * (x - y) ** 2).sum((1, 2, 3)) + regulariser)
+    regularizer = strength * (huber(t, s) - kappa * huber(t, s / kappa)).sum((1, 2, 3))
+    torch.testing.assert_close(energy(x, y, p), 0.5 * (p * (x - y) ** 2).sum((1, 2, 3)) + regularizer)
     weighted = energy(x, y, torch.tensor([0.5, 2.0], dtype=DOUBLE))
     torch.testing.assert_close(weighted - energy(x, y), torch.tensor([-0.25, 0.5]) * (x - y).square().sum((1, 2, 3)))
 
@@ -139,7 +139,7 @@ def test_hessian_is_symmetric_and_within_its_bounds(seed: int, boundary: Boundar
     assert energy.step_size == pytest.approx(2 / (1 - concavity + 1 + 8.0))
 
 
-def test_concavity_makes_the_regulariser_concave_somewhere() -> None:
+def test_concavity_makes_the_regularizer_concave_somewhere() -> None:
     energy = image_energy(Boundary.PERIODIC, concavity=0.9)
     with torch.no_grad():
         energy.raw_mixing.fill_(4.0)
@@ -150,7 +150,7 @@ def test_concavity_makes_the_regulariser_concave_somewhere() -> None:
 
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10_000), down=st.integers(-3, 3), across=st.integers(-3, 3))
-def test_a_shifted_image_has_the_same_energy_and_a_shifted_minimiser(seed: int, down: int, across: int) -> None:
+def test_a_shifted_image_has_the_same_energy_and_a_shifted_minimizer(seed: int, down: int, across: int) -> None:
     energy = image_energy(Boundary.PERIODIC, seed=seed)
     torch.manual_seed(seed)
     x, y = torch.randn(2, 2, 1, 6, 7, dtype=DOUBLE)
@@ -172,7 +172,7 @@ def test_away_from_the_border_every_boundary_is_the_same_and_equivariant() -> No
 
 
 @pytest.mark.parametrize("concavity", [0.0, 0.5])
-def test_minimiser_and_exact_gradients(concavity: float) -> None:
+def test_minimizer_and_exact_gradients(concavity: float) -> None:
     energy = image_energy(concavity=concavity, strength=2.0)
     layer = FPI_GD(energy, energy.step_size, termination=TIGHT)
     y = torch.randn(2, 1, 3, 3, dtype=DOUBLE, requires_grad=True)
@@ -202,13 +202,13 @@ def test_filters_are_learned_through_the_solver() -> None:
     noisy = clean + 0.1 * torch.randn_like(clean)
     energy = ImageEnergy(num_filters=8, size=3, strength=20.0, concavity=0.9)
     layer = FPI_GD(energy, energy.step_size)
-    optimiser = torch.optim.Adam(energy.parameters(), lr=0.15)
+    optimizer = torch.optim.Adam(energy.parameters(), lr=0.15)
     losses = []
     for _ in range(12):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = (layer(noisy) - clean).square().mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.4 * (noisy - clean).square().mean(), losses
 

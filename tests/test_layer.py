@@ -77,7 +77,7 @@ def test_repr_prints_what_was_typed() -> None:
     assert repr(FPI_GD(torch.sum, 0.5)) == "FPI_GD(sum, step_size=0.5)"
     layer = FPI_NN(torch.cos, start=torch.zeros_like, solver=Anderson(memory=3), on_failure="warn", batch_dims=0)
     assert repr(layer) == (
-        "FPI_NN(cos, batch_dims=0, start=zeros_like, solver=Anderson(memory=3, mixing=1.0, regularisation=None), "
+        "FPI_NN(cos, batch_dims=0, start=zeros_like, solver=Anderson(memory=3, mixing=1.0, regularization=None), "
         "on_failure='warn')"
     )
     assert "LogCosh()" in repr(FPI_GD(LogCosh(), 0.5)) and "start=Tensor(2, 3)" in repr(
@@ -132,7 +132,7 @@ def test_anderson_survives_singular_histories() -> None:
     for x0 in (torch.zeros(2, 3), torch.ones(2, 3)):
         constant = fixed_point(lambda x: torch.ones_like(x), x0, solver=Anderson(5))  # every difference is parallel or zero
         assert torch.equal(constant.value, torch.ones(2, 3)) and bool(constant.converged.all())
-    parallel = Anderson(memory=3, regularisation=0.0)  # two columns of one direction: no Cholesky factor
+    parallel = Anderson(memory=3, regularization=0.0)  # two columns of one direction: no Cholesky factor
     line = fixed_point(lambda x: 0.5 * x + 0.1 * x.square() + 0.1, torch.zeros(2, 1), solver=parallel)
     torch.testing.assert_close(line.value, torch.full((2, 1), 2.5 - 5.25**0.5), rtol=1e-3, atol=0)
     one = fixed_point(lambda x: 0.5 * x + 1, torch.zeros(1, 1, dtype=torch.float64), solver=Anderson(5), termination=TIGHT)
@@ -187,9 +187,9 @@ def test_every_option_of_termination_is_obeyed() -> None:
         return minimize(energy, x0, step_size=0.1, solver=Picard(), termination=termination, on_failure="ignore")
 
     assert run(Termination(max_steps=5)).num_steps.item() == 5
-    assert run(Termination(atol=1e-2, rtol=0.0)).residual.item() <= 1e-2
+    assert run(Termination(atol=1e-2, rtol=0.0)).error.item() <= 1e-2
     assert run(Termination(atol=0.0, rtol=1e-8)).num_steps > run(Termination(atol=0.0, rtol=1e-2)).num_steps
-    assert run(Termination(norm=max_norm, max_steps=3)).residual < run(Termination(max_steps=3)).residual
+    assert run(Termination(norm=max_norm, max_steps=3)).error < run(Termination(max_steps=3)).error
     for wrong in ({"atol": -1.0}, {"rtol": float("nan")}, {"max_steps": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Termination(**wrong)

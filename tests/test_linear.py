@@ -26,12 +26,12 @@ from energynet import (
     implicit,
     minimize,
 )
+from energynet.engine.loop import LoopState, loop
 from energynet.linear import GMRES, MINRES, BiCGSTAB, Dense
-from energynet.loop import LoopState, loop
-from energynet.problem import Problem
 from energynet.solution import OnFailure
 from energynet.solvers import Solver
 from energynet.solvers.broyden import Broyden
+from energynet.solvers.problem import Problem
 
 ANY = [GMRES(40), BiCGSTAB(), Dense()]
 SYMMETRIC = [ConjugateGradient(), MINRES(), *ANY]

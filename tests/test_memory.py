@@ -74,16 +74,16 @@ def test_peak_memory_is_flat_for_implicit_and_grows_for_unrolled() -> None:
 def test_200_training_steps_leak_nothing() -> None:
     energy, z, seen = LogCosh(), some_context(4), AdjointReport()
     layer = FPI_GD(energy, 0.2, adjoint=ImplicitAdjoint(report=seen))
-    optimiser = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             inputs = z.clone().requires_grad_()
             loss = layer(inputs).square().sum()
             (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
             (loss + slope.square().sum()).backward()
-            optimiser.step()
+            optimizer.step()
             seen.clear()
 
     train(5)

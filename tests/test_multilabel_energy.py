@@ -1,4 +1,4 @@
-"""The multi-label energy: its bounds hold, its minimiser is the answer, its gradients are exact."""
+"""The multi-label energy: its bounds hold, its minimizer is the answer, its gradients are exact."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_energy_is_the_sum_of_experts_and_ridges() -> None:
     torch.testing.assert_close(energy(u, scores), experts - energy.coupling * ridges)
 
 
-def test_minimiser_is_found_and_gradients_are_exact() -> None:
+def test_minimizer_is_found_and_gradients_are_exact() -> None:
     energy = energy_with_large_weights()
     tight = Termination(atol=0.0, rtol=1e-12)
     layer = FPI_GD(energy, step_size=energy.step_size, termination=tight)

@@ -227,14 +227,14 @@ def fitted(model: Any, y: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's line search, at the last digits
 @pytest.mark.parametrize("solver", [None, Newton(), NewtonCG(), Anderson(), Nesterov()], ids=str)
 @pytest.mark.parametrize("which", range(4), ids=["Ridge", "LogisticRegression", "PoissonRegressor", "GammaRegressor"])
-def test_generalised_linear_models_as_scikit_learn(which: int, solver: Solver | None) -> None:
+def test_generalized_linear_models_as_scikit_learn(which: int, solver: Solver | None) -> None:
     model, energy, y, penalty = models()[which]
     close(ours(energy, DESIGN, y, torch.tensor(penalty).double(), solver), fitted(model, y), 1e-8)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("which", range(4), ids=["Ridge", "LogisticRegression", "PoissonRegressor", "GammaRegressor"])
-def test_hypergradients_of_generalised_linear_models_to_second_order(which: int) -> None:
+def test_hypergradients_of_generalized_linear_models_to_second_order(which: int) -> None:
     """Two Newton steps from scikit-learn's answer have its derivatives, by automatic differentiation, to third order."""
     model, energy, y, penalty = models()[which]
     found = fitted(model, y)

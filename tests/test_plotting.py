@@ -29,7 +29,7 @@ def trace(batch: int, energy: bool) -> SimpleNamespace:
     residual = torch.logspace(0, -9, 10)[:, None] * torch.rand(1, batch)
     residual[4:, 0] = residual[4, 0]
     residual[9, 1:] = 0
-    return SimpleNamespace(residual=residual, energy=residual.square() if energy else None)
+    return SimpleNamespace(error=residual, energy=residual.square() if energy else None)
 
 
 def test_trace_draws_each_sample_until_it_rests_and_energies_on_a_twin() -> None:
@@ -37,8 +37,8 @@ def test_trace_draws_each_sample_until_it_rests_and_energies_on_a_twin() -> None
     axes = plot_trace(seen)
     lines = axes.get_lines()
     assert axes.get_yscale() == "log" and len(lines) == 3
-    assert lines[0].get_ydata() == pytest.approx(seen.residual[:5, 0].tolist())
-    assert lines[1].get_ydata()[:9] == pytest.approx(seen.residual[:9, 1].tolist())
+    assert lines[0].get_ydata() == pytest.approx(seen.error[:5, 0].tolist())
+    assert lines[1].get_ydata()[:9] == pytest.approx(seen.error[:9, 1].tolist())
     twin = next(other for other in axes.figure.axes if other is not axes)
     assert [len(line.get_ydata()) for line in twin.get_lines()] == [10, 10, 10]
     axes.figure.canvas.draw()

@@ -31,7 +31,7 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet._tree import Layout
+from energynet._torch.tree import Layout
 from energynet.termination import max_norm
 from energynet.testing import check_energy, check_layer, check_step
 from energynet.testing.strategies import EnergyCase, Quadratic, contractions, energies, points
@@ -209,7 +209,7 @@ def test_a_budget_beyond_convergence_changes_no_bit(case):
     exact = dataclasses.replace(TIGHT, max_steps=max(1, int(solution.num_steps.max())))
     again = layer_of(case, termination=exact).solve(*case.context, x0=case.x0)
     assert all(torch.equal(a, b) for a, b in zip(*map(torch.utils._pytree.tree_leaves, (solution.value, again.value))))
-    assert torch.equal(solution.num_steps, again.num_steps) and torch.equal(solution.residual, again.residual)
+    assert torch.equal(solution.num_steps, again.num_steps) and torch.equal(solution.error, again.error)
 
 
 class Scaled(Energy):
@@ -231,7 +231,7 @@ def test_scaling_the_energy_and_the_step_size_changes_no_bit_of_the_answer(case)
     for factor in (2.0**-10, 2.0**7):
         other = scaled(case, factor, case.step_size / factor)
         before, after = (layer_of(c).solve(*c.context, x0=c.x0) for c in (case, other))
-        assert torch.equal(before.num_steps, after.num_steps) and torch.equal(before.residual, after.residual)
+        assert torch.equal(before.num_steps, after.num_steps) and torch.equal(before.error, after.error)
         assert torch.equal(answer(layer_of(case), case), answer(layer_of(other), other))
         assert error(gradients(layer_of(other), other), gradients(layer_of(case), case)) <= 1e-12
 
@@ -244,7 +244,7 @@ def test_scaling_the_energy_alone_leaves_answer_gradient_and_residual(case):
     assert error(gradients(layer_of(other), other), gradients(layer_of(case), case)) <= 1e-10
     # The residual is a property of the point: judged where it stands, with any factor and step size.
     loose = Termination(atol=1e6, rtol=0.0, max_steps=5)
-    residuals = [layer_of(c, termination=loose).solve(*c.context, x0=c.x0).residual for c in (case, other)]
+    residuals = [layer_of(c, termination=loose).solve(*c.context, x0=c.x0).error for c in (case, other)]
     assert error(residuals[1], residuals[0]) <= 1e-12
 
 
@@ -253,7 +253,7 @@ def test_a_failed_solve_reports_a_residual_free_of_step_size_too(case):
     """F(x0) in units of x: step size and scale are divided out, whether or not the sample converged."""
     none = dict(termination=Termination(atol=0.0, rtol=0.0, max_steps=0), on_failure="ignore")
     other = scaled(case, 4.0, case.step_size / 3)
-    first, second = (layer_of(c, **none).solve(*c.context, x0=c.x0).residual for c in (case, other))
+    first, second = (layer_of(c, **none).solve(*c.context, x0=c.x0).error for c in (case, other))
     assert error(second, first) <= 1e-12
 
 
@@ -355,7 +355,7 @@ def steps(step=None, **options):
         ({"solver": Picard()}, {"solver": Anderson()}),
         ({"solver": Anderson(memory=1)}, {"solver": Anderson(memory=4)}),
         ({"solver": Anderson(1, mixing=1.0)}, {"solver": Anderson(1, mixing=0.3)}),
-        ({"solver": Anderson()}, {"solver": Anderson(regularisation=1e-1)}),
+        ({"solver": Anderson()}, {"solver": Anderson(regularization=1e-1)}),
         ({"step": GradientStep(Q, 0.2)}, {"step": GradientStep(Q, 0.1)}),
         ({"step": GradientStep(Q, 0.2)}, {"step": DampedStep(GradientStep(Q, 0.2), 0.5)}),
         ({"step": MapStep(lambda x, z: 0.9 * x + 1)}, {"step": DampedStep(MapStep(lambda x, z: 0.9 * x + 1), 0.5)}),
@@ -368,7 +368,7 @@ def steps(step=None, **options):
         "solver",
         "memory",
         "mixing",
-        "regularisation",
+        "regularization",
         "step_size",
         "damping",
         "damped map",
@@ -393,7 +393,7 @@ def test_every_option_of_the_adjoint_shows():
     assert (adjoint_record({"solver": Picard()}).num_steps > 50).all()
     assert (adjoint_record({"solver": Anderson()}).num_steps < 50).all()
     loose = adjoint_record({"solver": Picard(), "termination": Termination(rtol=1e-2)})
-    assert (loose.num_steps < 40).all() and (loose.residual > 1e-4).all() and (loose.residual < 1e-2).all()
+    assert (loose.num_steps < 40).all() and (loose.error > 1e-4).all() and (loose.error < 1e-2).all()
     short = {"solver": Picard(), "termination": Termination(max_steps=3)}
     assert (adjoint_record(short, on_failure="ignore").status == Status.MAX_STEPS).all()
     z = CONTEXT.clone().requires_grad_()

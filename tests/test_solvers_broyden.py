@@ -6,8 +6,8 @@ from problems import TIGHT, Contraction, LogCosh, newton_fixed_point, newton_min
 from torch import Tensor
 
 from energynet import ImplicitAdjoint, Picard, Status, Termination, UnrolledAdjoint, fixed_point, minimize
-from energynet.problem import Problem
 from energynet.solvers.broyden import Broyden, BroydenState
+from energynet.solvers.problem import Problem
 
 LIMIT = Termination(atol=1e-10, rtol=1e-10, max_steps=500)
 

@@ -76,7 +76,7 @@ def test_good_energies_pass():
     assert "curvature = (3." in repr(report) and repr(report).startswith("EnergyReport: passed\n")
 
 
-def test_a_minimiser_is_as_good_a_point_as_any():
+def test_a_minimizer_is_as_good_a_point_as_any():
     """There the derivative vanishes, and all that differences see is their own truncation and rounding."""
 
     def skewed(x, z):  # flat and without height at x = z, and a third derivative of 1000
@@ -181,7 +181,7 @@ BROKEN_ENERGIES = {
         lambda x, z: bowl(x - x.mean(0), z),
         "of sample .* changes by .* when the order|batch-mates|left out",
     ),
-    "neighbour": (lambda x, z: bowl(x, z) + 0.1 * (x * x.roll(1, 0)).sum(-1), r"sum, norm or softmax over the batch"),
+    "neighbor": (lambda x, z: bowl(x, z) + 0.1 * (x * x.roll(1, 0)).sum(-1), r"sum, norm or softmax over the batch"),
     "context over the batch": (lambda x, z: bowl(x, z.cumsum(0)), "changes by"),
     "fixed batch size": (lambda x, z: bowl(x.reshape(4, 2), z), "Evaluating rows .* raised RuntimeError"),
     "random": (lambda x, z: bowl(x + torch.rand_like(x), z), "draws random numbers, so it is not one function"),
@@ -362,7 +362,7 @@ def flat_direction(x, z):
     return (x.sum(-1) - z.sum(-1)).square()
 
 
-def cancelling(x, z):
+def canceling(x, z):
     return ((x + 3e4) - (z + 3e4)).square().sum(-1)
 
 
@@ -382,7 +382,7 @@ BROKEN_LAYERS = {
         "The gradient of a loss of the answer in context 0 .* inexact custom",
     ),
     "detached": (FPI_GD(lambda x, z: bowl(x, z.detach()), 0.2), "in context 0 is 0 along a random direction"),
-    "float32": (FPI_GD(cancelling, 0.5), "Solved in float32 the answer is wrong by"),
+    "float32": (FPI_GD(canceling, 0.5), "Solved in float32 the answer is wrong by"),
     "reads values": (FPI_GD(reads_values, 0.2), r"Under torch.func.vmap the layer raised"),
     "captured": (FPI_GD(lambda x, z: bowl(x * CAPTURED, z), 0.2), "from outside that requires grad"),
     "no start": (FPI_GD(lambda x, z: bowl(x, z), 0.2), "was given no x0 and no start"),

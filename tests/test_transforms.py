@@ -161,8 +161,8 @@ def test_unrolled_under_transforms() -> None:
 def test_batched_gradients_of_autograd() -> None:
     layer, _ = _minimum()
     z = Z.clone().requires_grad_()
-    vectorised = torch.autograd.functional.jacobian(layer, z, vectorize=True)
-    same(vectorised, torch.autograd.functional.jacobian(layer, z))
+    vectorized = torch.autograd.functional.jacobian(layer, z, vectorize=True)
+    same(vectorized, torch.autograd.functional.jacobian(layer, z))
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def train(cache: WarmStart | None, step_size: float | None) -> tuple[list[int], 
     energy = StronglyConvex(ConvexNetwork(10, 6, hidden=(32,)), 0.3)
     layer = FPI_GD(energy, step_size, termination=Termination(rtol=1e-4))
     z, labels = torch.randn(64, 6), (torch.rand(64, 10) < 0.3).float()
-    optimiser = torch.optim.Adam(energy.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(energy.parameters(), lr=1e-3)
     steps, losses = [], []
     for _ in range(3):
         steps.append(0)
@@ -141,9 +141,9 @@ def train(cache: WarmStart | None, step_size: float | None) -> tuple[list[int], 
             if cache is not None:
                 cache.store(index, found)
             loss: Tensor = torch.nn.functional.binary_cross_entropy_with_logits(found.value, labels[index])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             steps[-1] += int(found.num_steps.sum())
             losses.append(float(loss.detach()))
     return steps, losses

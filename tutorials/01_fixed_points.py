@@ -42,8 +42,8 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The picture
 #
-# One unknown x, one energy E(x) = eˣ − z x, convex, with a single minimiser. Walk downhill with steps of size γ, and look at
-# where the walk has settled after many steps. Up to γ = 2 it finds the minimiser. Beyond that it jumps between two points,
+# One unknown x, one energy E(x) = eˣ − z x, convex, with a single minimizer. Walk downhill with steps of size γ, and look at
+# where the walk has settled after many steps. Up to γ = 2 it finds the minimizer. Beyond that it jumps between two points,
 # then four, then eight, and then it is chaos: the energy has not changed, only γ has. Below, the number of steps it took: the
 # best γ needs a handful, and theory predicts the whole curve. This page explains the picture, in which each of 1,200 step
 # sizes is one sample of one batch.
@@ -98,7 +98,7 @@ plt.show()
 #
 # `energy` above returns one scalar a sample: `x` and `z` have a leading batch dimension, and the result has no other. It is
 # the energy of a Poisson rate: x is the logarithm of the rate and z the count that was seen. The slope is eˣ − z, so the
-# minimiser is x* = log z. That we know the answer is convenient for a first page; nothing below makes use of it except the
+# minimizer is x* = log z. That we know the answer is convenient for a first page; nothing below makes use of it except the
 # checks.
 
 # %%
@@ -111,7 +111,7 @@ print("energy  ", tuple(energy(x, z).shape), "    gradient", tuple(gradient(ener
 # ## A step and its fixed point
 #
 # One gradient step is the map g(x) = x − γ E′(x). Where it no longer moves x, the slope is zero: a *fixed point* of g is a
-# minimiser of E. With the solver `Picard`, `minimize` iterates g until each sample has arrived, and then leaves that sample
+# minimizer of E. With the solver `Picard`, `minimize` iterates g until each sample has arrived, and then leaves that sample
 # alone. (The default solver of `minimize` is L-BFGS, which needs no γ. This page uses the plain iteration on purpose.)
 
 # %%
@@ -146,13 +146,13 @@ def walk(gamma, steps):
 
 figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), sharey=True, layout="constrained")
 line = torch.linspace(-3.2, 1.9, 200)[:, None]
-for axis, gamma, colour in zip(axes, STEP_SIZES, (BLUE, GREEN, ORANGE), strict=True):
+for axis, gamma, color in zip(axes, STEP_SIZES, (BLUE, GREEN, ORANGE), strict=True):
     points = walk(gamma, 40)
     across, up = points[:-1].repeat_interleave(2), points.repeat_interleave(2)[1:-1]
     axis.plot(line, line, color="0.7", linewidth=1)
     axis.plot(line, GradientStep(energy, gamma)(line, torch.ones_like(line)).detach(), color="black", linewidth=1.5)
-    axis.plot(across, up, color=colour, linewidth=1)
-    axis.plot(START, START, "o", color=colour, markersize=5)
+    axis.plot(across, up, color=color, linewidth=1)
+    axis.plot(START, START, "o", color=color, markersize=5)
     axis.plot(0, 0, "*", color="black", markersize=9, zorder=5)
     slope = f"{1 - gamma:.1f}".replace("-", "−")
     axis.set(title=f"γ = {gamma}: slope of g at x* is {slope}", xlabel="x", xlim=(-3.2, 1.7), ylim=(-3.2, 1.7), aspect="equal")
@@ -185,7 +185,7 @@ print("ρ at γ = 0.5       ", factor.tolist())
 # ## What never arrives, and how it is told
 #
 # A solve ends in one of four ways, and every sample of the batch has its own `Status`. Here eight samples ask for trouble in
-# three ways: a γ that is too large or too small, a context that is NaN, and an energy that has no minimiser (z < 0 in eˣ − z x:
+# three ways: a γ that is too large or too small, a context that is NaN, and an energy that has no minimizer (z < 0 in eˣ − z x:
 # downhill for ever). The default policy raises, and the message says which samples, why, and what to try.
 
 # %%

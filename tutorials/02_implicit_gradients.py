@@ -43,7 +43,7 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The picture
 #
-# Colours show an energy E(x, z) of one unknown x and one context z. For each z, going up and down, the minimum lies on the black
+# Colors show an energy E(x, z) of one unknown x and one context z. For each z, going up and down, the minimum lies on the black
 # curve: that is the answer x*(z), and on it the slope ∂E/∂x is zero. A solver falls down a vertical line, by whatever path: the
 # white dots. The derivative of the answer is the slope *along the curve*, the orange tangents. To know it one must know the
 # curve near one point, and nothing about the fall.
@@ -67,8 +67,8 @@ fall = minimize(valley, falls_x, falls_z, step_size=0.22, solver=Picard(), termi
 
 figure, axis = plt.subplots(figsize=(8.5, 5.6), layout="constrained")
 levels = height.min() + torch.linspace(0, 1, 26) ** 2 * (height.max() - height.min())
-colours = axis.contourf(side, side, height, levels=levels, cmap="viridis_r")
-figure.colorbar(colours, ax=axis, label="energy E(x, z)", format="%.1f")
+colors = axis.contourf(side, side, height, levels=levels, cmap="viridis_r")
+figure.colorbar(colors, ax=axis, label="energy E(x, z)", format="%.1f")
 axis.plot(side, curve.flatten(), color="black", linewidth=2.5)
 for k, (z, x, slope) in enumerate(zip(falls_z.detach().flatten(), fall.value.detach().flatten(), tangent.flatten(), strict=True)):
     axis.plot(z.expand(40), fall.trace.value[:40, k, 0].detach(), "o-", color="white", markersize=4, linewidth=1)
@@ -279,10 +279,10 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
 titles = ("Error of the gradient", "Time, forward and backward", "Memory kept for the backward pass")
 units = ("relative error", "milliseconds", "KiB")
 for column, (axis, title, unit, scale) in enumerate(zip(axes, titles, units, (1, 1000, 1 / 1024), strict=True)):
-    for method, colour in zip(methods, (ORANGE, PINK, BLUE), strict=True):
+    for method, color in zip(methods, (ORANGE, PINK, BLUE), strict=True):
         values = [scale * m[column] for m in measured[method]]
         if max(values) > 0:
-            axis.loglog(BUDGETS, values, "o-", color=colour, label=method, markersize=4)
+            axis.loglog(BUDGETS, values, "o-", color=color, label=method, markersize=4)
     axis.set(title=title, xlabel="iterations k", ylabel=unit)
     axis.grid(alpha=0.25)
 axes[0].legend(loc="lower left")

@@ -44,9 +44,9 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # Beads on springs between two pins. Each bead carries a weight, which pulls it down, or a balloon, which pulls it up. The chain
 # comes to rest where its energy is least: ½ k (length − rest)² of each spring, and load × height of each bead. *Which* weights
 # and balloons make it rest on a given curve? We draw three curves and let gradients find out: the loss goes through the solver,
-# back to the loads. Thin grey lines are the chains on the way.
+# back to the loads. Thin gray lines are the chains on the way.
 #
-# The whole programme is the class and the loop below. The rest of the page tells how one gets there.
+# The whole program is the class and the loop below. The rest of the page tells how one gets there.
 
 
 # %%
@@ -66,7 +66,7 @@ class Chain(Energy):
 
 def curves(across):  # (3, n) -> (3, n), the heights that are wanted
     wave, bridge, camel = across
-    humps = [0.3 * torch.exp(-((camel - centre) / 0.12).square()) for centre in (0.32, 0.68)]
+    humps = [0.3 * torch.exp(-((camel - center) / 0.12).square()) for center in (0.32, 0.68)]
     wave, bridge = 0.25 * torch.sin(2 * torch.pi * wave), 0.35 * torch.sin(torch.pi * bridge)
     return torch.stack([wave, bridge, humps[0] + humps[1]])
 
@@ -74,12 +74,12 @@ def curves(across):  # (3, n) -> (3, n), the heights that are wanted
 pins = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).expand(3, 2, 2)
 loads = torch.zeros(3, BEADS, requires_grad=True)
 hang = FPI_GD(Chain(), solver=NewtonCG())
-optimiser = torch.optim.LBFGS([loads], max_iter=TRAINING_STEPS, line_search_fn="strong_wolfe")
+optimizer = torch.optim.LBFGS([loads], max_iter=TRAINING_STEPS, line_search_fn="strong_wolfe")
 losses, shapes = [], [hang(loads, pins).detach()]
 
 
 def closure():
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     x = hang(loads, pins, x0=shapes[-1])  # from the last shape: less to do
     loss = (x[..., 1] - curves(x[..., 0])).square().sum()
     loss.backward()  # through the solve
@@ -88,7 +88,7 @@ def closure():
     return loss
 
 
-optimiser.step(closure)
+optimizer.step(closure)
 print("loads", tuple(loads.shape), "  pins", tuple(pins.shape), "  x", tuple(shapes[-1].shape))
 print(f"loss {losses[0]:.3f} -> {losses[-1]:.1e} in {len(losses)} evaluations")
 
@@ -170,7 +170,7 @@ origin = torch.zeros_like(line)
 failed = minimize(Chain(), origin, given, pins, on_failure="ignore")
 print(failed)
 print("status  ", [Status(s).name for s in failed.status.tolist()])
-print("residual", failed.residual.tolist())
+print("residual", failed.error.tolist())
 print("steps   ", failed.num_steps.tolist())
 print()
 print(textwrap.fill(diagnostics.explain(failed), 110))
@@ -193,7 +193,7 @@ attempts = {
 solutions = {name: layer.solve(given, pins) for name, layer in attempts.items()}
 for name, found in solutions.items():
     statuses = ", ".join(Status(s).name for s in found.status.tolist())
-    print(f"{name:30} {statuses:32} steps {found.num_steps.tolist()}   residual ≤ {float(found.residual.max()):.0e}")
+    print(f"{name:30} {statuses:32} steps {found.num_steps.tolist()}   residual ≤ {float(found.error.max()):.0e}")
 
 # %% [markdown]
 # With γ = 1 the chain is torn apart: γ must stay below 2 / (largest curvature). The γ of the report is safe, and slow,

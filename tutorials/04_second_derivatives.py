@@ -42,7 +42,7 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The problem
 #
-# Fit a curve through noisy points by cosines. The weights w minimise an energy: a robust misfit, plus a penalty on each cosine
+# Fit a curve through noisy points by cosines. The weights w minimize an energy: a robust misfit, plus a penalty on each cosine
 # that grows with its frequency k as strength · kᵖ. How strong, and which p? These two *hyperparameters* h = (log strength, p) are
 # to make the fit good on validation points, which the energy does not see. The loss is a function of the answer of a solver:
 #
@@ -128,8 +128,8 @@ excess = (surface - loss(by_newton[-1])).clamp_min(1.1e-5)
 levels = torch.logspace(-5, 0, 21)
 shown = left.contourf(strength, exponent, excess.mT, levels=levels, cmap="viridis_r", norm="log", extend="max")
 left.contour(strength, exponent, excess.mT, levels=levels, colors="white", linewidths=0.3)
-colours = figure.colorbar(shown, ax=left, label="validation loss above the best")
-colours.set_ticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1], labels=["10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"])
+colors = figure.colorbar(shown, ax=left, label="validation loss above the best")
+colors.set_ticks([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1], labels=["10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"])
 left.plot(*by_descent.T, ".-", color="white", markersize=4, linewidth=1, label=f"gradient descent, {DESCENT_STEPS} steps")
 left.plot(*by_newton.T, "o-", color="#ff7f0e", markersize=6, linewidth=1.8, label=f"Newton, {NEWTON_STEPS} steps")
 left.plot(*start, "s", color="black", markersize=7, label="start")
@@ -138,8 +138,8 @@ left.set(xlabel="log strength", ylabel="exponent p", title="Tuning by derivative
 left.legend(loc="lower left", facecolor="0.35", frameon=True, framealpha=0.75, labelcolor="white")
 right.plot(t_train, y_train, "o", color=GREY, markersize=5, label="training points")
 right.plot(t_valid, truth(t_valid), color="0.75", linewidth=6, label="truth", zorder=0)
-for h, colour, name in ((start, BLUE, "fit at the start"), (by_newton[-1], ORANGE, "fit at the best")):
-    right.plot(t_valid, fit(h[None])[0] @ valid.mT, color=colour, linewidth=2, label=name)
+for h, color, name in ((start, BLUE, "fit at the start"), (by_newton[-1], ORANGE, "fit at the best")):
+    right.plot(t_valid, fit(h[None])[0] @ valid.mT, color=color, linewidth=2, label=name)
 right.set(xlabel="t", ylabel="y", title="The fit")
 right.legend()
 plt.show()
@@ -185,7 +185,7 @@ print("Hessian", tuple(hessian.shape), f"  relative difference {relative(hessian
 
 
 # %%
-def penalised(layer_loss, h):
+def penalized(layer_loss, h):
     """Gradient of L(h) + ‖∇L(h)‖², by plain autograd."""
     h = h.clone().requires_grad_()
     value = layer_loss(h)
@@ -193,8 +193,8 @@ def penalised(layer_loss, h):
     return torch.autograd.grad(value + slope.square().sum(), h)[0]
 
 
-exact_penalised = exact_gradient + 2 * exact_hessian @ exact_gradient
-print(f"relative difference {relative(penalised(loss, start), exact_penalised):.1e}")
+exact_penalized = exact_gradient + 2 * exact_hessian @ exact_gradient
+print(f"relative difference {relative(penalized(loss, start), exact_penalized):.1e}")
 
 # %% [markdown]
 # ## Where it usually goes wrong
@@ -235,7 +235,7 @@ for name, layer_loss in (("usual layer", usual_loss), ("energynet", loss)):
     slope, second = by_autograd(layer_loss, start)
     errors[name] = (
         relative(slope, exact_gradient),
-        relative(penalised(layer_loss, start) - slope, exact_penalised - exact_gradient),
+        relative(penalized(layer_loss, start) - slope, exact_penalized - exact_gradient),
         relative(second, exact_hessian),
     )
     first, penalty, matrix = errors[name]
@@ -244,8 +244,8 @@ for name, layer_loss in (("usual layer", usual_loss), ("energynet", loss)):
 # %% tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
 places = torch.arange(3)
-for shift, (name, colour) in zip((-0.19, 0.19), (("usual layer", ORANGE), ("energynet", BLUE)), strict=True):
-    bars = axis.bar(places + shift, errors[name], 0.36, color=colour, label=name, bottom=1e-14)
+for shift, (name, color) in zip((-0.19, 0.19), (("usual layer", ORANGE), ("energynet", BLUE)), strict=True):
+    bars = axis.bar(places + shift, errors[name], 0.36, color=color, label=name, bottom=1e-14)
     axis.bar_label(bars, [f"{e:.0e}" if e < 0.01 else f"{e:.0%}" for e in errors[name]], padding=2)
 axis.set(yscale="log", ylim=(1e-14, 300), ylabel="relative error", title="First derivatives agree, second ones do not")
 axis.set_xticks(places, ("gradient", "gradient of the penalty", "Hessian"))
@@ -262,7 +262,7 @@ plt.show()
 
 # %%
 assert relative(hessian, exact_hessian) < 1e-6
-assert relative(penalised(loss, start), exact_penalised) < 1e-6
+assert relative(penalized(loss, start), exact_penalized) < 1e-6
 assert torch.func.grad(loss)(by_newton[-1]).norm() < 1e-7
 assert torch.linalg.eigvalsh(torch.func.hessian(loss)(by_newton[-1])).min() > 0
 assert loss(by_newton[-1]) < loss(by_descent[-1]) < loss(start)

@@ -14,7 +14,7 @@
 # # 5 · Multi-label classification: an energy over the labels
 #
 # You will learn
-# - how to train through a solver: the answer is a minimiser (`FPI_GD`) or a fixed point (`FPI_NN`), the loss sees only that;
+# - how to train through a solver: the answer is a minimizer (`FPI_GD`) or a fixed point (`FPI_NN`), the loss sees only that;
 # - what an energy over the labels adds to a network that scores each label by itself, and what a wider network adds instead;
 # - what only the energy can do: take in labels that you already know, without new training.
 
@@ -42,7 +42,7 @@ KNOWN, CERTAIN = 3, 8.0  # labels told in the last part, and the logit that stan
 # %% [markdown]
 # ## The data
 #
-# scikit-learn's 8×8 digits, each labelled with the segments that a seven-segment display lights to show it. So a row has seven
+# scikit-learn's 8×8 digits, each labeled with the segments that a seven-segment display lights to show it. So a row has seven
 # labels, and they are far from independent: of 128 patterns only ten occur.
 
 # %%
@@ -66,7 +66,7 @@ print("features", tuple(features.shape), "labels", tuple(labels.shape), f"{len(t
 # $$E(u; s) = \tfrac12 \lVert u - s\rVert^2 - c \sum_k a_k \log\cosh(w_k^\top u + b_k),$$
 #
 # which stays near the scores s, but is rewarded or punished for 32 learned combinations of labels. With c < 1 and bounded
-# weights it has exactly one minimiser, whatever was learned. `FPI_NN` does the same with a network,
+# weights it has exactly one minimizer, whatever was learned. `FPI_NN` does the same with a network,
 # u = s + V tanh(Wu + b), that contracts. Both are ready-made; tutorials 3 and 9 write their own.
 
 
@@ -107,17 +107,17 @@ def perceptron(hidden):
 
 
 def fit(make):
-    """Train from scratch; every model gets the same loss, optimiser and order of rows."""
+    """Train from scratch; every model gets the same loss, optimizer and order of rows."""
     torch.manual_seed(0)
     model = make()
-    optimiser = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     shuffle = torch.Generator().manual_seed(1)
     for _ in range(EPOCHS):
         for rows in train[torch.randperm(len(train), generator=shuffle)].split(BATCH):
             loss = nn.functional.binary_cross_entropy_with_logits(model(features[rows]), labels[rows])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     return model
 
 
@@ -176,8 +176,8 @@ for axis, text in zip(grid[:, 0], ("image", "linear reader", "+ energy"), strict
     axis.set_ylabel(text)
 left.suptitle("Segments read from a digit (green frame: all seven right)", fontsize=11)
 axis = right_side.subplots(gridspec_kw={"left": 0.06, "right": 0.95, "bottom": 0.11, "top": 0.9})
-colours = ["#d55e00" if "FPI" in name else "0.55" for name in models]
-axis.barh(range(len(models)), list(exact.values()), color=colours)
+colors = ["#d55e00" if "FPI" in name else "0.55" for name in models]
+axis.barh(range(len(models)), list(exact.values()), color=colors)
 for k, (name, value) in enumerate(exact.items()):
     axis.text(2, k, f"{name}\n{size[name]} parameters", color="white", va="center", fontsize=8.5)
     axis.text(value - 1.5, k, f"{value:.0f} %", color="white", va="center", ha="right", fontweight="bold")
@@ -195,14 +195,14 @@ plt.show()
 # ## What happens in a solve
 #
 # `layer.solve` returns how each sample went; `trace=True` keeps every iterate. Here are the logits of one image on their way
-# from the reader's scores to the minimiser.
+# from the reader's scores to the minimizer.
 
 # %%
 model = models["linear + FPI_GD"]
 scores = model.reader(features[test]).detach()[:, None]  # (599, 1, 7)
 solution = model.layer.solve(scores, trace=True)
 print(solution)
-print("trace: values", tuple(solution.trace.value.shape), "residuals", tuple(solution.trace.residual.shape))
+print("trace: values", tuple(solution.trace.value.shape), "residuals", tuple(solution.trace.error.shape))
 slope = gradient(model.layer.energy, solution.value.detach(), scores)
 records = model.report.records
 adjoint_steps = torch.cat([record.num_steps for record in records]).float().mean().item()

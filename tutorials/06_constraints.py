@@ -46,7 +46,7 @@ generator = torch.Generator().manual_seed(0)
 # %% [markdown]
 # ## The picture
 #
-# A bowl with its lowest point at z: E(x, z) = ½ (x − z)ᵀ Q (x − z). Without a constraint the minimiser is z itself. Let z walk
+# A bowl with its lowest point at z: E(x, z) = ½ (x − z)ᵀ Q (x − z). Without a constraint the minimizer is z itself. Let z walk
 # around a circle and ask, for each z, for the lowest point *inside a square*, *on a segment*, and *with a price on every
 # number that is not zero*.
 
@@ -64,7 +64,7 @@ answers = {name: minimize(bowl, torch.zeros_like(z), z, Q, prox=prox).value for 
 print("z", tuple(z.shape), " x*", {name: tuple(x.shape) for name, x in answers.items()})
 
 figure, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
-colours = plt.colormaps["twilight_shifted"](angle / (2 * torch.pi))
+colors = plt.colormaps["twilight_shifted"](angle / (2 * torch.pi))
 outlines = [
     ([-BOX, BOX, BOX, -BOX, -BOX], [-BOX, -BOX, BOX, BOX, -BOX]),
     ([0, 1], [1, 0]),
@@ -75,12 +75,12 @@ for axis, (name, x), outline in zip(axes, answers.items(), outlines, strict=True
     if name.startswith("Box"):
         axis.fill(*outline, color="0.94", zorder=0)
     axis.plot([z[:, 0], x[:, 0]], [z[:, 1], x[:, 1]], color="0.75", linewidth=0.5, zorder=2)
-    axis.scatter(*z.T, s=14, c=colours, zorder=3)
-    axis.scatter(*x.T, s=46, c=colours, edgecolors="black", linewidths=0.6, zorder=4)
+    axis.scatter(*z.T, s=14, c=colors, zorder=3)
+    axis.scatter(*x.T, s=46, c=colors, edgecolors="black", linewidths=0.6, zorder=4)
     axis.set(title=name, xlabel="x₁", aspect="equal", xlim=(-2.5, 2.5), ylim=(-2.5, 2.5))
     axis.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("x₂")
-figure.suptitle("small dots: the lowest point z of each bowl · large dots: the constrained minimiser x*", fontsize=11)
+figure.suptitle("small dots: the lowest point z of each bowl · large dots: the constrained minimizer x*", fontsize=11)
 plt.show()
 
 # %% [markdown]
@@ -94,7 +94,7 @@ plt.show()
 #
 # $$x ← \mathrm{prox}\bigl(x − γ ∇E(x)\bigr).$$
 #
-# For a set it is the projection; for L1 it moves every number towards zero by γ · weight and stops there. The minimiser is
+# For a set it is the projection; for L1 it moves every number toward zero by γ · weight and stops there. The minimizer is
 # where this map stands still: again a fixed point, and again its gradient does not depend on the path that led to it. With
 # `prox=` the step size γ is found for you, the solver is FISTA (`Nesterov`) and the adjoint equation is solved by GMRES,
 # because a projected step is no longer symmetric.
@@ -166,7 +166,7 @@ print(f"d Σ x*[0] / d ceiling = {ceiling_gradient:.6f}, finite difference of Sc
 # %% [markdown]
 # ## Simplex: a portfolio, against SLSQP
 #
-# Shares x of n assets, x ≥ 0 and Σx = 1, that trade expected return against risk: minimise ½ xᵀΣx − rᵀx. Most shares of the
+# Shares x of n assets, x ≥ 0 and Σx = 1, that trade expected return against risk: minimize ½ xᵀΣx − rᵀx. Most shares of the
 # answer are zero. The gradient tells how the portfolio shifts when one expects more of an asset.
 
 
@@ -238,9 +238,9 @@ print("weights", tuple(weights.shape), "x*", tuple(path.shape), f" largest diffe
 
 figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
 for j in range(COLUMNS):
-    colour = plt.colormaps["viridis"](j / COLUMNS)
-    axis.plot(lam, x_path[:, j], color=colour, linewidth=1.5, label=f"x{'₁₂₃₄₅₆'[j]}, true value {truth[j]:g}")
-    axis.plot(lam[::2], learned[::2, j], "o", color=colour, markersize=4)
+    color = plt.colormaps["viridis"](j / COLUMNS)
+    axis.plot(lam, x_path[:, j], color=color, linewidth=1.5, label=f"x{'₁₂₃₄₅₆'[j]}, true value {truth[j]:g}")
+    axis.plot(lam[::2], learned[::2, j], "o", color=color, markersize=4)
     for k in (4, 14, 24):
         reach = np.array([-0.09, 0.09])
         axis.plot(lam[k] + reach, x_path[k, j] + slopes[k, j].item() * reach, color="#d55e00", linewidth=3, alpha=0.7, zorder=0)
@@ -263,7 +263,7 @@ print("scikit-learn", scikit_learn(0.2, positive=True).round(5))
 # %% [markdown]
 # ## Learn the weight
 #
-# Which λ predicts new data best? The error on held-out rows is a function of λ through the minimiser, so it has a gradient,
+# Which λ predicts new data best? The error on held-out rows is a function of λ through the minimizer, so it has a gradient,
 # and plain gradient descent on log λ finds its minimum. (A kink lies wherever a number becomes zero: there the gradient is
 # that of one side.)
 

@@ -64,8 +64,8 @@ class Plain(Energy):
     def evaluate(self, x, z):  # (B, 32), (B, 1024) -> (B,)
         return self.near(x, self.features(z))
 
-    def near(self, x, centre):  # (B, 32), (B, 32) -> (B,)
-        return 0.5 * (x - centre).square().sum(-1) + torch.log(torch.cosh(x @ self.mix)).sum(-1)
+    def near(self, x, center):  # (B, 32), (B, 32) -> (B,)
+        return 0.5 * (x - center).square().sum(-1) + torch.log(torch.cosh(x @ self.mix)).sum(-1)
 
 
 class Encoded(Plain):
@@ -74,8 +74,8 @@ class Encoded(Plain):
     def encode(self, z):  # (B, 1024) -> (B, 32)
         return self.features(z)
 
-    def evaluate(self, x, centre):
-        return self.near(x, centre)
+    def evaluate(self, x, center):
+        return self.near(x, center)
 
 
 plain, encoded = Plain(), Encoded()
@@ -175,11 +175,11 @@ for name in names:
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-colours = {"plain": "0.5", "encode": "#0072b2", "encode, compiled": "#d55e00"}
+colors = {"plain": "0.5", "encode": "#0072b2", "encode, compiled": "#d55e00"}
 for name, times in took.items():
     per_sample = [t / batch * 1e3 for batch, t in times.items()]
     marker, size = ("*", 18) if len(times) == 1 else ("o", 6)
-    left.loglog(list(times), per_sample, marker=marker, markersize=size, color=colours[name], label=name, linewidth=1.8)
+    left.loglog(list(times), per_sample, marker=marker, markersize=size, color=colors[name], label=name, linewidth=1.8)
 if can_compile:
     high, low = (took[name][COMPILED_BATCH] / COMPILED_BATCH * 1e3 for name in ("encode", "encode, compiled"))
     left.annotate("", (COMPILED_BATCH, low * 1.25), (COMPILED_BATCH, high), arrowprops={"arrowstyle": "->", "color": "#d55e00"})
@@ -189,12 +189,12 @@ left.set_xticklabels([f"{batch:,}" for batch in BATCHES])
 left.minorticks_off()
 left.legend(frameon=False)
 shades = ("0.6", "#56b4e9", "#009e73", "#0072b2", "#cc79a7")
-for name, colour in zip(names, shades, strict=True):
+for name, color in zip(names, shades, strict=True):
     times = [solver_time[name, c] for c in CONDITIONS]
-    right.loglog(CONDITIONS, times, color=colour, linewidth=1.8)
+    right.loglog(CONDITIONS, times, color=color, linewidth=1.8)
     for c, t in zip(CONDITIONS, times, strict=True):
-        right.plot(c, t, "o", color=colour, markersize=7, markerfacecolor=colour if arrived[name, c] else "white")
-    right.plot([], [], "o-", color=colour, label=name)
+        right.plot(c, t, "o", color=color, markersize=7, markerfacecolor=color if arrived[name, c] else "white")
+    right.plot([], [], "o-", color=color, label=name)
 right.set(title=f"Time to six digits (hollow: not there after {MOST_STEPS} steps)", xlabel="condition number κ", ylabel="s")
 right.legend(frameon=False)
 for axis in (left, right):

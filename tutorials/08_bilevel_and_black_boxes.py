@@ -15,7 +15,7 @@
 #
 # You will learn
 # - to give a solver that is not ours (SciPy here) exact derivatives, with `implicit`;
-# - to minimise an energy whose value contains another solve: a bilevel problem;
+# - to minimize an energy whose value contains another solve: a bilevel problem;
 # - to differentiate the outer answer as well, through both levels.
 
 # %%
@@ -49,10 +49,10 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # the shortcut draws all cars on to both narrow roads. This is Braess's paradox (1968). What toll on the shortcut makes
 # the average trip shortest?
 #
-# *Below*, for a given toll, traffic settles: each traveller takes the route that seems quickest, with a small error of judgement.
-# The two delays x on the narrow roads are then the minimiser of a convex energy (Fisk, 1980; this is its dual form). Its slope is
+# *Below*, for a given toll, traffic settles: each traveller takes the route that seems quickest, with a small error of judgment.
+# The two delays x on the narrow roads are then the minimizer of a convex energy (Fisk, 1980; this is its dual form). Its slope is
 # x − cars, so at the minimum each delay is that which its cars cause. *Above*, we choose the toll by the average time of a trip,
-# which depends on where traffic settles. A minimisation over the answer of a minimisation: a *bilevel* problem.
+# which depends on where traffic settles. A minimization over the answer of a minimization: a *bilevel* problem.
 
 
 # %%
@@ -110,10 +110,10 @@ for axis, toll, title in zip(axes, (torch.zeros(1), best_toll), ("no toll", f"to
     for road, routes in roads.items():
         (x0, y0), (x1, y1) = places[road[0]], places[road[1]]
         full = float(share[list(routes)].sum())
-        colour = ORANGE if road == "AB" else BLUE if road in ("SA", "BT") else GREEN
-        axis.plot([x0, x1], [y0, y1], color=colour, linewidth=1 + 20 * full, solid_capstyle="round", alpha=0.75)
+        color = ORANGE if road == "AB" else BLUE if road in ("SA", "BT") else GREEN
+        axis.plot([x0, x1], [y0, y1], color=color, linewidth=1 + 20 * full, solid_capstyle="round", alpha=0.75)
         shift = (0.13, 0.0) if road == "AB" else (0.0, 0.14 if y0 + y1 > 1 else -0.14)
-        axis.text((x0 + x1) / 2 + shift[0], (y0 + y1) / 2 + shift[1], f"{full:.0%}", ha="center", va="center", color=colour)
+        axis.text((x0 + x1) / 2 + shift[0], (y0 + y1) / 2 + shift[1], f"{full:.0%}", ha="center", va="center", color=color)
     for name, (px, py) in places.items():
         axis.plot(px, py, "o", color="black", markersize=19)
         axis.text(px, py, name, color="white", ha="center", va="center", fontweight="bold")
@@ -204,10 +204,10 @@ for name, function in (("black box", trip_of_black_box), ("minimize", trip_of_mi
 #
 # ## An energy that contains a solve
 #
-# `city` calls `minimize` inside, and is an energy like any other: one number a sample. Minimising it needs its gradient, which is
+# `city` calls `minimize` inside, and is an energy like any other: one number a sample. Minimizing it needs its gradient, which is
 # a gradient *through* the inner solve; `NewtonCG` needs second derivatives through it; and the derivative of the best toll in the
 # demand comes from the outer optimality condition, with derivatives of that. Every level is the same rule: differentiate the
-# condition at the answer. We check the outermost one against the best tolls of neighbouring demands.
+# condition at the answer. We check the outermost one against the best tolls of neighboring demands.
 
 # %%
 with torch.no_grad():

@@ -16,7 +16,7 @@
 # You will learn
 # - how to write an energy of images in twenty lines: stay near the noisy picture, but answer little to a set of filters;
 # - how to learn filters and penalties *through* the solver, from a few hundred small crops in less than a minute;
-# - how to build the energy so that it has exactly one minimiser, whatever was learned.
+# - how to build the energy so that it has exactly one minimizer, whatever was learned.
 
 # %%
 import matplotlib.pyplot as plt
@@ -37,7 +37,7 @@ from energynet import FPI_GD, Energy, ImplicitAdjoint, Termination, diagnostics
 SIGMA = 25 / 255  # standard deviation of the noise; pictures are in [0, 1]
 SIDE = 160  # of the test picture
 WIDTH = 5  # of the filters, of which there are 5² − 1
-STRENGTH = 0.9  # below 1 there is exactly one minimiser
+STRENGTH = 0.9  # below 1 there is exactly one minimizer
 STEPS, CROPS, CROP_SIDE, LEARNING_RATE = 80, 4, 32, 0.1
 MARGIN = 4  # pixels at the border that see fewer filters: padded in the test, left out of the loss
 torch.manual_seed(0)
@@ -50,14 +50,14 @@ generator = np.random.default_rng(0)
 
 
 # %%
-def grey(picture):  # -> (H, W) float32 in [0, 1]
+def gray(picture):  # -> (H, W) float32 in [0, 1]
     return (color.rgb2gray(picture) if picture.ndim == 3 else picture / 255).astype(np.float32)
 
 
-clean = transform.resize(grey(data.camera()), (SIDE, SIDE), anti_aliasing=True).astype(np.float32)
+clean = transform.resize(gray(data.camera()), (SIDE, SIDE), anti_aliasing=True).astype(np.float32)
 noisy = clean + SIGMA * generator.standard_normal(clean.shape, dtype=np.float32)
 sources = (data.coins, data.moon, data.page, data.astronaut, data.chelsea, data.coffee, data.rocket)
-training = [transform.rescale(grey(source()), 0.5, anti_aliasing=True).astype(np.float32) for source in sources]
+training = [transform.rescale(gray(source()), 0.5, anti_aliasing=True).astype(np.float32) for source in sources]
 print("test picture", clean.shape, " training pictures", [picture.shape for picture in training])
 
 
@@ -81,7 +81,7 @@ def draw_crops():  # -> (B, 1, H, W)
 # noise, and ever less when larger than $s_k$, since that is an edge. Filters, $s_k$ and $ρ_k$ are learned. The filters have
 # mean zero, so that brightness costs nothing, and begin as cosines.
 #
-# **One minimiser.** $ψ_k'' ≥ -1$ for any $s_k$, $ρ_k$. The filters are divided by their largest joint gain over all
+# **One minimizer.** $ψ_k'' ≥ -1$ for any $s_k$, $ρ_k$. The filters are divided by their largest joint gain over all
 # frequencies, so the second term bends down by at most $c < 1$ where the first bends up by 1. The sum is strongly convex
 # though ψ is not. Such penalties are called *weakly convex*: they keep edges, and the answer is still unique.
 
@@ -134,8 +134,8 @@ print(sum(p.numel() for p in energy.parameters()), "parameters")
 # %% [markdown]
 # ## Learn it through the solver
 #
-# Each step: add noise to a few crops, *solve*, compare the minimiser with the clean crop, and send the gradient back through
-# the minimiser into filters and penalties. There is nothing special to do for it: the layer is a module like any other.
+# Each step: add noise to a few crops, *solve*, compare the minimizer with the clean crop, and send the gradient back through
+# the minimizer into filters and penalties. There is nothing special to do for it: the layer is a module like any other.
 
 
 # %%
@@ -151,17 +151,17 @@ def denoise(picture):  # (H, W) -> (H, W)
 
 filters_before = energy.filters().detach()
 untrained = psnr(denoise(noisy))
-optimiser = torch.optim.Adam(energy.parameters(), LEARNING_RATE)
-schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+optimizer = torch.optim.Adam(energy.parameters(), LEARNING_RATE)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 gains = []
 for _ in range(STEPS):
     crops = draw_crops()
     noise = SIGMA * torch.randn_like(crops)
     error = (layer(crops + noise) - crops)[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
     loss = error.square().mean()
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     schedule.step()
     gains.append(-10 * np.log10(loss.item() / noise.square().mean().item()))  # dB by which the noise fell
 denoised = denoise(noisy)
@@ -229,7 +229,7 @@ for axis in axes[1]:
 plt.show()
 
 # %% [markdown]
-# ## Is it really one minimiser?
+# ## Is it really one minimizer?
 #
 # Two checks. The smallest curvature of the energy at the answer (estimated by Lanczos' method) must not lie below 1 − c. And a
 # solve that begins somewhere else entirely must end in the same place.

@@ -55,8 +55,8 @@ def check(axes: Axes) -> None:
         central = torch.stack([(loss(z + h * direction) - loss(z - h * direction)) / (2 * h) for h in distances])  # (H, B)
     exact = gradient @ direction
     errors = ((central - exact) / exact).abs().clamp_min(1e-16)
-    for k, colour in enumerate(COLOURS):
-        axes.loglog(distances, errors[:, k], "o-", color=colour, markeredgecolor="0.3", markeredgewidth=0.4, markersize=4.5,
+    for k, color in enumerate(COLOURS):
+        axes.loglog(distances, errors[:, k], "o-", color=color, markeredgecolor="0.3", markeredgewidth=0.4, markersize=4.5,
                     linewidth=1, label=f"answer {k + 1}")  # fmt: skip
     guide = distances[1:13]
     axes.loglog(guide, 12 * errors[3].mean() * (guide / distances[3]) ** 2, "--", color="0.3", linewidth=1, label="h²")

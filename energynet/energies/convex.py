@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.nn.utils.parametrize import register_parametrization
 
-from energynet import _tree
-from energynet.binding import modules_in
+from energynet._torch import tree as _tree
 from energynet.energy import Energy, EnergyLike, encode, evaluate
+from energynet.engine.binding import modules_in
 
 
 class Quadratic(Energy):
-    r"""½ xᵀQx − bᵀx, the symmetric part of Q counting: the minimiser solves ½(Q + Qᵀ) x = b.
+    r"""½ xᵀQx − bᵀx, the symmetric part of Q counting: the minimizer solves ½(Q + Qᵀ) x = b.
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ class Quadratic(Energy):
 
 
 class StronglyConvex(Energy):
-    """An energy plus strength/2 ‖x‖², which makes a convex one strongly so: one minimiser, which gradient steps reach.
+    """An energy plus strength/2 ‖x‖², which makes a convex one strongly so: one minimizer, which gradient steps reach.
 
     The energy keeps its own `encode` and `start`.
 
@@ -82,7 +82,7 @@ class StronglyConvex(Energy):
 
 
 class NonNegative(nn.Module):
-    """A parametrisation that keeps a weight positive, as the softplus of another.
+    """A parametrization that keeps a weight positive, as the softplus of another.
 
     Example:
         >>> import torch

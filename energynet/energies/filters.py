@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 class Boundary(enum.Enum):
     """What a filter sees beyond the border of an image; the value is PyTorch's name for it.
 
-    ``INSIDE`` keeps to the windows that lie in the image. ``ZERO`` is black all around. ``REFLECT`` mirrors at the centre of
+    ``INSIDE`` keeps to the windows that lie in the image. ``ZERO`` is black all around. ``REFLECT`` mirrors at the center of
     the outermost pixels, ``REPLICATE`` repeats these. With ``PERIODIC`` the image meets itself.
 
     Example:
@@ -94,7 +94,7 @@ def largest_response(weight: Tensor) -> Tensor:  # (F, C, k, k) -> 0-d
 
 
 class BoundedFilters(nn.Module):
-    """A parametrisation of a filter bank: zero mean in every channel, and ‖responses‖ ≤ ‖image‖ with the boundary given.
+    """A parametrization of a filter bank: zero mean in every channel, and ‖responses‖ ≤ ‖image‖ with the boundary given.
 
     Example:
         >>> weight = BoundedFilters(Boundary.ZERO)(torch.randn(8, 1, 5, 5))
@@ -130,7 +130,7 @@ def _check(x: Tensor, weight: Tensor, boundary: Boundary) -> None:
     if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or weight.shape[-2] != size:
         raise ValueError(
             f"filter_bank needs images (B, C, H, W) and square filters (F, C, k, k) with the same C, got {seen}. "
-            "A grey image has C = 1: x.unsqueeze(1) adds it."
+            "A gray image has C = 1: x.unsqueeze(1) adds it."
         )
     if boundary is not Boundary.INSIDE and size % 2 == 0:
         raise ValueError(f"filter_bank keeps the size of an image for filters of odd size only, got {seen}. Use 3, 5 or 7.")

@@ -11,7 +11,7 @@ from energynet.energy import Energy
 
 
 class ImageEnergy(Energy):
-    r"""A convex-ridge energy over images, whose minimiser is y made regular:
+    r"""A convex-ridge energy over images, whose minimizer is y made regular:
 
     .. math::
         E(x; y, p) = \tfrac12 \sum_q p_q (x_q - y_q)^2 + \lambda \sum_i \sum_q \phi_i\bigl((w_i * x)_q\bigr), \quad
@@ -22,7 +22,7 @@ class ImageEnergy(Energy):
     κ are learned too: the potentials level off, which spares edges; c = 0 stands for κ = 0, a convex energy.
 
     The filters are scaled so that ‖(w₁ * x, w₂ * x, …)‖ ≤ ‖x‖, λ stays below the strength S and λκ below c. So the Hessian lies
-    between p − c and p + S whatever is learned: with p = 1 and c < 1 there is one minimiser, and `step_size` reaches it.
+    between p − c and p + S whatever is learned: with p = 1 and c < 1 there is one minimizer, and `step_size` reaches it.
 
     Example:
         >>> from energynet import FPI_GD
@@ -35,10 +35,10 @@ class ImageEnergy(Energy):
         torch.Size([2])
 
     Args:
-        channels: C, 1 for grey images.
+        channels: C, 1 for gray images.
         num_filters: number of filters.
         size: k, of the k × k filters, odd (with ``Boundary.INSIDE`` any).
-        strength: S, the largest curvature of the regulariser; more noise takes more, a tenth of the range about 10.
+        strength: S, the largest curvature of the regularizer; more noise takes more, a tenth of the range about 10.
         concavity: c, in [0, 1) and below the strength.
         scale: of the potentials at first, in units of the filters' responses.
         boundary: what a filter sees beyond the border. S is reached with ``INSIDE``, ``ZERO`` and ``PERIODIC``; with
@@ -75,7 +75,7 @@ class ImageEnergy(Energy):
         if not 0 <= concavity < min(1, strength):
             raise ValueError(
                 f"concavity must lie in [0, 1) and below strength={strength}, got {concavity}: the data term adds a curvature of "
-                "1, and one minimiser needs what is left to be positive."
+                "1, and one minimizer needs what is left to be positive."
             )
         self.strength, self.concavity, self.boundary = strength, concavity, boundary
         self.raw_strength = nn.Parameter(torch.zeros(()))
@@ -121,7 +121,7 @@ class ImageEnergy(Energy):
 def _checked(y: Tensor, precision: Tensor | float) -> Tensor | float:
     """The precision in a shape that multiplies images: others would be broadcast, and mix the samples."""
     if y.ndim != 4:
-        raise ValueError(f"ImageEnergy needs images (B, C, H, W), got y {tuple(y.shape)}. Grey ones have C = 1: y.unsqueeze(1).")
+        raise ValueError(f"ImageEnergy needs images (B, C, H, W), got y {tuple(y.shape)}. Gray ones have C = 1: y.unsqueeze(1).")
     if not isinstance(precision, Tensor) or precision.ndim == 0:
         return precision
     shape = tuple(precision.shape)
@@ -130,7 +130,7 @@ def _checked(y: Tensor, precision: Tensor | float) -> Tensor | float:
     if precision.ndim != 4 or any(n not in (1, m) for n, m in zip(shape, y.shape)):
         raise ValueError(
             f"precision must be a number, one value a sample (B,), or one a pixel like y {tuple(y.shape)}, got {shape}. "
-            "A mask of grey images has C = 1: precision.unsqueeze(1)."
+            "A mask of gray images has C = 1: precision.unsqueeze(1)."
         )
     return precision
 

@@ -10,7 +10,7 @@ from energynet.energy import Energy
 
 
 class BoundedNorm(nn.Module):
-    """A parametrisation that keeps the largest singular value of a matrix at or below a bound.
+    """A parametrization that keeps the largest singular value of a matrix at or below a bound.
 
     It divides by the Schatten 8-norm ``tr((W Wᵀ)⁴)^(1/8)``, which is never below the largest singular value, at most
     ``rank^(1/8)`` above it, and differentiable to any order — a power iteration is none of that exactly.
@@ -63,7 +63,7 @@ class LabelFeatures(nn.Module):
 
 
 class MultiLabelEnergy(Energy):
-    r"""An energy over the logits u of L labels, whose minimiser is the answer that M experts and the labels settle on:
+    r"""An energy over the logits u of L labels, whose minimizer is the answer that M experts and the labels settle on:
 
     .. math::
         E(u; s) = \frac1M \sum_m \tfrac12 \|u - s_m\|^2 - c \sum_k a_k \log\cosh(w_k^\top u + b_k).
@@ -72,7 +72,7 @@ class MultiLabelEnergy(Energy):
     multiply, so the first term is a product of experts. Each ridge k sees a learned combination of labels and rewards
     (:math:`a_k > 0`) or punishes (:math:`a_k < 0`) that it is decided, one way or the other.
 
-    It has exactly one minimiser for every s: :math:`0 \le (\log\cosh)'' \le 1`, :math:`|a_k| \le 1` and
+    It has exactly one minimizer for every s: :math:`0 \le (\log\cosh)'' \le 1`, :math:`|a_k| \le 1` and
     :math:`\|W\|_2 \le 1` bound the Hessian by :math:`(1 - c) I \preceq \nabla^2 E \preceq (1 + c) I` whatever
     the weights, and c < 1. So E is (1 − c)-strongly convex, and the step size 2/(μ + L) = 1 contracts by c or better.
 
@@ -111,7 +111,7 @@ class MultiLabelEnergy(Energy):
         return mean, 0.5 * (scores - mean[:, None]).square().sum(-1).mean(1)
 
     def start(self, scores: Tensor) -> Tensor:  # (B, M, L) -> (B, L)
-        """The experts' mean: the minimiser, were it not for the ridges."""
+        """The experts' mean: the minimizer, were it not for the ridges."""
         return scores.mean(1)
 
     def evaluate(self, u: Tensor, mean: Tensor, spread: Tensor) -> Tensor:  # (B, L), (B, L), (B,) -> (B,)
@@ -120,7 +120,7 @@ class MultiLabelEnergy(Energy):
 
 
 class StructuredEnergy(Energy):
-    r"""A network's energy over label probabilities σ(u) and features z, with a ridge so that it has a minimiser:
+    r"""A network's energy over label probabilities σ(u) and features z, with a ridge so that it has a minimizer:
 
     .. math::
         E(u; z) = \frac1K \sum_k \mathrm{softplus}\bigl((V z + W σ(u) + b)_k\bigr)^2 + \tfrac{μ}{2} \|u\|^2.

@@ -81,7 +81,7 @@ def split_rows(num_rows: int, seed: int, *, fraction: float = 0.1) -> Split:
 
 
 def digits() -> MultiLabelData:
-    """The embedded default: scikit-learn's 8×8 digits, labelled with the display segments that show the digit.
+    """The embedded default: scikit-learn's 8×8 digits, labeled with the display segments that show the digit.
 
     Returns:
         1,198 training and 599 test rows, 64 features, 7 labels; the split is fixed.
@@ -100,7 +100,7 @@ def digits() -> MultiLabelData:
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 3], order[len(order) // 3 :]
     rows = (features[train], labels[train], features[test], labels[test])
-    return standardised(MultiLabelData("digits", *rows, tuple("abcdefg")))
+    return standardized(MultiLabelData("digits", *rows, tuple("abcdefg")))
 
 
 def load(folder: Path) -> MultiLabelData:
@@ -110,7 +110,7 @@ def load(folder: Path) -> MultiLabelData:
         folder: the folder; NAME is the folder's name, or that of its only data set.
 
     Returns:
-        The data set, columns that are not 0/1 standardised by the training rows.
+        The data set, columns that are not 0/1 standardized by the training rows.
 
     Raises:
         FileNotFoundError: when the folder holds no data set; the message names what was looked for and what is there.
@@ -120,14 +120,14 @@ def load(folder: Path) -> MultiLabelData:
         raise FileNotFoundError(f"--data {folder} is not a folder; give the folder that holds NAME.npz or NAME-train.arff.")
     archives = _preferred(sorted(folder.glob("*.npz")), folder, "")
     if archives is not None:
-        return standardised(load_npz(archives))
+        return standardized(load_npz(archives))
     train = _preferred(sorted(folder.glob("*-train.arff")), folder, "-train")
     if train is None:
         names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
             f"{folder} holds neither NAME.npz nor NAME-train.arff, NAME-test.arff and NAME.xml; it holds {names}."
         )
-    return standardised(load_mulan(train))
+    return standardized(load_mulan(train))
 
 
 def load_npz(path: Path) -> MultiLabelData:
@@ -180,7 +180,7 @@ def load_mulan(train: Path) -> MultiLabelData:
     return MultiLabelData(stem, fitted.features, fitted.labels, held.features, held.labels, fitted.label_names)
 
 
-def standardised(data: MultiLabelData) -> MultiLabelData:
+def standardized(data: MultiLabelData) -> MultiLabelData:
     """Scale each feature that is not 0/1 to zero mean and unit variance on the training rows.
 
     Args:

@@ -123,7 +123,7 @@ def exact_match(predicted: Tensor, labels: Tensor) -> float:
 
 
 def best_threshold(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Choose the one threshold of the probability that maximises example-F1; the lowest of equals.
+    """Choose the one threshold of the probability that maximizes example-F1; the lowest of equals.
 
     Args:
         logits: scores of held-out rows, shape (N, L).

@@ -114,7 +114,7 @@ class Implicit(Classifier):
 
 
 class EnergyClassifier(Implicit):
-    """FPI_GD on the ready-made multi-label energy: its minimiser is the answer."""
+    """FPI_GD on the ready-made multi-label energy: its minimizer is the answer."""
 
     def __init__(self, size: Size) -> None:
         super().__init__(size)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
+from energynet.solvers.problem import Problem
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

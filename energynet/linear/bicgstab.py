@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from energynet.linear._arithmetic import divide, dot, length, singular, working_residual
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 
@@ -26,7 +26,7 @@ class BiCGSTABState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BiCGSTAB(Solver):
-    """Stabilised biconjugate gradients: any square A, two products a step, memory that does not grow.
+    """Stabilized biconjugate gradients: any square A, two products a step, memory that does not grow.
 
     Where a number that it divides by vanishes it begins once more from the point reached. If that happens again at once,
     as for a singular or a skew-symmetric A, the sample is reported as DIVERGED.

@@ -6,8 +6,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 

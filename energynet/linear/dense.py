@@ -1,4 +1,4 @@
-"""A dense factorisation for A u = v, for small problems, batched sample by sample."""
+"""A dense factorization for A u = v, for small problems, batched sample by sample."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 Inverse = Callable[[Tensor], Tensor]  # (*batch, n, 1) -> (*batch, n, 1)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from energynet.linear._arithmetic import divide, dot, length, singular, working_residual
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 

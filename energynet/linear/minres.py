@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from energynet.linear._arithmetic import divide, length, singular, working_residual
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 
@@ -34,7 +34,7 @@ class MINRESState(NamedTuple):
 class MINRES(Solver):
     """Minimal residual over the Krylov space of a symmetric H, which may be indefinite, in short recurrences.
 
-    At a saddle, the answer of no minimisation, `minimize` and `FPI_GD` say so; `implicit` with ``symmetric=True`` gets the exact
+    At a saddle, the answer of no minimization, `minimize` and `FPI_GD` say so; `implicit` with ``symmetric=True`` gets the exact
     derivative of the stationary point. A singular H for which no u exists is reported as DIVERGED.
 
     Example:

@@ -10,6 +10,7 @@ from energynet.solvers.nesterov import Nesterov
 from energynet.solvers.newton import Newton
 from energynet.solvers.newton_cg import NewtonCG
 from energynet.solvers.picard import Picard
+from energynet.solvers.problem import Problem
 
 __all__ = [
     "Anderson",
@@ -25,6 +26,7 @@ __all__ = [
     "Newton",
     "NewtonCG",
     "Picard",
+    "Problem",
     "Solver",
     "StepRule",
     "StrongWolfe",

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
+from energynet.solvers.problem import Problem
 
 
 class AndersonState(NamedTuple):
@@ -31,22 +31,22 @@ class Anderson(Solver):
     Args:
         memory: m, how many differences are kept.
         mixing: β in (0, 1], the part of the combined move that is taken.
-        regularisation: ridge of the least-squares problem, relative to its unit-length columns; default 10 ε of the
+        regularization: ridge of the least-squares problem, relative to its unit-length columns; default 10 ε of the
             dtype. A singular system falls back to the map's own step.
 
     Raises:
-        ValueError: if memory < 1, or mixing or regularisation is out of range.
+        ValueError: if memory < 1, or mixing or regularization is out of range.
 
     Source: Anderson (1965); Walker and Ni (2011), Anderson acceleration for fixed-point iterations.
     """
 
     memory: int = 5
     mixing: float = 1.0
-    regularisation: float | None = None
+    regularization: float | None = None
 
     def __post_init__(self) -> None:
-        if self.memory < 1 or not 0 < self.mixing <= 1 or (self.regularisation is not None and self.regularisation < 0):
-            raise ValueError(f"Anderson needs memory ≥ 1, 0 < mixing ≤ 1 and regularisation ≥ 0, got {self}.")
+        if self.memory < 1 or not 0 < self.mixing <= 1 or (self.regularization is not None and self.regularization < 0):
+            raise ValueError(f"Anderson needs memory ≥ 1, 0 < mixing ≤ 1 and regularization ≥ 0, got {self}.")
 
     def init(self, problem: Problem, x0: Tensor) -> AndersonState:
         residual = problem.residual(x0)
@@ -72,13 +72,13 @@ class Anderson(Solver):
 
     def _weights(self, dmove: Tensor, move: Tensor) -> Tensor:
         """Least squares min ‖move − Σ w_i dmove_i‖ by normal equations on unit-length columns; empty rows get weight 0."""
-        working = torch.promote_types(move.dtype, torch.float32)  # no half-precision factorisations exist
+        working = torch.promote_types(move.dtype, torch.float32)  # no half-precision factorizations exist
         dmove, move = dmove.to(working), move.to(working)
         length = dmove.detach().square().sum(-1).sqrt()
         empty = length == 0
         inverse_length = torch.where(empty, 0, 1 / torch.where(empty, 1, length))
         unit = dmove * inverse_length.unsqueeze(-1)
-        ridge = 10 * torch.finfo(working).eps if self.regularisation is None else self.regularisation
+        ridge = 10 * torch.finfo(working).eps if self.regularization is None else self.regularization
         gram = unit @ unit.mT + torch.diag_embed(ridge + empty.to(working))
         factor, info = torch.linalg.cholesky_ex(gram)
         singular = (info != 0).unsqueeze(-1)

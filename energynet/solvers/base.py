@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from energynet.problem import Problem
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 _REMEDY = {

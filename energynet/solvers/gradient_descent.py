@@ -7,9 +7,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import Backtracking, Search, begin
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from energynet._autodiff import readable
-from energynet.problem import Problem
+from energynet._torch.autodiff import readable
 from energynet.solvers.line_search import CANCELLED
+from energynet.solvers.problem import Problem
 
 STEEP = 100  # times as curved as was believed, as seen from both ends: such a step is too long
 

@@ -6,9 +6,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import LineSearch, Search, StrongWolfe, begin
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
 from energynet.solvers.guard import Guarded, attempt, look
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 

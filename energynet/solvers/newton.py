@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
+from energynet.solvers.problem import Problem
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
 
 
@@ -15,7 +15,7 @@ class Newton(TrustRegion):
     """Newton steps from the whole Hessian and its Cholesky factor: few of them, however ill-conditioned an energy is.
 
     Where the Hessian is not positive definite, or the step leads out of the ball in which such steps were of use, it makes the
-    step of `NewtonCG`. One step costs n Hessian-vector products, taken at once, a factorisation and one evaluation. Memory: n²
+    step of `NewtonCG`. One step costs n Hessian-vector products, taken at once, a factorization and one evaluation. Memory: n²
     numbers a sample, and n times that of one product; for up to some hundred unknowns.
 
     Example:

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from energynet.problem import Problem
+from energynet.solvers.problem import Problem
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated_step
 
 

@@ -5,9 +5,9 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from energynet.problem import Problem
 from energynet.solvers.base import Solver
 from energynet.solvers.guard import Guarded, attempt, look
+from energynet.solvers.problem import Problem
 
 
 class PicardState(NamedTuple):

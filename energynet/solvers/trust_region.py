@@ -6,10 +6,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet._while import while_loop
-from energynet.problem import Problem
+from energynet._torch.while_loop import while_loop
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import CANCELLED
+from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 MOST_REJECTED = 30  # each shortens the ball at least four times
@@ -51,7 +51,7 @@ def attempt(problem: Problem, x: Tensor, ball: Ball, step: Tensor, image: Tensor
     """The next x and its ball: the step is taken where the energy falls by some of what the parabola promised.
 
     Args:
-        problem: a minimisation.
+        problem: a minimization.
         x: ``(*batch, n)``.
         ball: around x.
         step: p in it.

@@ -1,4 +1,4 @@
-"""`check_energy`: is this a function the solvers can minimise, and differentiate?"""
+"""`check_energy`: is this a function the solvers can minimize, and differentiate?"""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet._autodiff import linearise
+from energynet._torch.autodiff import linearize
 from energynet.energy import EnergyLike
 from energynet.solve import minimize
 from energynet.step import GradientStep
@@ -61,7 +61,7 @@ def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
     a sample does not depend on its batch-mates                     which samples, by how much, after which change
     ∇E against central differences                                  both numbers
     derivatives of ∇E in x, context and parameters                  both numbers, and in which tensor
-    curvature in x (an energy linear in x has no minimiser)         which samples have none
+    curvature in x (an energy linear in x has no minimizer)         which samples have none
     the Hessian is symmetric                                        the asymmetry
     `Energy.evaluate` after `Energy.encode` is `Energy.forward`     by how much they differ
     ==============================================================  ==================================================
@@ -139,18 +139,18 @@ def _check_gradient(subject: Subject) -> float:
 def _check_hessian(subject: Subject) -> tuple[float, tuple[float, float]]:
     """Its asymmetry and its extreme eigenvalues."""
     function, flat = subject.optimality(subject.code()), subject.layout.ravel(subject.x)
-    product = linearise(function, flat, transposed=True)
+    product = linearize(function, flat, transposed=True)
     u, v = unit(torch.randn_like(flat)), unit(torch.randn_like(flat))
     flatness = _size(product(u))
     for _ in range(2):  # a quartic has none at its minimum either: look elsewhere too
         elsewhere = flat + torch.randn_like(flat) * (1 + flat.abs())
-        flatness = torch.maximum(flatness, _size(linearise(function, elsewhere, transposed=True)(u)))
+        flatness = torch.maximum(flatness, _size(linearize(function, elsewhere, transposed=True)(u)))
     without = flatness <= 1e-12 * _size(function(flat))
     if bool(without.any()):
         where = ", ".join(map(str, torch.nonzero(without).flatten().tolist()[:8])) if without.ndim else "(the problem)"
         raise CheckError(
             f"E has no curvature in x for sample {where}: its Hessian is zero at x and nearby. Likely cause: E is linear in x "
-            "(or piecewise linear, as a ReLU network is), or does not depend on x, so it has no isolated minimiser. Add a term "
+            "(or piecewise linear, as a ReLU network is), or does not depend on x, so it has no isolated minimizer. Add a term "
             "that grows in every direction of x, such as a ridge 0.5 * x.square().sum(-1)."
         )
     gap = ((u * product(v)).sum(-1) - (product(u) * v).sum(-1)).abs()

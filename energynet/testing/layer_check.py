@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet._tree import Layout
-from energynet.adjoint import ImplicitAdjoint
-from energynet.derivative import Adjoint
+from energynet._torch import tree as _tree
+from energynet._torch.tree import Layout
+from energynet.engine.adjoint import ImplicitAdjoint
+from energynet.engine.root_gradient import Adjoint
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.solution import ConvergenceError, Solution
 from energynet.solvers import Picard
@@ -196,7 +196,7 @@ class Trial:
         if not change <= 1e-7:
             raise CheckError(
                 f"The answer changes by {change:.2g} (relative) when the solve begins elsewhere, 1 % away. Likely cause: a flat "
-                "direction or several minimisers, or a map that is no contraction. Add a ridge in x, or bound the network's norm."
+                "direction or several minimizers, or a map that is no contraction. Add a ridge in x, or bound the network's norm."
             )
         return cls(tight, context, start, answer), change
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet import _tree
+from energynet._torch import tree as _tree
 
 Product = Callable[[Tensor], Tensor]
 

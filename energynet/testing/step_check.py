@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet._autodiff import linearise
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import linearize
 from energynet.solve import fixed_point
 from energynet.step import Step, as_step, per_sample
 from energynet.termination import Termination
@@ -137,13 +137,13 @@ def _check_jacobian(subject: Subject) -> tuple[float, float, float]:
     """Asymmetry of ∂F/∂x, and norm and spectral radius of ∂g/∂x."""
     step, flat = subject.step, subject.layout.ravel(subject.x)
     function = subject.optimality(subject.code())
-    product, transposed = linearise(function, flat, transposed=False), linearise(function, flat, transposed=True)
+    product, transposed = linearize(function, flat, transposed=False), linearize(function, flat, transposed=True)
     u, v = unit(torch.randn_like(flat)), unit(torch.randn_like(flat))
     size = torch.linalg.vector_norm(product(v), dim=-1)
     if bool((size <= 1e-14).all()):
         raise CheckError(
             "x − g(x) does not depend on x: every point is a fixed point, or none. Likely cause: g(x) = x + constant, or an "
-            "energy linear in x. Give g a part that pulls x towards its answer."
+            "energy linear in x. Give g a part that pulls x toward its answer."
         )
     gap = ((u * product(v)).sum(-1) - (product(u) * v).sum(-1)).abs()
     asymmetry = largest(gap / torch.where(size > 0, size, 1))

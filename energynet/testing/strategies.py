@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from energynet._tree import Layout
+from energynet._torch.tree import Layout
 from energynet.energy import Energy
 
 try:

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from energynet import _tree
-from energynet._tree import Layout
-from energynet.binding import Binding
-from energynet.probe import ImpureFunctionError, LostGradientError
+from energynet._torch import tree as _tree
+from energynet._torch.tree import Layout
+from energynet.engine.binding import Binding
+from energynet.engine.purity import ImpureFunctionError, LostGradientError
 from energynet.solution import ConvergenceError
 from energynet.step import Step
 from energynet.testing.measure import CheckError, check_derivatives, check_independent, copied, equal, floating, largest, replaced

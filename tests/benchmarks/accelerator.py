@@ -22,7 +22,7 @@ from . import command, report
 from .contenders.handwritten import HandWritten
 from .contenders.ours import OursCompiled, OursEager
 from .contenders.plain import Plain
-from .harness import Call, Contender, Options, Row, Watcher, compete, peak, quiet, synchronise, timed
+from .harness import Call, Contender, Options, Row, Watcher, compete, peak, quiet, synchronize, timed
 from .w1_single import Single
 from .w2_batch import Batch
 from .w3_labels import Labels, LabelsApart
@@ -75,7 +75,7 @@ def kernels(call: Call, device: str) -> tuple[int, float]:
         return 0, 0.0
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
-        synchronise(device)
+        synchronize(device)
     on_device = [e for e in seen.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
     found = [e.time_range.elapsed_us() for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
     return len(found), 1e-6 * sum(found)

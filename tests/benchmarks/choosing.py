@@ -45,8 +45,8 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet._autodiff import wrappers
-from energynet.derivative import Adjoint
+from energynet._torch.autodiff import wrappers
+from energynet.engine.root_gradient import Adjoint
 
 from . import command
 

@@ -35,7 +35,7 @@ def problem(size: int, n: int, share: float) -> Callable[[], Solution]:
 
 def together(task: Callable[[], Solution]) -> Solution:
     """No sample goes on alone."""
-    with mock.patch("energynet.pure.CROWD", NEVER), mock.patch("energynet.loop.CROWD", NEVER):
+    with mock.patch("energynet.engine.tasks.CROWD", NEVER), mock.patch("energynet.engine.loop.CROWD", NEVER):
         return task()
 
 

@@ -129,11 +129,11 @@ def timed(call: Call, count: int, device: str) -> float:
     for _ in range(count):
         call()
     last.record()
-    synchronise(device)
+    synchronize(device)
     return 1e-3 * first.elapsed_time(last)
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     if device != "cpu":
         torch.accelerator.synchronize()
 
@@ -169,7 +169,7 @@ def check(row: Row, contender: Contender, work: Work, task: Task, options: Optio
             call = contender.call(work, task)
             started = time.perf_counter()
             result = call()
-            synchronise(options.device)
+            synchronize(options.device)
             row.first_seconds = time.perf_counter() - started
             row.error = work.error(task, contender.tensors(result))
             del result
@@ -211,10 +211,10 @@ def race(racers: Sequence[Racer], options: Options, doing: Callable[[str], None]
     names = {racer.row.contender: racer for racer in racers}
     base = next((names[name] for name in (BASE, SECOND_BASE, *others) if name in names), None)
     for racer in racers:
-        _summarise(racer, base)
+        _summarize(racer, base)
 
 
-def _summarise(racer: Racer, base: Racer | None) -> None:
+def _summarize(racer: Racer, base: Racer | None) -> None:
     row, samples = racer.row, racer.samples
     row.seconds, row.repeats = statistics.median(samples), len(samples)
     ordered = sorted(samples)
@@ -239,7 +239,7 @@ def peak(call: Call, device: str) -> float | None:
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
         call()
-        synchronise(device)
+        synchronize(device)
         return (torch.accelerator.max_memory_allocated() - before) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Every minimiser on the classic test functions, beside SciPy's BFGS: ``python -m tests.benchmarks.robustness``.
+"""Every minimizer on the classic test functions, beside SciPy's BFGS: ``python -m tests.benchmarks.robustness``.
 
 Solved: the energy of the answer is a known least value. Gradient: d x* / d t for E(x) + t bᵀx agrees with a dense solve with
 the Hessian at the answer, or, where the Hessian is singular, is refused. Steps: evaluations of the energy and its gradient, of

@@ -10,10 +10,10 @@ import torch
 
 from energynet import LBFGS, BarzilaiBorwein, Compiled, Eager, GradientDescent, Newton, NewtonCG
 
-from .contenders.minimisers import (
-    JaxOptMinimiser,
-    Minimiser,
-    OptimistixMinimiser,
+from .contenders.minimizers import (
+    JaxOptMinimizer,
+    Minimizer,
+    OptimistixMinimizer,
     OptimistixNewton,
     Ours,
     SciPy,
@@ -48,17 +48,17 @@ class Accuracy(Workload):
     def _raced(self, condition: float, options: Options, watch: Watcher, before: list[Row]) -> list[Row]:
         case = f"condition {condition:,}"
         work = answered(problem(condition, options))
-        rows, racers, minimisers = [], [], everyone(options)
-        for minimiser in minimisers:
-            watch.doing(f"{case}: {minimiser.name} is checked")
-            row = Row(case, "solve", minimiser.name)
+        rows, racers, minimizers = [], [], everyone(options)
+        for minimizer in minimizers:
+            watch.doing(f"{case}: {minimizer.name} is checked")
+            row = Row(case, "solve", minimizer.name)
             rows.append(row)
-            call = loosest(minimiser, work, row)
+            call = loosest(minimizer, work, row)
             if call is not None:
                 racers.append(Racer(row, call))
         race(racers, options, lambda what: watch.doing(f"{case}: {what}"))
-        judge([row for row, m in zip(rows, minimisers, strict=True) if not m.peer],
-              [row for row, m in zip(rows, minimisers, strict=True) if m.peer])  # fmt: skip
+        judge([row for row, m in zip(rows, minimizers, strict=True) if not m.peer],
+              [row for row, m in zip(rows, minimizers, strict=True) if m.peer])  # fmt: skip
         return rows
 
 
@@ -70,34 +70,34 @@ def problem(condition: float, options: Options) -> Problem:
                    tolerance=ACCURACY, adjoint_tolerance=ACCURACY)  # fmt: skip
 
 
-def everyone(options: Options) -> list[Minimiser]:
+def everyone(options: Options) -> list[Minimizer]:
     solvers = (LBFGS(), LBFGS(memory=40), NewtonCG(), Newton(), GradientDescent(BarzilaiBorwein()))
     compiled = [Ours(solver, Compiled(strict=True)) for solver in solvers]
-    peers: list[Minimiser] = [SciPy(by_hand=False), SciPy(by_hand=True), SciPyNewtonCG(), TorchLBFGS()]
+    peers: list[Minimizer] = [SciPy(by_hand=False), SciPy(by_hand=True), SciPyNewtonCG(), TorchLBFGS()]
     if not options.skip_peers:
-        for module, peer in (("jaxopt", JaxOptMinimiser), ("optimistix", OptimistixMinimiser)):
+        for module, peer in (("jaxopt", JaxOptMinimizer), ("optimistix", OptimistixMinimizer)):
             peers += [peer(kind) for kind in ("LBFGS", "BFGS")] if importlib.util.find_spec(module) else []
         peers += [OptimistixNewton()] if importlib.util.find_spec("optimistix") else []
     return [Ours(LBFGS(), Eager()), *compiled, *peers]
 
 
-def loosest(minimiser: Minimiser, work: Work, row: Row) -> Any:
+def loosest(minimizer: Minimizer, work: Work, row: Row) -> Any:
     """The call with the loosest tolerance that is accurate enough, by bisection; None, and a note, if there is none."""
 
     def error(call: Callable[[], Any]) -> float:
-        return work.error(Task.FORWARD, [minimiser.tensor(call())])
+        return work.error(Task.FORWARD, [minimizer.tensor(call())])
 
     try:
         with quiet():
-            place = bisect.bisect_left(TOLERANCES, True, key=lambda t: error(minimiser.trial(work.problem, t)) <= ACCURACY)
+            place = bisect.bisect_left(TOLERANCES, True, key=lambda t: error(minimizer.trial(work.problem, t)) <= ACCURACY)
             for tolerance in TOLERANCES[place : place + 2]:  # the second one, where compiled code rounds otherwise
-                call = minimiser.call(work.problem, tolerance)
+                call = minimizer.call(work.problem, tolerance)
                 started = time.perf_counter()
                 row.error = error(call)
                 row.first_seconds = time.perf_counter() - started
                 row.right = row.error <= ACCURACY
                 if row.right:
-                    gradients, products = minimiser.evaluations(work.problem, tolerance)
+                    gradients, products = minimizer.evaluations(work.problem, tolerance)
                     row.steps = f"{gradients} + {products}" if products else str(gradients)
                     return call
     except Exception as failure:  # whatever a peer raises

@@ -20,7 +20,7 @@ class ByHand(Contender):
 
     @abstractmethod
     def adjoint(self, work: Work, x: Tensor) -> Callable[[Tensor], tuple[Tensors, int]]:
-        """v -> vᵀ ∂x*/∂θ of the wanted inputs and how many iterations it took; linearised once."""
+        """v -> vᵀ ∂x*/∂θ of the wanted inputs and how many iterations it took; linearized once."""
 
     def call(self, work: Work, task: Task) -> Call:
         if task is Task.FORWARD:

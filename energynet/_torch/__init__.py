@@ -1,0 +1,1 @@
+"""The only private parts of PyTorch that the core uses."""

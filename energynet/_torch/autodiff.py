@@ -1,0 +1,264 @@
+"""First derivatives that can be differentiated again, by the cheaper of PyTorch's two engines.
+
+``torch.autograd.grad`` takes half the time of ``torch.func``, but only the latter nests under ``torch.func``'s own
+transforms and dual numbers. The choice between them is made here and nowhere else.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from energynet._torch import tree as _tree
+
+
+def transform_active() -> bool:
+    """Whether a ``torch.func`` transform or a dual level of ``torch.autograd.forward_ad`` is open, and at work here."""
+    dual = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()  # not in a Function's forward
+    return torch._C._functorch.peek_interpreter_stack() is not None or dual
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def opaque(function: Function) -> Function:
+    """What ``torch.compiler.disable`` does, without its import of Dynamo, which takes as long as that of PyTorch itself."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # a caller that Dynamo traces calls it as it is
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP  # where Dynamo meets this frame: neither it nor what it calls is looked at
+    frames.set_code_exec_strategy(call.__code__, frames._FrameExecStrategy(skip, skip))
+    return functools.wraps(function)(call)  # type: ignore[return-value]
+
+
+LoopRecorder = Callable[[Callable[[Any], Any], Callable[[Any], Any], Any, int | Tensor, int], Any]
+"""Writes a loop into a program: condition, body, carry, limit and how many updates are made between two looks."""
+
+
+class _Recording(threading.local):
+    recorder: LoopRecorder | None = None
+
+
+_recording = _Recording()
+
+
+def tracing() -> bool:
+    """Whether this thread records a program, on tensors without values."""
+    return _recording.recorder is not None
+
+
+def loop_recorder() -> LoopRecorder | None:
+    """What records the loops of this thread, if it records a program."""
+    return _recording.recorder
+
+
+@contextlib.contextmanager
+def recording_program(recorder: LoopRecorder) -> Iterator[None]:
+    """In here, `tracing` is true, and loops go to the recorder."""
+    before, _recording.recorder = _recording.recorder, recorder
+    try:
+        yield
+    finally:
+        _recording.recorder = before
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values: under ``vmap`` a tensor stands for many, in a recorded program for all."""
+    return not tracing() and not any(torch._C._functorch.is_batchedtensor(t) for t in wrappers(tensor))
+
+
+def wrappers(tensor: Tensor) -> list[Tensor]:
+    """The tensor and what the ``torch.func`` transforms have wrapped, outermost first."""
+    found = [tensor]
+    while torch._C._functorch.is_functorch_wrapped_tensor(found[-1]):
+        found.append(torch._C._functorch.get_unwrapped(found[-1]))
+    return found
+
+
+@contextlib.contextmanager
+def recording(tree: Any) -> Iterator[Any]:
+    """The tensors of a pytree where graphs can be recorded: inference mode is left, its tensors become ordinary ones."""
+    if not torch.is_inference_mode_enabled():
+        yield tree
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield _tree.map_structure(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, tree)
+
+
+def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Saved tensors without the wrappers of transforms that have ended, as when ``torch.func.vjp``'s result is called."""
+    return [torch._C._functorch.unwrap_if_dead(t) for t in tensors]
+
+
+@contextlib.contextmanager
+def inside_jvp(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The saved tensors of a Function's jvp rule, for arithmetic that outer forward-mode levels can follow.
+
+    PyTorch switches forward mode off in there, for its own level and, wrongly, for all outer ones: jacfwd of jacfwd would
+    lose terms in silence. So it is switched on again, and the tangents of this level alone are taken off.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield [forward_ad.unpack_dual(t).primal if t.is_floating_point() else t for t in tensors]
+
+
+def is_grads_batched(tensor: Tensor) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` is at work: an older vmap that no Function rule knows of."""
+    return torch._C._dispatch_keys(tensor).has("Batched")
+
+
+def with_grads_batched(function: Callable[[Tensor], Sequence[Tensor | None]], tensor: Tensor) -> list[Tensor | None]:
+    """Map ``function`` over the hidden dimension of such a tensor by ``torch.func.vmap``, and hide it again."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    present: list[bool] = []
+
+    def some(t: Tensor) -> tuple[Tensor, ...]:  # vmap returns tensors only
+        results = function(t)
+        present[:] = [r is not None for r in results]
+        return tuple(r for r in results if r is not None)
+
+    found = iter(torch.func.vmap(some)(torch._remove_batch_dim(tensor, level, 0, 0)))
+    return [torch._add_batch_dim(next(found), 0, level) if there else None for there in present]
+
+
+def gradient_of_sum(function: Callable[[Any], Tensor], x: Any) -> Any:
+    """Gradient of ``function(x).sum()`` with respect to the pytree ``x``; differentiable where a graph is being built."""
+    if transform_active():
+        return torch.func.grad(lambda x: function(x).sum())(x)
+    if isinstance(x, Tensor):
+        (gradient,) = _pull(lambda x: function(x).sum(), [x], None)
+        return torch.zeros_like(x) if gradient is None else gradient
+    leaves, spec = _tree.flatten(x)
+    gradients = _pull(lambda *leaves: function(_tree.unflatten(leaves, spec)).sum(), leaves, None)
+    return _tree.unflatten([torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients)], spec)
+
+
+def value_and_gradient_of_sum(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``function(x)`` and the gradient of its sum, from one evaluation; differentiable where a graph is being built."""
+    if transform_active():
+
+        def with_value(x: Tensor) -> tuple[Tensor, Tensor]:
+            value = function(x)
+            return value.sum(), value
+
+        gradient, value = torch.func.grad(with_value, has_aux=True)(x)
+        return value, gradient
+    values: list[Tensor] = []
+
+    def total(x: Tensor) -> Tensor:
+        values.append(function(x))
+        return values[0].sum()
+
+    (found,) = _pull(total, [x], None)
+    value = values[0] if found is not None and found.requires_grad else values[0].detach()
+    return value, torch.zeros_like(x) if found is None else found
+
+
+def pullback(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
+    """Vector-Jacobian products of ``function`` at ``primals``; None where it does not depend on one of them."""
+    if transform_active():
+        gradients: Sequence[Tensor | None] = torch.func.vjp(function, *primals)[1](cotangent)
+        return gradients
+    return _pull(function, primals, cotangent)
+
+
+def pushforward(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """Jacobian-vector product as two vector-Jacobian products: a nested ``torch.func.jvp`` would break dual numbers."""
+
+    def transposed(cotangent: Tensor) -> tuple[Tensor, ...]:  # linear in the cotangent
+        gradients: tuple[Tensor, ...] = torch.func.vjp(function, *primals)[1](cotangent)
+        return gradients
+
+    output = function(*primals)
+    product: Tensor = torch.func.vjp(transposed, torch.zeros_like(output))[1](tuple(tangents))[0]
+    return product
+
+
+def linearize(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool) -> Callable[[Tensor], Tensor]:
+    """The Jacobian of ``function`` at ``x``, or its transpose, evaluated once and replayed at each call. Builds no graph."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        output = function(x)
+        if not output.requires_grad:
+            return torch.zeros_like
+        if transposed:
+            return lambda u: _replay(output, x, u)
+        dummy = torch.zeros_like(output, requires_grad=True)
+        (product,) = torch.autograd.grad(output, x, dummy, create_graph=True, allow_unused=True)
+    return torch.zeros_like if product is None else lambda u: _replay(product, dummy, u)
+
+
+def columns(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # (*batch, n) -> (n, *batch, n)
+    """A linear map of the n unit vectors, taken at once; one by one where a part of it cannot be mapped, as code of NumPy's."""
+    n = like.shape[-1]
+    units = _identity(n, like).reshape(n, *[1] * (like.ndim - 1), n).expand(n, *like.shape)
+    try:
+        found: Tensor = torch.func.vmap(product)(units)
+    except RuntimeError:
+        found = torch.stack([product(unit) for unit in units])
+    return found
+
+
+_MARK = "_energynet_identity"
+
+
+def _identity(n: int, like: Tensor) -> Tensor:
+    """The identity matrix, known by its memory: `is_identity`."""
+    matrix = torch.eye(n, dtype=like.dtype, device=like.device)
+    if tracing():
+        setattr(wrappers(matrix)[-1].untyped_storage(), _MARK, True)
+    return matrix
+
+
+def is_identity(matrix: Tensor) -> bool:  # (n, m)
+    """Whether it is the whole matrix of `columns`' unit vectors, and not written into since.
+
+    Of no other it is said: where an energy multiplies I and an A that is not finite, the product is NaN, and not A.
+    """
+    whole = matrix.shape[0] == matrix.shape[1] and matrix.is_contiguous() and not matrix._version
+    return whole and hasattr(matrix.untyped_storage(), _MARK) and matrix.untyped_storage().nbytes() == matrix.nbytes
+
+
+def leaf_variables(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a graph begins with."""
+    seen: set[Any] = set()
+    stack, found = [tensor.grad_fn], []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _replay(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+    (product,) = torch.autograd.grad(output, x, cotangent, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if product is None else product
+
+
+def _pull(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor | None) -> Sequence[Tensor | None]:
+    grad_enabled = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias cuts the paths on which one primal depends on another: partial derivatives are asked for.
+        aliases = [p.view_as(p) if grad_enabled and p.requires_grad else p.detach().requires_grad_() for p in primals]
+        output = function(*aliases)
+    if not output.requires_grad:
+        return [None] * len(aliases)
+    # No graph where none is asked for: only the aliases may have asked.
+    create_graph = grad_enabled and (any(p.requires_grad for p in primals) or _others_ask(output, aliases))
+    return torch.autograd.grad(output, aliases, cotangent, create_graph=create_graph, allow_unused=True)
+
+
+def _others_ask(output: Tensor, aliases: Sequence[Tensor]) -> bool:
+    return any(all(v is not a for a in aliases) for v in leaf_variables(output))

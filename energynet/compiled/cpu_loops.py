@@ -1,0 +1,258 @@
+"""Loops of Inductor's C++ wrapper that keep their memory.
+
+As Inductor writes it, a turn of a loop makes a new tensor for everything it computes and a new handle for everything it
+reads: on a small problem ten times the work of the arithmetic. Here the tensors are made once, in front of the loop, and a
+turn swaps the old values with the new ones. What is not recognized stays as it was.
+"""
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from energynet.compiled.cuda_graphs import with_replays
+from energynet.compiled.fold import folded
+from energynet.compiled.gemm import by_onednn, mkl_is_slow
+from energynet.compiled.pointers import with_pointers
+
+_HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
+_CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
+_MAKE = re.compile(rf"\s*{_CHECK}\((aoti_torch_empty_strided\(.*), &(\w+)_handle\)\);$")
+_ALIAS = re.compile(rf"\s*{_CHECK}\(aoti_torch_assign_tensors_out\((\w+), &(\w+)_handle\)\);$")
+_CONSTANT = re.compile(r"\s*static constexpr int64_t ")
+_ARRAY = re.compile(r"\bint_array_\d+\b")
+_REUSE = re.compile(r"\s*auto (\w+) = std::move\((\w+)\);  // reuse$")
+_MOVE = re.compile(r"\s*(\w+) = std::move\((\w+)\);$")
+_VIEW = re.compile(r"auto \w+ = .*\breinterpret_tensor_wrapper\((\w+),")
+_SWAP = re.compile(r"std::swap\((\w+), (\w+)\);$")
+_RESET = re.compile(r"\s*(\w+)\.reset\(\);$")
+_ITEM = re.compile(rf"\s*{_CHECK}\(aoti_torch_item_bool\((\w+), &(\w+)\)\);$")
+_WHILE = re.compile(r"\s*while \(1\) \{$")
+
+
+@contextlib.contextmanager
+def rewriting(parts: int) -> Iterator[None]:
+    """In here, what Inductor compiles has such loops and sums, and runs so many times at once, see `in_parts`."""
+    from torch._inductor.graph import GraphLowering
+
+    original = GraphLowering._compile_to_module_lines
+
+    def compile_lines(self: Any, wrapper_code: Any) -> Any:
+        source = in_place(folded(with_replays(wrapper_code.value)))
+        wrapper_code.value = in_parts(by_onednn(source) if mkl_is_slow() else source, parts)
+        return original(self, wrapper_code)
+
+    with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines), _without_remarks():
+        yield
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """In here, Inductor does not say which operations it calls the slower way, such as a triangular solve, nor what it still
+    uses that PyTorch has deprecated: nobody can help it, and who makes errors of warnings could not compile.
+    """
+    log = logging.getLogger("torch._inductor.ir")
+    log.addFilter(_worth_saying)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.removeFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "missing a c-shim" not in record.getMessage()
+
+
+_ENTRY = "void inductor_entry_impl("
+_END = "} // inductor_entry_impl"
+_RELEASE = "py::gil_scoped_release_simple release;"
+_INPUTS = re.compile(r"steal_from_raw_handles_to_raii_handles\(input_handles, (\d+)\)")
+_DIVIDES = re.compile(r"_integral\(|\bmod\(")
+_OUTPUT = re.compile(r"output_handles\[(\d+)\] =")
+
+_AT_ONCE = """
+void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* output_handles) {{
+    {release}
+    std::exception_ptr failures[{parts}] = {{}};
+    #pragma omp parallel for num_threads({parts}) schedule(static, 1)
+    for (int part = 0; part < {parts}; part++) {{
+        try {{
+            one_part(input_handles + part * {inputs}, output_handles + part * {outputs});
+        }} catch (...) {{
+            failures[part] = std::current_exception();
+        }}
+    }}
+    for (auto& failure : failures) if (failure) std::rethrow_exception(failure);
+}}
+"""
+
+
+def in_parts(source: str, parts: int) -> str:
+    """The same program so many times at once, on as many threads: inputs and outputs follow one another, part by part."""
+    if parts == 1:
+        return source
+    inputs, outputs = _INPUTS.search(source), {int(k) for k in _OUTPUT.findall(source)}
+    if any(source.count(known) != 1 for known in (_ENTRY, _END, _RELEASE)) or inputs is None or not outputs:
+        raise _UnknownError("Inductor's C++ wrapper has another form than expected")
+    if _DIVIDES.search(source):  # a division by zero is noted in a variable of the whole process
+        raise _UnknownError("integers are divided")
+    count = max(outputs) + 1
+    entry = _AT_ONCE.format(release=_RELEASE, parts=parts, inputs=inputs[1], outputs=count)
+    source = source.replace(_RELEASE, "").replace(_ENTRY, "static void one_part(").replace(_END, f"}}\n{entry}")
+    return re.sub(rf"num_outputs={count}\b", f"num_outputs={parts * count}", source)
+
+
+def in_place(source: str) -> str:
+    """The same program with loops that keep their memory.
+
+    Example:
+        >>> in_place("int main() { return 0; }")
+        'int main() { return 0; }'
+    """
+    try:
+        return "\n".join(_block(source.split("\n")))
+    except _UnknownError:
+        return source
+
+
+class _UnknownError(ValueError):
+    """Code of another form than expected."""
+
+
+def _block(lines: list[str]) -> list[str]:
+    """A sequence of statements with each loop in it rewritten, inner ones first."""
+    result: list[str] = []
+    k = 0
+    while k < len(lines):
+        if not _WHILE.match(lines[k]):
+            result.append(lines[k])
+            k += 1
+            continue
+        end = _end(lines, k)
+        before, loop = _loop(_block(lines[k + 1 : end]))
+        result = _owned(result, before)
+        pointers, loop = with_pointers(loop)
+        result += [*before.lines, "{", *pointers, lines[k], *loop, lines[end], "}"]
+        k = end + 1
+    return result
+
+
+def _end(lines: list[str], k: int) -> int:
+    depth = 0
+    for end in range(k, len(lines)):
+        depth += lines[end].count("{") - lines[end].count("}")
+        if depth == 0:
+            return end
+    raise _UnknownError
+
+
+class _Hoisted:
+    """What goes in front of a loop."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.made: dict[str, str] = {}  # name -> how its memory is made
+        self.swapped: dict[str, str] = {}  # carried name -> the hoisted one that it changes places with
+
+
+def _loop(lines: list[str]) -> tuple[_Hoisted, list[str]]:
+    """The body of a loop, and what of it can be done once."""
+    before = _Hoisted()
+    aliases: set[str] = set()
+    constants: set[str] = set()
+    moved = {match[1] for line in lines if (match := _MOVE.match(line) or _SWAP.match(line))}
+    viewed = _viewed(lines)
+    body: list[str] = []
+    depth = k = 0
+    while k < len(lines):
+        line = lines[k]
+        depth += line.count("{") - line.count("}")
+        made, alias = _statement(_MAKE, lines, k), _statement(_ALIAS, lines, k)
+        if depth:  # of an inner loop, which has been rewritten already
+            body.append(line)
+        elif _CONSTANT.match(line):
+            before.lines.append(line)
+            constants.update(_ARRAY.findall(line.partition("=")[0]))
+        elif made and made[2] not in viewed and not _symbolic(made[1], constants):
+            before.lines += lines[k : k + 3]
+            before.made[made[2]] = made[1]
+            k += 2
+        elif alias and alias[2] not in moved:
+            body.append(f"auto& {alias[2]} = {alias[1]};")
+            aliases.add(alias[2])
+            k += 2
+        elif (reuse := _REUSE.match(line)) and reuse[2] in before.made:
+            body.append(f"auto& {reuse[1]} = {reuse[2]};")
+            before.made[reuse[1]] = before.made[reuse[2]]
+        elif item := _ITEM.match(line):
+            body.append(f"{item[2]} = *static_cast<const bool*>({item[1]}.data_ptr());")
+        elif (reset := _RESET.match(line)) and reset[1] in {*aliases, *before.made}:
+            pass
+        elif (move := _MOVE.match(line)) and move[2] in before.made:
+            if body and (reset := _RESET.match(body[-1])) and reset[1] == move[1]:
+                body.pop()
+            body.append(f"std::swap({move[1]}, {move[2]});")
+            before.swapped[move[1]] = move[2]
+        else:
+            body.append(line)
+        k += 1
+    return before, body
+
+
+def _viewed(lines: list[str]) -> set[str]:
+    """Names whose memory may go on under another name, as another shape."""
+    viewed = {match[1] for line in lines if (match := _VIEW.search(line))}
+    for line in reversed(lines):
+        if (reuse := _REUSE.match(line)) and reuse[1] in viewed:
+            viewed.add(reuse[2])
+    return viewed
+
+
+def _statement(pattern: re.Pattern[str], lines: list[str], k: int) -> re.Match[str] | None:
+    """The middle one of the three lines that make a tensor."""
+    return pattern.match(lines[k + 1]) if k + 2 < len(lines) and _HANDLE.match(lines[k]) else None
+
+
+def _symbolic(call: str, constants: set[str]) -> bool:
+    """Whether memory is made for sizes that are not known when compiling."""
+    return not constants.issuperset(_ARRAY.findall(call)) or bool(re.search(r"\bs\d+\b", call))
+
+
+def _owned(lines: list[str], before: _Hoisted) -> list[str]:
+    """The lines in front of a loop, where what it carries gets memory of its own to change places with."""
+    result: list[str] = []
+    owned: set[str] = set()
+    k = 0
+    while k < len(lines):
+        alias = _statement(_ALIAS, lines, k)
+        if alias and alias[2] in before.swapped:
+            before.lines += _make(alias[2], before)
+            before.lines.append(f"{_CHECK}(aoti_torch_copy_({alias[2]}, {alias[1]}, 0));")
+            owned.add(alias[2])
+            k += 3
+            continue
+        declared = re.match(r"\s*RAIIAtenTensorHandle (\w+);$", lines[k])
+        if declared and declared[1] in before.swapped:
+            before.lines += _make(declared[1], before)
+            owned.add(declared[1])
+        else:
+            result.append(lines[k])
+        k += 1
+    if owned != set(before.swapped):  # it would change places with memory that is somebody else's
+        raise _UnknownError
+    return result
+
+
+def _make(name: str, before: _Hoisted) -> list[str]:
+    made = before.made[before.swapped[name]]
+    return [
+        f"AtenTensorHandle {name}_handle;",
+        f"{_CHECK}({made}, &{name}_handle));",
+        f"RAIIAtenTensorHandle {name}({name}_handle);",
+    ]

@@ -1,0 +1,126 @@
+"""How products, powers and hyperbolic functions stand in a recorded program: as they are computed fastest."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from energynet._torch.autodiff import is_identity
+
+SMALL = 2**20  # elements; beyond, the product of a library is faster, on one thread as it is
+LANES = 16  # columns that a library computes at once
+
+
+def products() -> dict[Any, Callable[..., Any]]:
+    """What is recorded otherwise than it comes: a thin product, one with a shared matrix, none; and what cannot be."""
+    aten = torch.ops.aten
+    return {aten.mm.default: _product, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,
+            aten.cholesky_solve.default: _cholesky_solve, aten.cosh.default: _cosh, aten.sinh.default: _sinh,
+            aten.ones_like.default: _ones_like, aten._linalg_check_errors.default: _raising,
+            aten._local_scalar_dense.default: _reading}  # fmt: skip
+
+
+def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
+    raise RuntimeError(
+        f"{name} raises where a matrix is singular, which a program cannot: use cholesky_ex or inv_ex, or driver=Eager()"
+    )
+
+
+def _reading(tensor: Tensor) -> Any:
+    """A number that PyTorch reads by itself, as in ``torch.add(x, y, alpha=tensor)``."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(tensor, FakeTensor):
+        return NotImplemented
+    raise RuntimeError(f"a number is read from a tensor of shape {tuple(tensor.shape)}, and would stay as it is now")
+
+
+def _product(a: Tensor, b: Tensor) -> Any:
+    """The columns of a Hessian begin with I A, which is A; not with a view of it, since it may be written into."""
+    return b.clone(memory_format=torch.contiguous_format) if is_identity(a) else _thin(a, b)
+
+
+def _thin(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
+    """A product with one row, as of one small problem, by a matrix and a vector: that is fused with what stands around it."""
+    if not _known(a, b) or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
+        return NotImplemented
+    return torch.mv(b.mT, a[0]).unsqueeze(0)
+
+
+def _shared(a: Tensor, b: Tensor) -> Any:  # (B, n, k), (B, k, m)
+    """Products with the same matrix, of which ``vmap`` makes as many as there are samples, as one product."""
+    if b.stride(0) == 0:
+        return torch.mm(a.flatten(0, 1), b[0]).unflatten(0, a.shape[:2])
+    if a.stride(0) == 0 and b.shape[2] == 1:
+        return torch.mm(b.squeeze(2), a[0].mT).unsqueeze(2)
+    return NotImplemented
+
+
+def _cholesky_solve(right: Tensor, factor: Tensor, upper: bool = False) -> Any:
+    """What it calls itself: where a size may change, PyTorch cannot tell that nothing is broadcast."""
+    if _known(right, factor) or right.shape[:-2] != factor.shape[:-2]:
+        return NotImplemented
+    return torch.ops.aten._cholesky_solve_helper.default(right, factor, upper)
+
+
+def _empty_power(a: Tensor, exponent: Any) -> Any:
+    """x⁰ is 1, whatever x: so the Hessian of a square is seen not to change, and leaves a loop."""
+    return _ones_like(a) if exponent == 0 and not isinstance(exponent, complex) and a.is_floating_point() else NotImplemented
+
+
+def _ones_like(a: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **layout: Any) -> Any:
+    """Ones, for which nothing of a has to be known but its shape."""
+    plain = all(not v or v in (torch.strided, torch.preserve_format) for v in layout.values())
+    if not plain or not _known(a) or not a.is_contiguous():
+        return NotImplemented
+    return torch.ones(a.shape, dtype=dtype or a.dtype, device=device or a.device)
+
+
+def _cosh(x: Tensor) -> Any:
+    """From what sinh takes too: the derivative of log cosh x, which is sinh x / cosh x, costs one exponential.
+
+    It is infinite a little earlier than cosh, in float32 from 88.8 and not from 89.5.
+    """
+    if not _has_expm1(x):
+        return NotImplemented
+    e = 1 + torch.expm1(x.abs())
+    return 0.5 * (e + e.reciprocal())
+
+
+def _sinh(x: Tensor) -> Any:
+    if not _has_expm1(x):
+        return NotImplemented
+    less = torch.expm1(x.abs())  # exp(|x|) - 1, and no digits lost where x is small
+    return torch.copysign(less * (0.5 + 0.5 * (1 + less).reciprocal()), x)
+
+
+def _has_expm1(x: Tensor) -> bool:
+    """Whether that is a fast function of a processor's vectors."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def ragged(matrix: Tensor | None) -> bool:
+    """Whether a product with this matrix has so many columns that MKL is slow with the last of them."""
+    if matrix is None or matrix.device.type != "cpu" or matrix.dtype != torch.float32:
+        return False
+    columns = matrix.shape[1]
+    return isinstance(columns, int) and columns > 2 * LANES and columns % LANES > LANES // 2
+
+
+def widened(graph: fx.Graph, product: fx.Node) -> fx.Node:
+    """Give a product's second matrix columns of zeros, up to a whole number of `LANES`; return that matrix."""
+    a, b = product.args
+    columns = product.meta["val"].shape[1]
+    with graph.inserting_before(product):
+        wide = graph.call_function(torch.ops.aten.constant_pad_nd.default, (b, [0, -columns % LANES]))
+        whole = graph.call_function(torch.ops.aten.mm.default, (a, wide))
+        part = graph.call_function(torch.ops.aten.slice.Tensor, (whole, 1, 0, columns))
+    product.replace_all_uses_with(part, propagate_meta=True)
+    graph.erase_node(product)
+    return wide
+
+
+def _known(*tensors: Tensor) -> bool:
+    """Whether their sizes are."""
+    return all(isinstance(n, int) for t in tensors for n in t.shape)

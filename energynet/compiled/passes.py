@@ -1,0 +1,80 @@
+"""Our passes over Inductor's graphs, on a CPU: what stays one operation, and what is computed only once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from energynet.compiled.gemm import mkl_is_slow
+
+
+def passes(parts: int) -> dict[str, Any]:
+    """Options that give Inductor our pass over its graphs, which also keeps apart what it has cached, so rewritten, on disk."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class SumsApart(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            sums_apart(graph)
+            dear_once(graph)
+
+        def uuid(self) -> str:
+            gemm = "oneDNN" if mkl_is_slow() else "MKL"
+            return f"energynet: loops in place or recorded, sums apart and folded, dear once, by {gemm}, {parts} parts, 12"
+
+    return {"post_grad_custom_pre_pass": SumsApart()}
+
+
+def sums_apart(graph: fx.Graph) -> None:
+    """Keep a product and what is added to it two operations, on a CPU.
+
+    As one, ``addmm``, the summand would first be copied to where the product goes; as two, the sum costs nothing, since it
+    becomes part of the next kernel. A difference is what Inductor does not join.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        product = next((n for n in node.args if isinstance(n, fx.Node) and n.target is aten.mm.default), None)
+        if product is None or node.kwargs or product.meta["val"].device.type != "cpu":
+            continue
+        other = node.args[1] if node.args[0] is product else node.args[0]
+        if not isinstance(other, fx.Node) or other.meta["val"].dtype != product.meta["val"].dtype:
+            continue
+        with graph.inserting_before(node):
+            negative = graph.call_function(aten.neg.default, (product,))
+            difference = graph.call_function(aten.sub.Tensor, (other, negative))
+        negative.meta["val"], difference.meta["val"] = product.meta["val"], node.meta["val"]
+        node.replace_all_uses_with(difference)
+        graph.erase_node(node)
+
+
+def dear_once(graph: fx.Graph) -> None:
+    """Compute what is dear once, and not for each element of a larger result, as a vector that all rows are multiplied with.
+
+    Inductor computes what is elementwise where it is read, unless it is told to keep it.
+    """
+    dear: dict[fx.Node, fx.Node] = {}  # what contains it, and where that was computed if it is a view
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.device.type != "cpu" or not (_elementwise(node) or node.target in _VIEWS):
+            continue
+        parts = [n for n in node.all_input_nodes if n in dear]
+        if parts or node.target in _DEAR:
+            dear[node] = dear[parts[0]] if node.target in _VIEWS else node
+        for part in parts:
+            if _far_smaller(part.meta["val"].shape, value.shape):
+                dear[part].meta["inductor_realize_to_strides"] = True
+
+
+def _far_smaller(part: torch.Size, whole: torch.Size) -> bool:
+    return all(isinstance(n, int) for n in (*part, *whole)) and len(part) > 0 and 8 * part.numel() <= whole.numel()
+
+
+def _elementwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _named(*names: str) -> set[Any]:
+    return {getattr(torch.ops.aten, name).default for name in names}
+
+
+_VIEWS = _named("expand", "unsqueeze", "view", "permute")
+_DEAR = _named("exp", "expm1", "log", "log1p", "sin", "cos", "tan", "sinh", "cosh", "tanh", "sigmoid", "erf")

@@ -1,0 +1,181 @@
+"""Python functions of tensors as compiled programs.
+
+A `Program` runs a function once on fake tensors and records every operation, whatever Python, module, autograd or
+``torch.func`` code they came from; Inductor makes machine code of the record.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import recording_program
+from energynet.compiled.cpu_loops import rewriting
+from energynet.compiled.cuda_graphs import Recordings
+from energynet.compiled.decompositions import products
+from energynet.compiled.loops import lift, record_loop
+from energynet.compiled.passes import passes
+
+_OFFSET = re.compile(r" and L\['t\d+'\]\.storage_offset\(\) == 0")  # of no matter: a program is given addresses
+CPU = "cpu"  # where loops are machine code: nothing has to be recorded
+
+
+class Program:
+    """A function of tensors, compiled for some shapes.
+
+    Args:
+        function: tensors -> a tuple of tensors, by operations that PyTorch can record.
+        examples: tensors like those that it will be called with.
+        dynamic: for each of them, the dimensions whose sizes may change from call to call.
+        options: of Inductor.
+        parts: how many sets of such tensors are worked on at once, by as many threads.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor],
+                 dynamic: Sequence[Sequence[int]], options: dict[str, Any], parts: int = 1) -> None:  # fmt: skip
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self.sizes, self.parts = [t.shape for t in examples], parts
+        self._shapes = ShapeEnv()
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
+        fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
+        with _alone(), torch.no_grad(), recording_program(record_loop), ValuesUnread(), mode:
+            graph = make_fx(lambda *t: list(function(*t)), products(), _allow_non_fake_inputs=True)(*fakes)
+        self.captured = lift(graph)
+        """Tensors that the function took from elsewhere."""
+        if any(lazy(t) for t in self.captured):
+            raise RuntimeError("it captures a lazily conjugated or negated tensor: take its .resolve_conj().resolve_neg()")
+        guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
+        self._guard = guard and _OFFSET.sub("", guard)
+        inputs = [*fakes, *(_fake(mode, t, ()) for t in self.captured)]
+        with _alone(), torch.no_grad(), rewriting(parts):
+            run = _compiled(graph, inputs, {**options, **passes(parts)}, parts)
+        self._run = run if examples[0].device.type == CPU else Recordings(run)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors of these sizes are what the program was compiled for."""
+        if self._guard is None:
+            return [t.shape for t in tensors] == self.sizes
+        return self._shapes.evaluate_guards_expression(self._guard, list(tensors))
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return tuple(self._run([*tensors, *self.captured]))
+
+    def at_once(self, sets: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+        """The results for each set, of which there are as many as parts, or a multiple of that."""
+        constants = [t.detach() for t in self.captured]  # other threads would record what is done with them
+        for k in range(0, len(sets), self.parts):
+            found = self._run([t for tensors in sets[k : k + self.parts] for t in (*tensors, *constants)])
+            count = len(found) // self.parts
+            for part in range(self.parts):
+                yield tuple(found[part * count : (part + 1) * count])
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """In here no other thread compiles, be it by ``torch.compile``: what is changed for it belongs to the whole process."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        yield
+
+
+class ValuesUnread(TorchFunctionMode):
+    """In here no Python reads the numbers of a tensor from elsewhere: the program would have them as they are now."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read = args[:1] if function in _READING else _within(args) if function in _MAKING else ()
+        read = (*args[1:], *kwargs.values()) if function in _SPLITTING else read
+        for tensor in read:
+            if type(tensor) in (Tensor, torch.nn.Parameter):
+                name = getattr(function, "__name__", function)
+                raise RuntimeError(f"Python reads, by {name}, the values of a tensor of shape {tuple(tensor.shape)}")
+        return function(*args, **kwargs)
+
+
+def _within(args: Sequence[Any]) -> list[Any]:
+    """The tensors among numbers: of a tensor alone a copy is recorded."""
+    return [t for a in args if isinstance(a, (list, tuple)) for t in _tree.leaves(list(a))]
+
+
+_READING = {
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__,
+    Tensor.__complex__, Tensor.__array__, torch.is_nonzero,
+}  # fmt: skip
+_MAKING = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+_SPLITTING = {torch.tensor_split, Tensor.tensor_split}  # at places that a tensor holds
+
+
+def lazy(tensor: Tensor) -> bool:
+    """Whether the numbers in its memory are not those that it stands for: machine code would read them as they are."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def _compiled(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], parts: int) -> Callable[[list[Tensor]], Any]:
+    """List of tensors -> results, without what PyTorch wraps around the machine code where nothing is left for that to do."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    inner: list[Any] = []
+    simple: list[bool] = []
+    expected = _outputs(graph)
+
+    def compile_inner(inside: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Any:
+        outputs = _outputs(inside)
+        alike = (len(examples), len(outputs)) == (len(inputs), len(expected))
+        simple.append(alike and all(isinstance(o, fx.Node) and o.op != "placeholder" for o in outputs))
+        inner.append(compile_fx_inner(inside, examples, **options))
+        return inner[-1]
+
+    whole: Any = compile_fx(graph, inputs, compile_inner, options)
+    if simple == [True]:
+        run: Callable[[list[Tensor]], Any] = inner[0].current_callable
+        return run
+    if parts > 1:
+        raise RuntimeError("a part of the batch cannot be computed by itself")
+    return lambda tensors: whole(*tensors)
+
+
+def _outputs(graph: fx.GraphModule) -> Sequence[Any]:
+    outputs: Any = graph.graph.output_node().args[0]
+    return list(outputs)
+
+
+def tied_rows(function: Callable[..., Any], tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors need as many rows as the first: a program for other numbers of rows would not allow any other.
+
+    Example:
+        >>> import torch
+        >>> x, A, b = torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 4)
+        >>> tied_rows(lambda x, A, b: x @ A.T - b, (x, A, b))     # A has 4 rows as well, and could have more
+        [True, False, True]
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
+    fakes = [_fake(mode, t, [0]) for t in tensors]
+    with torch.no_grad(), recording_program(record_loop), mode:
+        function(*fakes)
+    rows = [shapes.replace(t.shape[0].node.expr) if t.ndim and isinstance(t.shape[0], torch.SymInt) else None for t in fakes]
+    return [r is not None and r == rows[0] for r in rows]
+
+
+def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = [DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC for dim in range(tensor.ndim)]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    if tensor.storage_offset() and not lazy(tensor):  # as if it were not a part of a larger tensor; not as a view of it
+        tensor = tensor.new_empty(0).set_(tensor.untyped_storage(), 0, tensor.size(), tensor.stride())
+    fake: Tensor = mode.from_tensor(tensor.detach(), symbolic_context=context)
+    return fake

@@ -1,0 +1,303 @@
+"""The adjoints: how gradients of a solution come back. The derivation stands in `energynet.derivative`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from energynet._torch.autodiff import alive, inside_jvp, transform_active
+from energynet.engine.equation import Equation, Linear
+from energynet.engine.failed_samples import separable
+from energynet.engine.root_gradient import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
+from energynet.engine.tasks import Outcome, Pull
+from energynet.linear import GMRES, ConjugateGradient
+from energynet.solution import OnFailure, Status, report
+from energynet.solvers import Picard, Solver
+from energynet.step import Kind, Step
+from energynet.termination import Termination
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitAdjoint(RootAdjoint):
+    """Exact gradients of any order by the implicit function theorem, in memory that does not grow with the iterations.
+
+    Example:
+        >>> ImplicitAdjoint(Picard(), Termination(rtol=1e-6))     # the paper's backward fixed-point iteration
+        ImplicitAdjoint(solver=Picard(), termination=Termination(atol=None, rtol=1e-06, max_steps=1000), report=None)
+
+    Args:
+        solver: of the adjoint equation. `ConjugateGradient` and `MINRES` need an energy; `GMRES`, `BiCGSTAB` and, for small
+            problems, `Dense` take any map, and so do the paper's backward fixed-point iteration, `Picard`, and its
+            accelerated forms, `Anderson` and `Broyden`. Default: conjugate gradients for energies, the backward iteration
+            for networks, GMRES for proximal steps.
+        termination: relative to the incoming gradient; default: the forward solve's.
+        report: collects the status, residual and steps of each backward solve.
+
+    Source: arXiv 2002.02868, equations of the backward FPI layer; Christianson (1994) for its higher orders.
+    """
+
+    solver: Solver | None = None
+    termination: Termination | None = None
+    report: AdjointReport | None = None
+
+    def check(self, step: Step) -> None:
+        if self.solver is not None:
+            self.solver.check(Kind.SYMMETRIC if step.symmetric else Kind.LINEAR)
+
+    def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        return self._linear(method).at_solution(transposed, right, y, inputs)
+
+    def pull(self, method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
+             ) -> tuple[Answer, list[Tensor | None] | None]:  # fmt: skip
+        linear = self._linear(method)
+        function = Pull(method.equation, linear.solver, linear.termination, wanted)
+        value, status, error, steps, *found = linear.driver.call(function, (v, y, *inputs))
+        outcome = Outcome(value, status, error, steps)
+        if linear.tell(outcome, adjoint=True):
+            return Answer(value, status, status), function.gradients(tuple(found), inputs)
+        equation, arguments = function.linear(y, inputs)
+        return Answer(value, status != Status.CONVERGED, separable(equation, outcome, (v, *arguments))), None
+
+    def _linear(self, method: Method) -> Method:
+        solver = self.solver or _default_solver(method.equation)
+        return dataclasses.replace(
+            method, solver=solver, termination=self.termination or method.termination, report=self.report
+        )
+
+    def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
+        return derivatives
+
+
+def _default_solver(equation: Equation) -> Solver:
+    """Conjugate gradients for energies, the paper's iteration for maps that contract, GMRES for all else."""
+    if equation.symmetric:
+        return ConjugateGradient()
+    return Picard() if equation.normalized else GMRES()
+
+
+class _FirstOrderAdjoint(RootAdjoint):
+    """Σ_k<terms of a damped Neumann series in place of A⁻¹: approximate, so its own derivative is refused."""
+
+    terms: int
+    damping: float
+
+    def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
+        root, flipped, arguments = method.equation.linearization(y, inputs)
+        equation, zero = Linear(root, transposed != flipped), torch.zeros_like(right)
+        gamma = self.damping * method.equation.problem(inputs, y).gamma
+        term = total = gamma * right
+        for _ in range(self.terms - 1):
+            term = term - gamma * equation.residual(term, zero, *arguments)
+            total = total + term
+        none = torch.zeros_like(right.sum(-1), dtype=torch.bool)
+        return Answer(total, none, none.new_zeros(2, len(arguments) + 1))
+
+    def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
+        present = [d for d in derivatives if d is not None]
+        guarded = iter(_FirstOrderOnly.apply(type(self).__name__, len(present), *present, *sources))
+        return [None if d is None else next(guarded) for d in derivatives]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStepAdjoint(_FirstOrderAdjoint):
+    """Gradient of a single step at the solution, (∂g/∂θ)ᵀ v: cheap, first order only, and *not exact*.
+
+    It is right to a factor of the contraction: exact only where ∂g/∂x = 0. Differentiating it again raises.
+
+    Example:
+        >>> OneStepAdjoint()
+        OneStepAdjoint()
+
+    Source: Fung et al. (2022), JFB: Jacobian-free backpropagation.
+    """
+
+    terms: ClassVar[int] = 1  # type: ignore[misc]
+    damping: ClassVar[float] = 1.0  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True)
+class NeumannAdjoint(_FirstOrderAdjoint):
+    """The first terms of the Neumann series of (I − ∂g/∂x)⁻¹, a phantom gradient: first order only, and *not exact*.
+
+    With contraction factor ρ the error is a part ρ^terms of the gradient. Differentiating it again raises.
+
+    Example:
+        >>> import torch
+        >>> from energynet import fixed_point
+        >>> z = torch.ones(1, 1, requires_grad=True)
+        >>> x = fixed_point(lambda x, z: 0.5 * x + z, torch.zeros(1, 1), z, adjoint=NeumannAdjoint(terms=3)).value
+        >>> torch.autograd.grad(x.sum(), z)[0]     # 1 + 1/2 + 1/4; exact: 2
+        tensor([[1.7500]])
+
+    Args:
+        terms: how many; each after the first costs one vector-Jacobian product.
+        damping: of the map that the series belongs to, in (0, 1]; less than 1 where ∂g/∂x does not contract.
+
+    Raises:
+        ValueError: if terms < 1 or damping is out of range.
+
+    Source: Geng et al. (2021), On training implicit models.
+    """
+
+    terms: int = 5
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.terms < 1 or not 0 < self.damping <= 1:
+            raise ValueError(f"NeumannAdjoint needs terms ≥ 1 and 0 < damping ≤ 1, got {self}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrolledAdjoint(Adjoint):
+    """Ordinary backpropagation through the iterations: exact for the iterate that is returned, any order.
+
+    Memory grows with the number of iterations. The gradient is that of the truncated iteration, also with respect to
+    ``x0`` and the step size; a length that `GradientDescent` finds by backtracking counts as a constant. With ``last`` only
+    that many steps of the map, taken after the solve, are differentiated: *not exact*, first order only, and differentiating
+    it again raises.
+
+    Example:
+        >>> UnrolledAdjoint(checkpoint=True)
+        UnrolledAdjoint(last=None, checkpoint=True)
+
+    Args:
+        last: how many steps are differentiated; None: all.
+        checkpoint: keep one iterate in 32 and compute the others anew: less memory, twice the time. Not under ``torch.func``.
+
+    Raises:
+        ValueError: if last < 1.
+
+    Source: Shaban et al. (2019), Truncated back-propagation for bilevel optimization; Griewank and Walther (2000).
+    """
+
+    last: int | None = None
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise ValueError(f"UnrolledAdjoint needs last ≥ 1 or None, got {self.last}.")
+
+    def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.checkpoint and transform_active():
+            raise RuntimeError(
+                "UnrolledAdjoint(checkpoint=True) was used under a torch.func transform or forward-mode AD, which have no "
+                "checkpoints. Use checkpoint=False, or ImplicitAdjoint(), whose memory does not grow."
+            )
+        if self.last is None and not method.solver.unrollable:
+            raise TypeError(
+                f"UnrolledAdjoint cannot differentiate the updates of {type(method.solver).__name__}: second derivatives would "
+                "be wrong. Use ImplicitAdjoint(), or another solver, such as LBFGS()."
+            )
+        if self.last is not None:
+            return self._last_steps(self.last, method, x0, inputs)
+        outcome, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
+        _Judge.apply(method.on_failure, outcome.status, outcome.error, outcome.steps)
+        return *outcome, *trace
+
+    def _last_steps(self, last: int, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        start, status, error, steps, _, *trace = solve(method, x0.detach(), *(t.detach() for t in inputs))
+        x = start.detach()
+        problem = method.equation.problem(inputs, x)
+        step = _checkpointed(problem.map, 1) if self.checkpoint else problem.map
+        for _ in range(last):
+            x = step(x)
+        return _Truncated.apply("UnrolledAdjoint(last=...)", x, *inputs), status, error, steps, *trace
+
+
+def _checkpointed(function: Callable[[Any], Any], times: int = 32) -> Callable[[Any], Any]:
+    """The function several times over, of which only the result is kept."""
+
+    def repeated(value: Any) -> Any:
+        for _ in range(times):
+            value = function(value)
+        return value
+
+    return lambda value: torch.utils.checkpoint.checkpoint(repeated, value, use_reentrant=False)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity on inexact gradients, which would give wrong second derivatives in silence: so it gives none.
+
+    What they were made from is an argument too: an approximation that does not depend on it has a wrong derivative 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        _refuse(ctx.name)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _refuse(ctx.name)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name} is a first-order approximation; its derivative would be wrong. Use ImplicitAdjoint() for second derivatives."
+    )
+
+
+class _Truncated(torch.autograd.Function):
+    """The identity on an iterate with a graph of its last steps only: its derivatives may not be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, x: Tensor, *inputs: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        sources = alive(ctx.saved_tensors)
+        return None, *_FirstOrderOnly.apply(ctx.name, 1, v, *sources), *[None] * (len(sources) - 1)
+
+    @staticmethod
+    def jvp(ctx: Any, _name: Any, tangent: Tensor, *_: Any) -> Tensor:
+        with inside_jvp(ctx.saved_tensors) as sources:
+            guarded: Tensor = _FirstOrderOnly.apply(ctx.name, 1, tangent, *sources)[0]
+            return guarded
+
+
+class _Judge(torch.autograd.Function):
+    """Applies the failure policy where values can be read: under ``vmap`` only the inside of a Function sees them."""
+
+    @staticmethod
+    def forward(on_failure: OnFailure, status: Tensor, error: Tensor, steps: Tensor) -> Tensor:
+        report(status, error, steps, on_failure)
+        return status.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, on_failure: OnFailure, *tensors: Tensor) -> tuple[Any, Any]:
+        front = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[1:], strict=True)]
+        batched = [t.expand(info.batch_size, *t.shape) if d is None else t for t, d in zip(front, in_dims[1:], strict=True)]
+        return _Judge.apply(on_failure, *batched), 0

@@ -1,0 +1,240 @@
+"""What is solved: the optimality condition of a step, and the linear equations that its derivatives obey.
+
+Both are frozen values on flat tensors. Each gives a `Problem` for the loop, on plain tensors, and a ``residual`` that can
+be differentiated to any order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import linearize, pullback, pushforward, transform_active, value_and_gradient_of_sum
+from energynet._torch.tree import Layout
+from energynet.energy import evaluate
+from energynet.engine.binding import Binding
+from energynet.solvers.problem import Problem
+from energynet.step import Kind, ProximalStep, Step, per_sample
+
+
+class Constant(NamedTuple):
+    """A leaf of the code that is no tensor."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Root:
+    """F(x; inputs) = 0 on flat tensors, x ``(*batch, n)``.
+
+    The inputs are the step's tensors, those of its code, and, where the code is not the context itself, the context's: F
+    does not depend on these, but a failed sample's NaN goes to them and not through the encoder.
+    """
+
+    binding: Binding
+    layout: Layout
+    code_spec: Any
+    code_leaves: tuple[Constant | None, ...]  # None where a tensor goes
+    encoded: bool
+    vmaps: tuple[tuple[tuple[int | None, ...], str], ...] = ()
+
+    @property
+    def symmetric(self) -> bool:
+        return self.binding.step.symmetric
+
+    @property
+    def kind(self) -> Kind:
+        return self.binding.step.kind
+
+    @property
+    def normalized(self) -> bool:
+        return self.binding.step.normalized
+
+    @property
+    def batch_dims(self) -> int:
+        """The caller's, and one for each vmap around."""
+        return self.layout.batch_dims + len(self.vmaps)
+
+    @property
+    def rounding(self) -> float:
+        """The rounding unit of the least precise tensor in x."""
+        return self.layout.rounding
+
+    @property
+    def num_shared(self) -> int:
+        """Leading inputs that belong to no sample: the step's own tensors."""
+        return len(self.binding.tensors)
+
+    @property
+    def num_code(self) -> int:
+        """How many inputs after those are tensors of the code."""
+        return sum(leaf is None for leaf in self.code_leaves)
+
+    def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Root":
+        """The same equation for every index of a new leading dimension of x and of the inputs with in_dim 0."""
+        return dataclasses.replace(self, vmaps=(*self.vmaps, (in_dims, randomness)))
+
+    def lacking(self, k: int) -> tuple[int, ...]:
+        """Which of the batch dimensions an input does not have, since a vmap around did not map it."""
+        return tuple(len(self.vmaps) - 1 - level for level, (in_dims, _) in enumerate(self.vmaps) if in_dims[k] is None)
+
+    def residual(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        return self.function(inputs)(x)
+
+    def function(self, inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """x -> F(x), with the inputs bound once."""
+        return self._mapped(self._optimality, inputs)
+
+    def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
+        """On plain tensors, for a solve that begins at ``start``, ``(*batch, n)``."""
+        residual, step = self.function(inputs), self.binding.step
+        energy = self._mapped(self._energy, inputs)
+        land = self._mapped(self._land, inputs)
+
+        def value_and_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+            return value_and_gradient_of_sum(energy, x)
+
+        return Problem(
+            residual,
+            self.step_size(inputs, start),
+            self.batch_dims,
+            value_and_gradient=value_and_gradient if self.kind is Kind.ENERGY else None,
+            jacobian=None if step.normalized else lambda x: _jacobian(residual, x, self.symmetric),
+            start=start,
+            smooth=value_and_gradient if step.guessed else None,
+            land=(lambda x, gamma: land(torch.cat([x, gamma], -1))) if isinstance(step, ProximalStep) else None,
+        )
+
+    def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor | None:
+        """γ as a float or ``(*batch, 1)``, if it is given."""
+        step_size = self.binding.step.step_size
+        return self._mapped(self._step_size, inputs)(like) if isinstance(step_size, Tensor) else step_size
+
+    def linearization(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple["Root", bool, tuple[Tensor, ...]]:
+        """What the tangent equation at the answer x is made of: a root, whether its Jacobian is transposed, and inputs."""
+        return self, False, (x, *inputs)
+
+    def _mapped(self, evaluate: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        if not self.vmaps:
+            step, code = self._attach(inputs)
+            return lambda x: evaluate(step, code, x)
+
+        def function(x: Tensor, *inputs: Tensor) -> Tensor:
+            return evaluate(*self._attach(inputs), x)
+
+        for in_dims, randomness in self.vmaps:
+            function = torch.func.vmap(function, in_dims=(0, *in_dims), randomness=randomness)
+        return lambda x: function(x, *inputs)
+
+    def _attach(self, inputs: tuple[Tensor, ...]) -> tuple[Step, tuple[Any, ...]]:
+        step = self.binding.attach(inputs[: self.num_shared])
+        tensors = iter(inputs[self.num_shared :])
+        leaves = [next(tensors) if leaf is None else leaf.value for leaf in self.code_leaves]
+        return step, _tree.unflatten(leaves, self.code_spec)
+
+    def _optimality(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+        return self.layout.ravel(step.optimality(self.layout.unravel(x), *code)).to(x.dtype)
+
+    def _energy(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+        energy = step.energy_of
+        assert energy is not None
+        return evaluate(energy, self.layout.unravel(x), code[1:] if isinstance(step, ProximalStep) else code)
+
+    def _land(self, step: Step, code: tuple[Any, ...], target: Tensor) -> Tensor:  # (*batch, n + 1), the last number is γ
+        assert isinstance(step, ProximalStep)
+        step = dataclasses.replace(step, step_size=target[..., -1])
+        return self.layout.ravel(step.land(self.layout.unravel(target[..., :-1]), *code)).to(target.dtype)
+
+    def _step_size(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+        """γ as ``(*batch, 1)``."""
+        assert step.step_size is not None
+        return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + per_sample(step.step_size, x.ndim)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+    """A(x; inputs) u = v, or Aᵀ u = v, with A = ∂F/∂x of a root; its own inputs are (v, x, \\*inputs)."""
+
+    root: Root
+    transposed: bool
+
+    @property
+    def binding(self) -> Binding:
+        return self.root.binding
+
+    @property
+    def symmetric(self) -> bool:
+        return self.root.symmetric
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.SYMMETRIC if self.symmetric else Kind.LINEAR
+
+    @property
+    def normalized(self) -> bool:
+        return self.root.normalized
+
+    @property
+    def batch_dims(self) -> int:
+        return self.root.batch_dims
+
+    @property
+    def rounding(self) -> float:
+        return self.root.rounding
+
+    @property
+    def num_shared(self) -> int:
+        return self.root.num_shared + 2
+
+    @property
+    def num_code(self) -> int:
+        return self.root.num_code
+
+    @property
+    def encoded(self) -> bool:
+        return self.root.encoded
+
+    def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Linear":
+        return Linear(self.root.mapped(in_dims[2:], randomness), self.transposed)
+
+    def lacking(self, k: int) -> tuple[int, ...]:
+        return () if k < 2 else self.root.lacking(k - 2)
+
+    def residual(self, u: Tensor, v: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
+        function = self.root.function(inputs)
+        if self.transposed or self.symmetric:
+            return _or_zero(pullback(function, [x], u)[0], x) - v
+        return pushforward(function, [x], [u]) - v
+
+    def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
+        v, x, *rest = inputs
+        product = linearize(self.root.function(tuple(rest)), x, transposed=self.transposed or self.symmetric)
+        step_size = self.root.step_size(tuple(rest), x)
+        return Problem(
+            lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _: product, v, start, self.symmetric
+        )
+
+    def linearization(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
+        return self.root, self.transposed, inputs[1:]
+
+
+def _jacobian(residual: Callable[[Tensor], Tensor], x: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
+    """p -> ∂F/∂x p. That of a gradient is symmetric, so one vector-Jacobian product serves."""
+    if not transform_active():
+        return linearize(residual, x, transposed=symmetric)
+
+    def product(p: Tensor) -> Tensor:
+        with torch.no_grad():
+            return _or_zero(pullback(residual, [x], p)[0], x) if symmetric else pushforward(residual, [x], [p])
+
+    return product
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+Equation = Root | Linear

@@ -1,0 +1,198 @@
+"""One watched evaluation of the user's function before a solve: what it captures, draws, changes and returns.
+
+The evaluation runs on detached, unwrapped values, outside all ``torch.func`` transforms. So every tensor in it that carries
+a derivative has come in through a closure (or was made inside, which is told apart): it would be lost without a word.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import TorchFunctionMode
+
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import leaf_variables, wrappers
+
+_RANDOM_OR_STATEFUL = {
+    torch.nn.functional.batch_norm: "normalizes over the batch (BatchNorm in training mode), which ties the samples together",
+    torch.nn.functional.instance_norm: "updates running statistics (InstanceNorm in training mode)",
+    torch.nn.functional.dropout: "draws random numbers (dropout in training mode)",
+    torch.nn.functional.alpha_dropout: "draws random numbers (dropout in training mode)",
+    torch.nn.functional.feature_alpha_dropout: "draws random numbers (dropout in training mode)",
+    torch.nn.functional.dropout1d: "draws random numbers (dropout in training mode)",
+    torch.nn.functional.dropout2d: "draws random numbers (dropout in training mode)",
+    torch.nn.functional.dropout3d: "draws random numbers (dropout in training mode)",
+}
+_SETTERS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__ifloordiv__", "__imod__",
+            "__iand__", "__ior__", "__ixor__"}  # fmt: skip
+_HARMLESS = {"requires_grad_", "retain_grad_", "detach_"}
+
+
+class LostGradientError(RuntimeError):
+    """The energy or map uses a tensor from outside that carries a derivative and is not an input of the solve."""
+
+
+class ImpureFunctionError(RuntimeError):
+    """The energy or map is no function of its arguments: random, stateful, mixing samples, or changing its input."""
+
+
+def probe(function: Callable[..., Any], name: str, own: Any, arguments: Any) -> tuple[Any, Any, Any]:
+    """Evaluate ``function(own, *arguments)`` once, watched, on plain values; ``own`` are the function's own tensors.
+
+    Returns:
+        The plain values of ``own`` and ``arguments``, and what the function returned for them.
+
+    Raises:
+        LostGradientError: on a captured tensor that carries a derivative.
+        ImpureFunctionError: on random numbers, batch statistics or in-place changes of an input.
+    """
+    grad_enabled, level = torch.is_grad_enabled(), _depth()
+    random_state = torch.get_rng_state()
+    with temporarily_clear_interpreter_stack(), torch.enable_grad():
+        own, arguments = _tree.map_structure(_plain, (own, arguments))
+        with _Watch(name, _tree.leaves(own), _tree.leaves(arguments), grad_enabled, level):
+            output = function(own, *arguments)
+    if not torch.equal(random_state, torch.get_rng_state()):
+        raise ImpureFunctionError(
+            f"{name} draws random numbers, so it is not one function from step to step. Draw them outside and pass them as "
+            "context, or draw them in Energy.encode, which runs once a solve."
+        )
+    return own, arguments, output
+
+
+def _plain(tensor: Any) -> Any:
+    """The value of one lane: no graph, tangent, or ``torch.func`` wrapper. Shares memory with the original."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    layers = wrappers(tensor)
+    tensor = layers[-1]
+    for wrapper in reversed(layers[:-1]):  # each batch dimension counts in what its wrapper holds
+        dim = torch._C._functorch.maybe_get_bdim(wrapper)
+        tensor = tensor if dim < 0 else tensor.select(dim, 0)
+    if forward_ad._current_level >= 0:
+        tensor = forward_ad.unpack_dual(tensor).primal
+    return tensor.detach()
+
+
+def _depth() -> int:
+    """How many ``torch.func`` transforms are active."""
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return 0 if stack is None else int(stack.level())
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """A solve inside an energy has probed its own function: what its transforms wrap is no concern of the outer probe's."""
+    with contextlib.ExitStack() as stack:
+        while isinstance(torch.overrides._get_current_function_mode(), _Watch):
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        yield
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, name: str, own: list[Any], arguments: list[Any], grad_enabled: bool, level: int) -> None:
+        super().__init__()
+        self.name, self.grad_enabled, self.level = name, grad_enabled, level
+        tensors = [t for t in (*own, *arguments) if isinstance(t, Tensor)]
+        self.own = {_storage(t) for t in own}
+        self.arguments = {_storage(t) for t in arguments if isinstance(t, Tensor)}
+        self.dual = forward_ad._current_level >= 0
+        # Tensors made inside that could be mistaken for captures; under a transform, all of them.
+        # Memory that was there before, and memory that was allocated inside (as of an nn.Parameter made there).
+        self.old, self.fresh = self.own | self.arguments, set[int]()
+        self.made: dict[int, Tensor] = {id(t): t for t in tensors} if level else {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in _tree.leaves((args, kwargs)) if isinstance(t, Tensor)]
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                self._check_capture(tensor, func)
+                if (storage := _storage(tensor)) not in self.fresh:
+                    self.old.add(storage)
+            self._check_purity(func, args, kwargs)
+        output = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            results = [t for t in _tree.leaves(output) if isinstance(t, Tensor)]
+            self.fresh.update(storage for storage in map(_storage, results) if storage not in self.old)
+            for tensor in (*tensors, *results):
+                if self.level or tensor.requires_grad:
+                    self.made[id(tensor)] = tensor
+        return output
+
+    def _check_capture(self, tensor: Tensor, func: Any) -> None:
+        if id(tensor) in self.made:
+            return
+        why = self._derivative_of(tensor)
+        if why is not None:
+            raise LostGradientError(
+                f"{self.name} uses a tensor of shape {tuple(tensor.shape)} from outside that {why}, in "
+                f"{getattr(func, '__name__', func)}. It is not an input of the solve, so its derivative would be lost in "
+                "silence. Pass it as context, or hold it (or its module) as an attribute of an nn.Module that is the energy or "
+                "network; if it is meant as a constant, detach it."
+            )
+
+    def _derivative_of(self, tensor: Tensor) -> str | None:
+        layers = wrappers(tensor)
+        outer = torch._C._functorch.maybe_get_level(tensor)
+        # The energy may use torch.func itself; its levels count from 1 again, so a wrapper of an open level is its own if
+        # what it wraps is known.
+        if 0 < outer <= self.level and (outer > _depth() or not any(id(t) in self.made for t in layers)):
+            return f"belongs to a torch.func transform around the solve (level {outer})"
+        value = layers[-1]
+        if id(value) in self.made:
+            return None
+        if self.dual and forward_ad.unpack_dual(value).tangent is not None:
+            return "carries a tangent (forward-mode AD)"
+        if self.grad_enabled and value.requires_grad and self._from_outside(value):
+            return "requires grad"
+        return None
+
+    def _from_outside(self, tensor: Tensor) -> bool:
+        """A tensor that left a nested ``torch.func`` call is a new object; its graph tells where it comes from."""
+        if tensor.grad_fn is None:
+            return _storage(tensor) not in self.fresh
+        variables = leaf_variables(tensor)
+        return not variables or any(id(v) not in self.made for v in variables)
+
+    def _check_purity(self, func: Any, args: Any, kwargs: Any) -> None:
+        reason = _RANDOM_OR_STATEFUL.get(func)
+        if reason is not None and _training(func, args, kwargs):
+            raise ImpureFunctionError(
+                f"{self.name} {reason}, so it is not one function from step to step. Call .eval() on that part, replace it "
+                "(LayerNorm, GroupNorm), or move it to Energy.encode, which runs once a solve."
+            )
+        name = getattr(func, "__name__", "")
+        in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
+        targets = [t for t in (args[0] if in_place and args else None, kwargs.get("out")) if isinstance(t, Tensor)]
+        if any(_storage(t) in self.own for t in targets):
+            raise ImpureFunctionError(
+                f"{self.name} changes its own parameter or buffer in place ({name}, shape {tuple(targets[0].shape)}): a running "
+                "statistic, as of BatchNorm in training mode. So it is not one function from step to step. Call .eval() on that "
+                "part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once a solve."
+            )
+        if any(_storage(t) in self.arguments for t in targets):
+            raise ImpureFunctionError(
+                f"{self.name} changes its input in place ({name}, shape {tuple(targets[0].shape)}). The iteration and the "
+                "caller would see the changed values. Use the out-of-place operation, or clone first."
+            )
+
+
+def _training(func: Any, args: Any, kwargs: Any) -> bool:
+    functional = torch.nn.functional
+    if func is functional.instance_norm:
+        return bool(kwargs.get("use_input_stats", True)) and kwargs.get("running_mean") is not None
+    if func is functional.batch_norm:
+        return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+    position, default = (2, False) if "alpha" in func.__name__ else (2, True)
+    chance = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    return bool(kwargs.get("training", args[position] if len(args) > position else default)) and chance > 0
+
+
+def _storage(tensor: Tensor) -> int:
+    tensor = wrappers(tensor)[-1]
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)

@@ -1,0 +1,305 @@
+r"""How gradients come back.
+
+At a solution F(x*, θ) = 0. Differentiating gives A dx* = −(∂F/∂θ) dθ with A = ∂F/∂x, hence for an incoming gradient v
+
+    Aᵀ u = v,        dL/dθ = −(∂F/∂θ)ᵀ u.                                                                        (1)
+
+With F = (x − g)/γ the fixed-point form of (1) is the backward iteration of arXiv 2002.02868, c ← (∂g/∂x)ᵀ c + v with
+u = γ c. With F = ∇E, A is the Hessian: symmetric, so conjugate gradients apply.
+
+Both the answer x* of F(x, θ) = 0 and the answer u of F'(u; v, x, θ) = A(x, θ)ᵀ u − v = 0 are roots, and equation (1) holds
+for either. So one ``autograd.Function``, `_Solve`, does for both: its backward calls itself on the linear equation, with
+x* saved as its *output* and therefore still connected, and differentiates F once more at the solution. Every order of
+derivative is then a chain of such calls. Nothing is detached.
+
+The rule for ``vmap`` re-enters with the mapped equation; the rule for ``jvp`` solves A dx = b with b by two
+vector-Jacobian products.
+
+A sample that failed has no derivative. It is replaced by a good one before F is differentiated, so that its NaN cannot
+reach what samples share (0 · NaN = NaN), and its own context gets NaN.
+"""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._torch.autodiff import (
+    alive,
+    inside_jvp,
+    is_grads_batched,
+    opaque,
+    pushforward,
+    readable,
+    transform_active,
+    with_grads_batched,
+)
+from energynet.engine.driver import Driver, Eager
+from energynet.engine.equation import Equation, Linear
+from energynet.engine.failed_samples import Quarantine, separable
+from energynet.engine.loop import LoopState, Wrap, loop
+from energynet.engine.tasks import Outcome, Solve, input_gradients
+from energynet.solution import OnFailure, Status, report
+from energynet.solvers import Solver
+from energynet.solvers.problem import Problem
+from energynet.step import Step
+from energynet.termination import Termination
+
+
+class AdjointRecord(NamedTuple):
+    """How one adjoint solve went, sample by sample; refers to no graph.
+
+    Example:
+        >>> record = AdjointRecord(torch.tensor([0, 1]), torch.tensor([1e-6, 1e-2]), torch.tensor([7, 1000]))
+        >>> record.status == Status.CONVERGED
+        tensor([ True, False])
+    """
+
+    status: Tensor  # (*batch) int8
+    residual: Tensor  # (*batch), ‖Aᵀu − v‖ / ‖v‖
+    num_steps: Tensor  # (*batch) int32
+
+
+class AdjointReport:
+    """Collects one `AdjointRecord` a backward solve; the caller's to keep, read and clear.
+
+    Example:
+        >>> import torch
+        >>> from energynet import FPI_GD, ImplicitAdjoint
+        >>> seen = AdjointReport()
+        >>> layer = FPI_GD(lambda x, z: (x - z).square().sum(-1), 0.5, adjoint=ImplicitAdjoint(report=seen))
+        >>> layer(torch.ones(4, 2, requires_grad=True), x0=torch.zeros(4, 2)).sum().backward()
+        >>> seen.records[0].num_steps.tolist()
+        [1, 1, 1, 1]
+    """
+
+    def __init__(self) -> None:
+        self.records: list[AdjointRecord] = []
+
+    def clear(self) -> None:
+        self.records.clear()
+
+    def __repr__(self) -> str:
+        return f"AdjointReport({len(self.records)} records)"
+
+
+class Adjoint(ABC):
+    """How gradients of a solution come back."""
+
+    def check(self, step: Step) -> None:
+        """Raise TypeError if this adjoint cannot serve the step."""
+
+    @abstractmethod
+    def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Solve so that gradients come back in this way: x, status, residual, steps and the trace, if it was asked for."""
+
+
+class RootAdjoint(Adjoint):
+    """An adjoint that looks at the solution only, and at nothing of how it was found."""
+
+    def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, status, error, steps, _, *trace = solve(method, x0.detach(), *inputs)
+        return x, status, error, steps, *trace
+
+    @abstractmethod
+    def linear_solve(self, method: "Method", transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
+        """A⁻¹ right, or A⁻ᵀ right, with A the Jacobian of the method's equation at the answer ``y``."""
+
+    def pull(self, method: "Method", wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
+             ) -> tuple["Answer", list[Tensor | None] | None]:  # fmt: skip
+        """A⁻ᵀ v and, where every sample converged and a driver can have them at once, the gradients of the inputs."""
+        return self.linear_solve(method, True, v, y, inputs), None
+
+    @abstractmethod
+    def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Last look at derivatives, and at what they were made from."""
+
+
+class Recorder:
+    """Collects, for a `Trace`, the states that the loop shows it."""
+
+    def __init__(self, problem: Problem, termination: Termination) -> None:
+        self.problem, self.termination = problem, termination
+        self.sizes: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.energies: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, state: LoopState) -> None:
+        self.sizes.append(self.termination.size(state.inner.residual))
+        self.values.append(state.x.detach())
+        if self.problem.value_and_gradient is not None:
+            self.energies.append(self.problem.energy(state.x))
+
+    def tensors(self, state: LoopState) -> tuple[Tensor, ...]:
+        """Residuals ``(T + 1, *batch)``, iterates ``(T + 1, *batch, n)`` and, of a minimization, energies."""
+        traces = (torch.stack(self.sizes) / state.scale.detach(), torch.stack(self.values))
+        return (*traces, torch.stack(self.energies)) if self.energies else traces
+
+
+class Answer(NamedTuple):
+    """Of a linear equation."""
+
+    value: Tensor  # (*batch, n)
+    failed: Tensor  # (*batch) bool
+    own: Tensor  # of `separable`
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """An equation and how to solve and differentiate it: the first argument of `_Solve`."""
+
+    equation: Equation
+    solver: Solver
+    termination: Termination
+    on_failure: OnFailure
+    adjoint: RootAdjoint | None = None
+    report: AdjointReport | None = None
+    trace: bool = False
+    driver: Driver = dataclasses.field(default_factory=Eager)
+
+    def at_solution(self, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
+        """Solve, by this method, the linear equation that another's Jacobian makes: itself differentiable again."""
+        root, flipped, arguments = self.equation.linearization(y, inputs)
+        method = dataclasses.replace(self, equation=Linear(root, transposed != flipped), trace=False)
+        answer, status, _, _, own, *_ = solve(method, torch.zeros_like(right), right, *arguments)
+        return Answer(answer, status != Status.CONVERGED, own)
+
+    @property
+    def limits(self) -> Termination:
+        """The termination, at the precision of what is solved for."""
+        return self.termination.at_precision(self.equation.rounding)
+
+    def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[Outcome, tuple[Tensor, ...]]:
+        """Run the loop; the trace comes along, if it was asked for."""
+        if not (self.trace or wrap or torch.is_grad_enabled() or transform_active()):
+            return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), (y0, *inputs))), ()
+        problem = self.equation.problem(inputs, y0)
+        recorder = Recorder(problem, self.limits) if self.trace else None
+        state = loop(problem, self.solver, self.limits, y0, recorder, wrap)
+        trace = () if recorder is None else recorder.tensors(state)
+        return Outcome(state.x, state.status, state.error, state.steps), trace
+
+    def tell(self, outcome: Outcome, adjoint: bool) -> bool:
+        """Apply the failure policy to how a solve ended; whether every sample converged."""
+        if adjoint and self.report is not None:
+            told = (outcome.status, outcome.error, outcome.steps)
+            self.report.records.append(AdjointRecord(*(t.detach() for t in told)))
+        converged = not bool(outcome.status.any())
+        if not converged:
+            report(outcome.status, outcome.error, outcome.steps, self.on_failure, adjoint)
+        return converged
+
+
+class _Solve(torch.autograd.Function):
+    """The root y of an equation, differentiable to any order and under every transform of ``torch.func``."""
+
+    @staticmethod
+    def forward(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outcome, trace = method.run(y0, inputs)
+        converged = method.tell(outcome, adjoint=isinstance(method.equation, Linear))
+        own = y0.new_zeros((2, 0), dtype=torch.bool) if converged else separable(method.equation, outcome, inputs)
+        return *outcome, own, *trace
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        method, _, *tensors = inputs
+        y, status, error, steps, own, *trace = output
+        ctx.method = method
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(status, error, steps, own, *trace)
+        ctx.traces = len(trace)
+        ctx.save_for_backward(y, status, own, *tensors)
+        ctx.save_for_forward(y, status, own, *tensors)
+
+    @staticmethod
+    @opaque  # a compiled training step calls this from outside its graphs, where Dynamo listens still
+    def backward(ctx: Any, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        y, status, own, *inputs = alive(ctx.saved_tensors)
+        if v is None:
+            return (None,) * (len(inputs) + 2)
+
+        def gradients(v: Tensor) -> list[Tensor | None]:
+            return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, status, own, tuple(inputs))
+
+        return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
+
+    @staticmethod
+    @opaque
+    def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        with inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
+            return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), *[None] * (4 + ctx.traces)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
+        def front(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor if dim is None else tensor.movedim(dim, 0)
+
+        y0 = front(y0, in_dims[1]) if in_dims[1] is not None else y0.expand(info.batch_size, *y0.shape)
+        moved = [front(tensor, dim) for tensor, dim in zip(inputs, in_dims[2:], strict=True)]
+        dims: list[int | None] = [None if dim is None else 0 for dim in in_dims[2:]]
+        if isinstance(method.equation, Linear):  # v and x have the shape of u
+            moved[:2] = [t if d == 0 else t.expand(info.batch_size, *t.shape) for t, d in zip(moved[:2], dims[:2])]
+            dims[:2] = [0, 0]
+        mapped = dataclasses.replace(method, equation=method.equation.mapped(tuple(dims), info.randomness))
+        outputs = solve(mapped, y0, *moved)
+        return outputs, (0, 0, 0, 0, None, *[1] * (len(outputs) - 5))
+
+
+_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # autograd asks at each call
+
+
+def solve(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The answer y, its status, error and steps, what `separable` found, and the trace, if it was asked for."""
+    outputs: tuple[Tensor, ...] = _Solve.apply(method, y0, *inputs)
+    return outputs
+
+
+def _quarantine(method: Method, failed: Tensor, own: Tensor, inputs: tuple[Tensor, ...]) -> Quarantine:
+    return Quarantine(failed, own, inputs, tuple(method.equation.lacking(k) for k in range(len(inputs))))
+
+
+def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, status: Tensor, own: Tensor,
+              inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
+    """Equation (1)."""
+    adjoint = method.adjoint
+    assert adjoint is not None
+    quarantine = _quarantine(method, status != Status.CONVERGED, own, inputs)
+    y, v, safe = quarantine.answer(y), quarantine.silence(v), quarantine.inputs()
+    if own.shape[1] or torch.is_grad_enabled() or transform_active():
+        answer = adjoint.linear_solve(method, True, v, y, safe)
+    else:
+        answer, gradients = adjoint.pull(method, wanted, v, y, safe)
+        if gradients is not None:
+            return gradients
+    quarantine = quarantine.joined(answer.failed, answer.own)
+    gradients = input_gradients(method.equation, wanted, quarantine.silence(answer.value), y, safe)
+    gradients = adjoint.guard(gradients, (y, *safe))
+    return [quarantine.mark(k, g, want) for k, (g, want) in enumerate(zip(gradients, wanted, strict=True))]
+
+
+def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, status: Tensor, own: Tensor,
+         inputs: tuple[Tensor, ...]) -> Tensor:  # fmt: skip
+    """dx = −A⁻¹ (∂F/∂inputs) dinputs."""
+    adjoint = method.adjoint
+    assert adjoint is not None
+    failed = status != Status.CONVERGED
+    quarantine = _quarantine(method, failed, own, inputs)
+    y, safe = quarantine.answer(y), quarantine.inputs()
+    chosen = [k for k, t in enumerate(tangents) if t is not None]
+
+    def residual(*values: Tensor) -> Tensor:
+        full = list(safe)
+        for k, value in zip(chosen, values, strict=True):
+            full[k] = value
+        return method.equation.residual(y, *full)
+
+    right = -pushforward(residual, [safe[k] for k in chosen], [t for t in tangents if t is not None])
+    dy, adjoint_failed, _ = adjoint.linear_solve(method, False, quarantine.silence(right), y, safe)
+    ill = failed | adjoint_failed
+    (guarded,) = adjoint.guard([dy], (y, *safe))
+    assert guarded is not None
+    return guarded if readable(ill) and not bool(ill.any()) else torch.where(ill.unsqueeze(-1), torch.nan, guarded)

@@ -1,0 +1,176 @@
+"""What a driver evaluates, itself or as a compiled program: a solve and a gradient, as functions of tensors only."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._torch.autodiff import pullback, readable
+from energynet.engine.binding import Binding
+from energynet.engine.equation import Equation, Linear
+from energynet.engine.loop import CROWD, LoopState, loop
+from energynet.engine.row_inputs import own_rows
+from energynet.solution import Status
+from energynet.solvers import Solver
+from energynet.solvers.problem import Problem
+from energynet.solvers.spectrum import ritz_values
+from energynet.step import Kind
+from energynet.termination import Termination, max_norm
+
+
+class Task(ABC):
+    """A function of tensors; what else it reads is a step, in its binding, and its own fields."""
+
+    equation: Equation
+    check_every: int | None
+    """Updates between two looks at whether any sample still runs, where Python runs the loop; None: as the device has it."""
+
+    @property
+    def binding(self) -> Binding:
+        """The user's step in it."""
+        return self.equation.binding
+
+    @property
+    def batch_dims(self) -> int:
+        """How many leading dimensions count samples."""
+        return self.equation.batch_dims
+
+    @abstractmethod
+    def checked(self, every: int | None) -> "Task":
+        """The same function, with another `check_every`."""
+
+    @abstractmethod
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate it."""
+
+
+class Outcome(NamedTuple):
+    """How a solve ended, sample by sample."""
+
+    value: Tensor  # (*batch, n)
+    status: Tensor  # (*batch) int8
+    error: Tensor  # (*batch), of a linear equation relative to its right-hand side
+    steps: Tensor  # (*batch) int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solve(Task):
+    """(y0, \\*inputs) -> the root of an equation and how it was found."""
+
+    equation: Equation
+    solver: Solver
+    termination: Termination
+    check_every: int | None = None
+
+    def checked(self, every: int | None) -> "Solve":
+        return dataclasses.replace(self, check_every=every)
+
+    def __call__(self, *tensors: Tensor) -> Outcome:
+        y0, inputs = tensors[0], tensors[1:]
+        termination = self.termination.at_precision(self.equation.rounding)
+        if not isinstance(self.equation, Linear):
+            state = self._loop(self.equation.problem(inputs, y0), termination, y0, inputs)
+            return Outcome(state.x, state.status, state.error, state.steps)
+        # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
+        largest = max_norm(inputs[0]).unsqueeze(-1)
+        largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+        v = inputs[0] / largest
+        problem = self.equation.problem((v, *inputs[1:]), y0)
+        state = self._loop(problem, termination, y0, (v, *inputs[1:]))
+        status = state.status
+        if self.equation.root.kind is Kind.ENERGY and not self.solver.sees_saddles:
+            status = torch.where(_negative_curvature(problem), Status.DIVERGED, status).to(torch.int8)
+        size = termination.size(v)
+        return Outcome(state.x * largest, status, state.error / torch.where(size > 0, size, 1), state.steps)
+
+
+    def _loop(self, problem: Problem, termination: Termination, y0: Tensor, inputs: tuple[Tensor, ...]) -> LoopState:
+        plain = self.equation.batch_dims == 1 and readable(y0) and not isinstance(self.binding.step.step_size, Tensor)
+        batch = Samples(self.equation, y0, inputs) if plain and len(y0) >= CROWD else None
+        return loop(problem, self.solver, termination, y0, every=self.check_every, batch=batch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """A batch of which some may go on alone."""
+
+    equation: Equation
+    y0: Tensor
+    inputs: tuple[Tensor, ...]
+    own: tuple[bool, ...] | None = None  # which inputs have one row a sample; None: not looked at yet
+
+    @property
+    def problem(self) -> Problem:
+        return self.equation.problem(self.inputs, self.y0)
+
+    def some(self, rows: Tensor) -> "Samples | None":
+        own = own_rows(self.equation, self.y0, self.inputs) if self.own is None else self.own
+        if own is None:
+            return None
+        inputs = tuple(t[rows] if mine else t for t, mine in zip(self.inputs, own, strict=True))
+        return Samples(self.equation, self.y0[rows], inputs, own)
+
+
+def _negative_curvature(problem: Problem) -> Tensor:  # -> (*batch) bool
+    """Whether the first products of the right-hand side with the Hessian show that the answer is no minimum.
+
+    The equation has an answer at a saddle too, but it is the derivative of no argmin.
+    """
+    assert problem.jacobian is not None and problem.right is not None
+    values = ritz_values(problem.jacobian(problem.right), problem.right, PRODUCTS)
+    return values.amin(-1) < -100 * torch.finfo(values.dtype).eps * values.abs().amax(-1)
+
+
+PRODUCTS = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pull(Task):
+    """(v, y, \\*inputs) -> how the adjoint equation at the root y was solved, and the gradients of the inputs that are wanted."""
+
+    equation: Equation
+    solver: Solver
+    termination: Termination
+    wanted: tuple[bool, ...]
+    check_every: int | None = None
+
+    def linear(self, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Linear, tuple[Tensor, ...]]:
+        """The adjoint equation, and its inputs after v."""
+        root, flipped, arguments = self.equation.linearization(y, inputs)
+        return Linear(root, not flipped), arguments
+
+    def checked(self, every: int | None) -> "Pull":
+        return dataclasses.replace(self, check_every=every)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        v, y, inputs = tensors[0], tensors[1], tensors[2:]
+        equation, arguments = self.linear(y, inputs)
+        outcome = Solve(equation, self.solver, self.termination, self.check_every)(torch.zeros_like(v), v, *arguments)
+        gradients = input_gradients(self.equation, self.wanted, outcome.value, y, inputs)
+        found = [v.new_zeros(0) if g is None else g for g, want in zip(gradients, self.wanted) if want]
+        return *outcome, *found
+
+    def gradients(self, found: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """One for each input: None where it is not wanted, or where the equation does not contain it."""
+        rest = iter(found)
+        present = [next(rest) if want else None for want in self.wanted]
+        return [None if g is None or g.shape != t.shape else g for g, t in zip(present, inputs, strict=True)]
+
+
+def input_gradients(equation: Equation, wanted: tuple[bool, ...], u: Tensor, y: Tensor,
+                    inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
+    """−(∂F/∂inputs)ᵀ u for the inputs that are wanted."""
+    chosen = [k for k, want in enumerate(wanted) if want]
+
+    def residual(*values: Tensor) -> Tensor:
+        full = list(inputs)
+        for k, value in zip(chosen, values, strict=True):
+            full[k] = value
+        return equation.residual(y, *full)
+
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for k, g in zip(chosen, pullback(residual, [inputs[k] for k in chosen], -u), strict=True):
+        gradients[k] = g
+    return gradients

@@ -1,0 +1,155 @@
+"""What a user hands over is looked at here, before the first step; every sentence about it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from energynet._torch import tree as _tree
+from energynet._torch.autodiff import readable
+from energynet.engine.binding import Binding
+from energynet.engine.purity import probe
+from energynet.engine.root_gradient import Adjoint
+from energynet.solution import POLICIES, OnFailure
+from energynet.solvers import Solver
+from energynet.step import Step
+
+
+def check_options(step: Step, solver: Solver, adjoint: Adjoint, on_failure: OnFailure) -> None:
+    if on_failure not in POLICIES:
+        raise ValueError(f"on_failure must be one of {POLICIES}, got {on_failure!r}.")
+    for option, kind in ((solver, Solver), (adjoint, Adjoint)):
+        if not isinstance(option, kind):
+            hint = f" Did you mean {option.__name__}()?" if isinstance(option, type) else ""
+            raise TypeError(f"Expected a {kind.__name__}, got {option!r}.{hint}")
+    solver.check(step.kind)
+    adjoint.check(step)
+    size = step.step_size
+    if size is None:
+        return
+    if isinstance(size, Tensor):
+        if not size.is_floating_point():
+            raise TypeError(f"step_size must be floating point, got a tensor of {size.dtype}.")
+        if not readable(size) or bool((size > 0).all() & torch.isfinite(size).all()):
+            return
+    elif 0 < size < float("inf"):
+        return
+    raise ValueError(f"step_size must be positive and finite, got {size}.")
+
+
+def check_start(x0: Any) -> None:
+    leaves = _tree.leaves(x0)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        kinds = sorted({type(leaf).__name__ for leaf in leaves}) or ["nothing"]
+        raise TypeError(
+            f"x0 must be a tensor or a pytree of tensors, got {', '.join(kinds)}. Pass x0=..., give the layer start=..., or "
+            "define start(*context) on the Energy."
+        )
+    wrong = [leaf.dtype for leaf in leaves if not leaf.is_floating_point()]
+    if wrong:
+        raise TypeError(
+            f"x0 must be floating point, got {wrong[0]}: an iterate moves by fractions. Convert it, as by x0.float(); a complex "
+            "one by torch.view_as_real."
+        )
+
+
+def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int:
+    """Evaluate the user's function once and hold its result against x0; the number of batch dimensions."""
+
+    def function(tensors: list[Tensor], x: Any, *code: Any) -> Any:
+        leaves = _tree.map_structure(lambda t: t.detach().requires_grad_(), x)  # to see that the energy's graph reaches x
+        return binding.attach(tensors).probe(leaves, *code)
+
+    step = binding.step
+    try:
+        tensors, (x, *_), output = probe(function, _name(step), list(binding.tensors), (x0, *code))
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # one of our own sentences, or out of memory
+            raise
+        raise RuntimeError(_unfit(_name(step), x0, code, list(binding.tensors), error)) from error
+    step = binding.attach(tensors)
+    if step.energy_of is None:
+        batch_dims = 1 if batch_dims is None else batch_dims
+        _check_map_output(_name(step), x, output)
+    else:
+        batch_dims = _check_energy_output(_name(step), x, output, batch_dims)
+    if batch_dims:
+        _check_batch(x, step.step_size)
+    elif isinstance(step.step_size, Tensor) and step.step_size.ndim:
+        raise ValueError(
+            f"step_size has shape {tuple(step.step_size.shape)}, one value a sample, but the energy returns a 0-d value: one "
+            "problem without a batch dimension."
+        )
+    return batch_dims
+
+
+def _unfit(name: str, x0: Any, code: tuple[Any, ...], held: list[Tensor], error: RuntimeError) -> str:
+    """What was handed over, when PyTorch could not work with it."""
+    kinds = {what: [_kind(t) for t in _tree.leaves(tree) if isinstance(t, Tensor)]
+             for what, tree in (("x0", x0), ("the context", code), ("its own tensors", held))}  # fmt: skip
+    seen = "; ".join(f"{what}: {', '.join(dict.fromkeys(found))}" for what, found in kinds.items() if found)
+    return (
+        f"{name} failed at x0: {error}. Seen: {seen}. Likely cause: x0, context and parameters do not agree in shape, dtype or "
+        "device; make x0 from the context, as by torch.zeros_like(z) or z.new_zeros(B, n)."
+    )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
+
+
+def _name(step: Step) -> str:
+    """The user's function in an error message."""
+    function = step.energy_of or getattr(step, "network", None) or getattr(step, "condition", step)
+    kind = "The energy" if step.energy_of is not None else "The map"
+    name = getattr(function, "__qualname__", None) or type(function).__name__
+    return f"{kind} {name}"
+
+
+def _shapes(tree: Any) -> str:
+    return str(_tree.map_structure(lambda t: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__, tree))
+
+
+def _check_map_output(name: str, x: Any, output: Any) -> None:
+    (xs, spec), (outputs, output_spec) = _tree.flatten(x), _tree.flatten(output)
+    same = spec == output_spec and all(isinstance(t, Tensor) and t.shape == s.shape for t, s in zip(outputs, xs))
+    if not same:
+        raise ValueError(f"{name} must return the structure and shapes of x, {_shapes(x)}, but returned {_shapes(output)}.")
+    for t in outputs:
+        if not t.is_floating_point():
+            raise TypeError(f"{name} returned {t.dtype}; it must be floating point like x.")
+
+
+def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None) -> int:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{name} must return a tensor (B,), one scalar a sample, but returned {type(output).__name__}.")
+    if not output.is_floating_point():
+        raise TypeError(f"{name} returned {output.dtype}, which has no gradient; it must be floating point.")
+    if not output.requires_grad:
+        raise ValueError(
+            f"{name} does not depend on x by operations that can be differentiated, so its gradient would be zero everywhere. "
+            "Likely cause: .detach(), .item(), NumPy or torch.no_grad() inside, or x is not used."
+        )
+    expected = 0 if output.ndim == 0 else 1
+    sizes = {leaf.shape[:1] for leaf in _tree.leaves(x)}
+    if (batch_dims is not None and batch_dims != expected) or (expected and sizes != {output.shape}):
+        raise ValueError(
+            f"{name} returned shape {tuple(output.shape)} for x of shape {_shapes(x)}; it must return one scalar a sample, "
+            "(B,) with B the leading dimension of x, or a 0-d tensor for one problem without a batch dimension. Sum over all "
+            "dimensions but the first, as in .flatten(1).sum(-1)."
+        )
+    return expected
+
+
+def _check_batch(x: Any, step_size: float | Tensor | None) -> None:
+    leaves = _tree.leaves(x)
+    if any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1:
+        raise ValueError(
+            f"x0 has shape {_shapes(x)}; every tensor in it needs the same leading batch dimension. For one problem without a "
+            "batch dimension pass batch_dims=0 (or return a 0-d energy)."
+        )
+    if isinstance(step_size, Tensor) and step_size.ndim and step_size.shape != leaves[0].shape[:1]:
+        raise ValueError(
+            f"step_size has shape {tuple(step_size.shape)} but x0 has {leaves[0].shape[0]} samples; it must be a float, a 0-d "
+            f"tensor or of shape ({leaves[0].shape[0]},)."
+        )

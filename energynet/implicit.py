@@ -1,0 +1,155 @@
+"""Exact gradients for answers that somebody else has found."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._torch import tree as _tree
+from energynet.engine.adjoint import ImplicitAdjoint
+from energynet.engine.root_gradient import Adjoint
+from energynet.solution import ConvergenceError, OnFailure
+from energynet.solve import fixed_point
+from energynet.solvers import Solver
+from energynet.solvers.problem import Problem
+from energynet.step import OptimalityStep
+from energynet.termination import Termination
+
+
+def implicit(
+    solve: Callable[..., Any],
+    optimality: Callable[..., Any],
+    *,
+    symmetric: bool = False,
+    batch_dims: int = 0,
+    termination: Termination | None = None,
+    adjoint: Adjoint | None = None,
+    on_failure: OnFailure = "raise",
+) -> Callable[..., Any]:
+    """Make any solver differentiable to any order, from the condition that its answers meet.
+
+    Example:
+        >>> import torch
+        >>> def bisect(z):                                # anything: SciPy, a simulator, a table
+        ...     low, high = torch.zeros_like(z), z + 1
+        ...     for _ in range(60):
+        ...         middle = (low + high) / 2
+        ...         low, high = torch.where(middle**3 < z, middle, low), torch.where(middle**3 < z, high, middle)
+        ...     return low
+        >>> cube_root = implicit(bisect, lambda x, z: x**3 - z, symmetric=True)
+        >>> z = torch.tensor([8.0, 27.0], requires_grad=True)
+        >>> torch.autograd.grad(cube_root(z).sum(), z)[0]     # 1 / 3x²
+        tensor([0.0833, 0.0370])
+
+    Args:
+        solve: (\\*context) -> x, a tensor or a pytree of such; called without gradients, on plain tensors, and under ``vmap``
+            once an index.
+        optimality: F(x, \\*context) -> like x, zero at the answer: a gradient, a residual, g(x) − x.
+        symmetric: whether ∂F/∂x is symmetric, as that of a gradient is.
+        batch_dims: 1 if the leading dimension of x counts samples which do not depend on one another; 0 is always right.
+        termination: how exactly x must meet the condition, and the adjoint equation be solved; default `Termination`.
+        adjoint: default `ImplicitAdjoint`, by conjugate gradients where symmetric, else by GMRES.
+        on_failure: what to do if x does not meet the condition: "raise", "warn" or "ignore".
+
+    Returns:
+        A function of the context with the value of ``solve``.
+
+    Raises:
+        ConvergenceError: by that function, if x does not meet the condition, or a gradient cannot be had.
+        TypeError: by that function, if ``solve`` returns anything but tensors.
+
+    Source: Christianson (1994); Blondel et al. (2022), Efficient and modular implicit differentiation.
+    """
+    termination = termination or Termination()
+    adjoint = adjoint or ImplicitAdjoint(termination=termination)
+    step = OptimalityStep(optimality, symmetric)
+
+    def solved(*context: Any) -> Any:
+        x = _call(solve, context)
+        try:
+            return fixed_point(
+                step, x, *context, batch_dims=batch_dims, solver=_Given(), termination=termination, adjoint=adjoint,
+                on_failure=on_failure,
+            ).value  # fmt: skip
+        except ConvergenceError as error:
+            raise ConvergenceError(
+                f"The answer of {getattr(solve, '__name__', solve)} does not meet its optimality condition to the tolerance "
+                "asked for. Likely cause: it stopped too early, or F is not its condition. Ask it for a tighter "
+                f"tolerance, or pass implicit(..., termination=Termination(rtol=...)). {error}"
+            ) from error
+
+    return solved
+
+
+class _GivenState(NamedTuple):
+    residual: Tensor
+
+
+class _Given(Solver):
+    """Stays where it is: the answer is there already, and only looked at."""
+
+    def init(self, problem: Problem, x0: Tensor) -> _GivenState:
+        return _GivenState(problem.residual(x0))
+
+    def update(self, problem: Problem, x: Tensor, state: _GivenState) -> tuple[Tensor, _GivenState]:
+        return x, state
+
+    def stalled(self, state: _GivenState) -> Tensor:
+        return torch.ones_like(state.residual[..., :1].sum(-1), dtype=torch.bool)
+
+
+def _call(solve: Callable[..., Any], context: tuple[Any, ...]) -> Any:
+    """The black box, on plain tensors even under transforms."""
+    leaves, spec = _tree.flatten(context)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    specs: list[Any] = []
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        arguments = _tree.unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        results, found = _tree.flatten(solve(*arguments))
+        wrong = [type(r).__name__ for r in results if not isinstance(r, Tensor)]
+        if wrong or not results:
+            raise TypeError(
+                f"{getattr(solve, '__name__', solve)} returned {wrong[0] if wrong else 'nothing'}; it must return tensors. "
+                "Convert the result, as by torch.from_numpy(...)."
+            )
+        specs[:] = [found]
+        return tuple(results)
+
+    outputs = _BlackBox.apply(call, *tensors)
+    return _tree.unflatten(list(outputs), specs[0])
+
+
+class _BlackBox(torch.autograd.Function):
+    """A call without derivatives: they come from the optimality condition."""
+
+    @staticmethod
+    def forward(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        # A copy: the black box may hand back its input, or keep its output to itself.
+        return tuple(t.detach().clone() for t in call(*(t.detach() for t in tensors)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.count, ctx.outputs = len(inputs), len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return (None,) * ctx.count
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return (None,) * ctx.outputs
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Any, Any]:
+        def one(index: int) -> tuple[Tensor, ...]:
+            chosen = (t if d is None else t.select(d, index) for t, d in zip(tensors, in_dims[1:], strict=True))
+            outputs: tuple[Tensor, ...] = _BlackBox.apply(call, *chosen)
+            return outputs
+
+        rows = [one(index) for index in range(info.batch_size)]
+        columns = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return columns, (0,) * len(columns)
