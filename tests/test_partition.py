@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from energynet import Compiled, Driver, Eager, Energy, NewtonCG, Picard, Status, Termination, minimize
 from energynet.compiled.cpu_loops import in_parts
 from energynet.compiled.partition import how_many
-from energynet.compiled.tracing import tied_rows
 
 TIGHT = Termination(rtol=1e-11, atol=1e-12)
 
@@ -123,12 +122,6 @@ def divided(energy: Callable[..., Tensor], *inputs: Tensor, size: int = 128, n: 
     minimize(energy, torch.zeros(size, n), *inputs, driver=driver, **options)
     asked = list(driver._own.values.values())
     return any(asked[0]) if asked else None
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_a_matrix_with_as_many_rows_as_samples_is_shared_even_where_it_does_nothing() -> None:
-    A, b, z = torch.randn(128, 32), torch.full((128,), 1e4), torch.randn(128, 32)
-    assert tied_rows(lambda x, A, b, z: (x - z) + torch.relu(x @ A.T - b) @ A, (z, A, b, z)) == [True, False, False, True]
 
 
 @pytest.mark.usefixtures("two_threads")

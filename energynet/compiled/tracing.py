@@ -149,27 +149,6 @@ def _outputs(graph: fx.GraphModule) -> Sequence[Any]:
     return list(outputs)
 
 
-def tied_rows(function: Callable[..., Any], tensors: Sequence[Tensor]) -> list[bool]:
-    """Which tensors need as many rows as the first: a program for other numbers of rows would not allow any other.
-
-    Example:
-        >>> import torch
-        >>> x, A, b = torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 4)
-        >>> tied_rows(lambda x, A, b: x @ A.T - b, (x, A, b))     # A has 4 rows as well, and could have more
-        [True, False, True]
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    shapes = ShapeEnv()
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
-    fakes = [_fake(mode, t, [0]) for t in tensors]
-    with torch.no_grad(), recording_program(record_loop), mode:
-        function(*fakes)
-    rows = [shapes.replace(t.shape[0].node.expr) if t.ndim and isinstance(t.shape[0], torch.SymInt) else None for t in fakes]
-    return [r is not None and r == rows[0] for r in rows]
-
-
 def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 

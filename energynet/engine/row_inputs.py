@@ -1,50 +1,237 @@
-"""Which inputs have one row a sample, so that a part of the batch can be computed by itself.
+"""Which tensors have one row per sample.
 
-Shapes do not tell: a matrix that all samples share may have as many rows as there are samples.
+Shapes do not tell: a matrix that all samples share may have as many rows as there are samples. This does: the tensors S have
+one row per sample if the function f commutes with every choice I of samples, of any number and with repetitions,
+
+    f(x[I], S[I], others) = f(x, S, others)[I].
+
+It is tried at generic values, since what happens to hold at the present ones (equal rows, a zero residual, a gate that lets
+nothing through) says nothing. Where no S is found, the samples depend on one another, or the function has no value elsewhere:
+then nothing is known, and nothing may be guessed.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from energynet.engine.equation import Equation, Linear
+from energynet.engine.equation import Equation, Linear, Root
+
+Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Role = bool | None
+"""Whether a tensor has a row per sample; None: nothing depends on it, so that it may or may not."""
 
 
 def own_rows(equation: Equation, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[bool, ...] | None:
-    """Which inputs have one row a sample of x; None where some samples cannot be computed by themselves."""
+    """Which inputs have one row for each of x, so that a part of the batch can be computed by itself; None: no part can."""
     if isinstance(equation, Linear):  # its own inputs are v and the point
         own = own_rows(equation.root, inputs[1], inputs[2:])
         return None if own is None else (True, True, *own)
     if equation.vmaps:
         return tuple(dim == 0 for dim in equation.vmaps[-1][0])
-    from energynet.compiled.tracing import tied_rows
+    roles = root_roles(equation, x, inputs, torch.ones(len(x), dtype=torch.bool, device=x.device))
+    return None if roles is None else tuple(role is True for role in roles)
 
-    try:
-        tied = tuple(tied_rows(equation.residual, (x, *inputs))[1:])
-        # What all share is moved once, too: a gate that is zero now hides what it is multiplied with.
-        far = ((False, 0.5), (True, 0.5), (True, 50.0))
-        alone = all(_is_independent(equation.residual, x, inputs, tied, *each) for each in far)
-        return tied if alone else None
-    except Exception:  # whatever code raises that insists on the size of the batch
-        return None
+
+def root_roles(root: Root, x: Tensor, inputs: Sequence[Tensor], good: Tensor) -> list[Role] | None:
+    """The roles of the inputs of F, which is not under a vmap; None where samples depend on one another.
+
+    Args:
+        root: of F.
+        x: ``(B, n)``.
+        inputs: of F.
+        good: ``(B,)`` bool, samples at whose values F can be evaluated.
+    """
+    read = root.num_shared + root.num_code  # F does not depend on the inputs after those
+    found = roles(lambda t: [root.residual(*t, *inputs[read:])], [x, *inputs[:read]], [True], good, fixed=[0])
+    return None if found is None else [*found[1:], *[None] * (len(inputs) - read)]
 
 
 @torch.no_grad()
-def _is_independent(residual: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor], own: Sequence[bool],
-                    shared: bool, far: float) -> bool:  # fmt: skip
-    """Whether some samples by themselves give what they give among the others, as they would not with z − z.mean(0)."""
-    generator = torch.Generator().manual_seed(0)
+def roles(function: Function, tensors: Sequence[Tensor], results: Sequence[Role], good: Tensor,
+          fixed: Collection[int] = ()) -> list[Role] | None:  # fmt: skip
+    """The roles of the arguments of a function, given those of its results; None where it commutes with no choice of samples.
 
-    def moved(t: Tensor) -> Tensor:  # zeros would hide what they are multiplied with; positive ones stay positive
-        noise = torch.rand(t.shape, generator=generator, dtype=torch.float32).to(t)
-        if t.dtype == torch.bool:
-            return ~t
-        return t + far * noise * (1 + t.abs()) if t.is_floating_point() else t
+    Args:
+        function: tensors -> tensors.
+        tensors: the values around which it is tried.
+        results: the roles of what it returns.
+        good: ``(B,)`` bool, samples whose rows may be used.
+        fixed: arguments that are known to have a row per sample.
 
-    x, inputs = moved(x), [moved(t) if mine or shared else t for t, mine in zip(inputs, own, strict=True)]
-    some = torch.randperm(len(x), generator=generator)[: len(x) // 2]
-    among = residual(x, *inputs)[some]
-    alone = residual(x[some], *(t[some] if mine else t for t, mine in zip(inputs, own, strict=True)))
-    size = among.abs().nan_to_num(0, 0, 0).amax()
-    return torch.allclose(alone, among, rtol=0.0, atol=float(torch.finfo(x.dtype).eps ** 0.5 * size), equal_nan=True)
+    Example:
+        >>> import torch
+        >>> x, A, b = torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 4)
+        >>> roles(lambda t: [t[0] @ t[1].T - t[2]], (x, A, b), [True], torch.ones(4, dtype=torch.bool), fixed=[0])
+        [True, False, True]
+    """
+    candidates = [k for k, t in enumerate(tensors) if k not in fixed and t.shape[:1] == good.shape]
+    if not bool(good.any()):
+        return None
+    with warnings.catch_warnings(action="ignore"):  # those of a loss that broadcasts, for one
+        trials = _trials(function, tensors, results, good, fixed, candidates)
+        if not trials:
+            return None
+        seen = {k: trials[0].role(k) for k in candidates}
+        for own in _sets(seen):
+            if all(trial.commutes({*fixed, *own}) for trial in trials):
+                return [k in fixed or k in own or (None if seen.get(k, False) is None else False) for k in range(len(tensors))]
+    return None
+
+
+def _sets(seen: dict[int, Role]) -> Iterable[Collection[int]]:
+    """Sets that may have one row per sample: those that were seen to, with as few of those without effect as possible."""
+    sure, idle = ([k for k, role in seen.items() if role is wanted] for wanted in (True, None))
+    expected = ((*sure, *some) for some in _subsets(idle))
+    return itertools.islice(itertools.chain(expected, _subsets([*sure, *idle])), MOST_SETS)
+
+
+MOST_SETS = 64
+
+
+def _subsets(values: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    return itertools.chain.from_iterable(itertools.combinations(values, size) for size in range(len(values) + 1))
+
+
+# How far are moved: tensors known to have a row per sample, those that may have, and all others.
+FAR = ((0.5, 0.5, 0.0), (0.5, 0.5, 0.5), (50.0, 50.0, 50.0))
+NEAR = ((0.01, 0.01, 0.01), (0.5, 0.0, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """A function, and its results at some values."""
+
+    function: Function
+    tensors: Sequence[Tensor]
+    results: Sequence[Tensor]
+    roles: Sequence[Role]  # of the results
+    rows: Tensor  # the numbers of the samples whose results are finite
+
+    def commutes(self, own: Collection[int]) -> bool:
+        """Whether some samples by themselves give what they give among the others, if these tensors have a row per sample."""
+        for half in (self.rows[::2], self.rows[1::2]):  # each lacks samples that the other has
+            half = half if len(half) else self.rows
+            count = self._unusual_size()
+            chosen = half[torch.arange(count, device=half.device) % min(len(half), count - 1)]  # at least one of them twice
+            found = _evaluated(self.function, [t[chosen] if k in own else t for k, t in enumerate(self.tensors)])
+            if found is None or not all(map(self._agree, found, self.results, self.roles, itertools.repeat(chosen))):
+                return False
+        return True
+
+    def role(self, k: int) -> Role:
+        """That of a tensor, as it seems from what changes with every other of its rows."""
+        some = torch.arange(len(self.tensors[k]), device=self.rows.device) % 2 == 1
+        found = _evaluated(self.function, [_moved_rows(t, some) if j == k else t for j, t in enumerate(self.tensors)])
+        if found is None:
+            return None
+        inside, outside = (self.rows[some[self.rows] == wanted] for wanted in (True, False))
+        results = list(zip(found, self.results, self.roles, strict=True))
+        if any(not _close(now, before) for now, before, role in results if role is False):
+            return False
+        if any(not _close(now[outside], before[outside]) for now, before, role in results if role is True):
+            return False
+        return any(not _close(now[inside], before[inside]) for now, before, role in results if role is True) or None
+
+    def _unusual_size(self) -> int:
+        """A number of samples that no tensor has by chance."""
+        sizes = {size for t in self.tensors for size in t.shape}
+        return next(count for count in itertools.count(3) if count not in sizes)
+
+    @staticmethod
+    def _agree(found: Tensor, whole: Tensor, role: Role, chosen: Tensor) -> bool:
+        alone = role is not True and _close(found, whole)
+        return alone or (role is not False and whole.ndim > 0 and _close(found, whole[chosen]))
+
+
+def _trials(function: Function, tensors: Sequence[Tensor], results: Sequence[Role], good: Tensor, fixed: Collection[int],
+            candidates: Collection[int]) -> list[_Trial]:  # fmt: skip
+    """At values like the present ones, but for those of samples that are not good: far from them, or else near them."""
+    start = _of_good_samples(tensors, good, fixed, candidates)
+    groups = [0 if k in fixed else 1 if k in candidates else 2 for k in range(len(start))]
+
+    def trial(distances: Sequence[float]) -> _Trial | None:
+        generator = torch.Generator().manual_seed(0)
+        values = [_moved(t, distances[group], generator) if distances[group] else t for t, group in zip(start, groups)]
+        found = _evaluated(function, values)
+        rows = good.new_zeros(0) if found is None else _finite_rows(found, results, good)
+        return _Trial(function, values, found, results, rows) if found is not None and len(rows) else None
+
+    return [t for t in map(trial, FAR) if t is not None] or [t for t in map(trial, NEAR) if t is not None]
+
+
+def _of_good_samples(tensors: Sequence[Tensor], good: Tensor, fixed: Collection[int],
+                     candidates: Collection[int]) -> list[Tensor]:  # fmt: skip
+    """The tensors with rows of good samples in place of the others', where they certainly are rows or are not finite."""
+    numbers = torch.arange(len(good), device=good.device)
+    donors = torch.where(good, numbers, numbers[good][numbers % int(good.sum())])
+
+    def replaced(k: int, t: Tensor) -> Tensor:
+        if k in fixed:
+            return t[donors]
+        if k not in candidates or not t.is_floating_point():
+            return t
+        finite = torch.isfinite(t).reshape(len(t), -1).all(1)
+        return torch.where(finite.reshape(-1, *[1] * (t.ndim - 1)), t, t[donors])
+
+    return [replaced(k, t) for k, t in enumerate(tensors)]
+
+
+def _finite_rows(found: Sequence[Tensor], roles: Sequence[Role], good: Tensor) -> Tensor:
+    """The numbers of the samples whose results are finite, if results have a row for each."""
+    finite = torch.ones_like(good)
+    for t, role in zip(found, roles, strict=True):
+        if role is True:
+            finite = finite & (torch.isfinite(t).reshape(len(t), -1).all(1) if len(t) == len(good) else False)
+    return finite.nonzero().flatten()
+
+
+def _evaluated(function: Function, tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    try:
+        return function(tensors)
+    except Exception:  # whatever code raises that insists on a shape or a domain
+        return None
+
+
+def _moved(tensor: Tensor, far: float, generator: torch.Generator) -> Tensor:
+    """Values of the same signs and of a like size; zeros, which would hide what they are multiplied with, become positive."""
+    if tensor.dtype == torch.bool:
+        return ~tensor
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor
+    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+    size = tensor.abs()
+    usual = size.mean()
+    size = size + torch.where((usual > 0) & torch.isfinite(usual), usual, 1).to(tensor)
+    return tensor + far * noise * torch.where(tensor < 0, -size, size)
+
+
+def _moved_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The tensor with other values in some of its rows."""
+    other = _moved(tensor, 0.5, torch.Generator().manual_seed(1)) if tensor.is_floating_point() else tensor.roll(1, 0)
+    return torch.where(rows.reshape(-1, *[1] * (tensor.ndim - 1)), other, tensor)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree, row by row, to what rounding can make of them."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point() or not one.numel():
+        return torch.equal(one, other)
+    rows = other.abs().nan_to_num(0, 0, 0).reshape(len(other) if other.ndim else 1, -1).amax(1)
+    allowed = _rounding(one) * (rows.reshape(-1, *[1] * (other.ndim - 1)) if other.ndim else rows[0])
+    return bool((((one - other).abs() <= allowed) | (one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _rounding(tensor: Tensor) -> float:
+    """How far the results of operations on other numbers of rows may lie apart."""
+    device = tensor.device.type
+    unit = torch.finfo(tensor.dtype).eps
+    if torch.is_autocast_enabled(device):
+        unit = max(unit, torch.finfo(torch.get_autocast_dtype(device)).eps)
+    if device == "cuda" and tensor.dtype == torch.float32:  # TensorFloat-32
+        unit = max(unit, torch.finfo(torch.float16).eps)
+    return max(torch.finfo(tensor.dtype).eps ** 0.5, 4 * unit)
