@@ -221,7 +221,8 @@ class Affine(Prox):
             )
 
     def encode(self, *context: Any) -> tuple[Tensor, Tensor]:
-        q, r = torch.linalg.qr(self.matrix.mT)
+        working = torch.promote_types(self.matrix.dtype, torch.float32)  # no half-precision factorizations exist
+        q, r = torch.linalg.qr(self.matrix.mT.to(working))
         pivots = r.detach().diagonal(dim1=-2, dim2=-1).abs()
         least = 100 * torch.finfo(r.dtype).eps * torch.linalg.matrix_norm(r.detach()).unsqueeze(-1)
         if readable(pivots) and bool((pivots <= least).any()):
@@ -229,12 +230,12 @@ class Affine(Prox):
                 f"Affine needs linearly independent rows; one of the {r.shape[-1]} is a combination of the others, to within "
                 f"{float(pivots.min()):.1e}. Leave out rows that repeat what others say."
             )
-        weights = torch.linalg.solve_triangular(r.mT, self.right.unsqueeze(-1), upper=False)
+        weights = torch.linalg.solve_triangular(r.mT, self.right.to(working).unsqueeze(-1), upper=False)
         return q, (q @ weights).squeeze(-1)
 
     def __call__(self, x: Any, step_size: float | Tensor, *code: Any) -> Any:
         q, particular = code or self.encode()
-        return _each(lambda x: x - (q @ (q.mT @ x.to(q.dtype).unsqueeze(-1))).squeeze(-1) + particular, x)
+        return _each(lambda x: (x - (q @ (q.mT @ x.to(q.dtype).unsqueeze(-1))).squeeze(-1) + particular).to(x.dtype), x)
 
 
 @final

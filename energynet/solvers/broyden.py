@@ -95,7 +95,8 @@ def _damping(along: Tensor, length: Tensor) -> Tensor:  # (*batch, 1)
     """θ, the part of the correction that is taken so that the estimate stays regular: 1, or less if sᵀH y is near 0."""
     cosine = along / torch.where(length == 0, 1, length)
     small = cosine.abs() < 0.1
-    return torch.where(small, (1 - torch.where(cosine < 0, -0.1, 0.1)) / torch.where(small, 1 - cosine, 1), 1)
+    least = torch.where(cosine < 0, -0.1, torch.full_like(cosine, 0.1))  # two Python numbers would have the default dtype
+    return torch.where(small, (1 - least) / torch.where(small, 1 - cosine, 1), 1)
 
 
 def _product(left: Tensor, right: Tensor, filled: Tensor, vector: Tensor) -> Tensor:
