@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, every public name and every source is on its page, what is drawn is current."""
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -9,6 +10,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from test_structure import imports
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -17,6 +19,7 @@ MODULES = ["energynet", "energynet.constraints", "energynet.diagnostics", "energ
            "energynet.testing", "energynet.testing.strategies", "energynet.energies"]  # fmt: skip
 API = (DOCS / "api.md").read_text()
 INTERNAL = {"energynet.diagnostics.Linearized"}  # shared with energynet.plotting
+STRAIGHT_LINE = runpy.run_path(str(DOCS / "figures" / "make_straight_line.py"))
 BUILT = {"_generated", "tutorials"}  # folders that exist in a build only
 
 
@@ -76,14 +79,24 @@ def test_every_source_is_in_the_references() -> None:
 
 
 def test_drawing_is_what_its_script_draws() -> None:
-    script = runpy.run_path(str(DOCS / "figures" / "make_straight_line.py"))
-    assert script["drawing"]() == (DOCS / "figures" / "straight_line.svg").read_text()
+    assert STRAIGHT_LINE["drawing"]() == (DOCS / "figures" / "straight_line.svg").read_text()
 
 
-def test_drawing_names_the_files_of_the_line() -> None:
-    script = runpy.run_path(str(DOCS / "figures" / "make_straight_line.py"))
-    for piece, _ in script["LINE"]:
-        assert (ROOT / "energynet" / f"{piece}.py").is_file(), piece
+def imported_by(module: str) -> set[str]:
+    """What a module of the package imports, or the files of a folder together."""
+    path = ROOT / "energynet" / Path(*module.split("."))
+    return set[str]().union(*(imports(file) for file in (path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")])))
+
+
+@pytest.mark.parametrize("start, end", STRAIGHT_LINE["ARROWS"])
+def test_each_arrow_of_the_drawing_is_an_import(start: str, end: str) -> None:
+    assert any(f"{name}.".startswith(f"energynet.{end}.") for name in imported_by(start))
+
+
+def test_chart_of_speed_shows_what_was_measured() -> None:
+    """If this fails, run ``python docs/figures/make_speed_chart.py``."""
+    digest = hashlib.sha256((DOCS / "results" / "benchmarks.json").read_bytes()).hexdigest()
+    assert digest.encode() in (DOCS / "figures" / "speed.png").read_bytes()
 
 
 def test_readme_figure_is_small() -> None:

@@ -1,4 +1,4 @@
-"""The README's Python runs, its commands exist once, and the tests and pages it names are there."""
+"""The README's Python runs and prints what it says, its commands exist once, and the tests and pages it names are there."""
 
 import re
 import shlex
@@ -10,6 +10,7 @@ import energynet
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -19,6 +20,11 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("source", blocks("python"))
 def test_python_block_runs(source: str) -> None:
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[0], "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out == blocks("text")[0]
 
 
 def test_example_has_at_most_twelve_lines() -> None:
@@ -35,14 +41,15 @@ def test_each_command_is_one_line_and_pins_torch() -> None:
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_each_row_of_the_comparison_names_a_test() -> None:
-    table = README.split("| What | Tests |\n|---|---|\n")[1].split("\n\n")[0]
+def test_each_claim_names_a_test() -> None:
+    table = CONTRIBUTING.split("| Claim | Tests |\n|---|---|\n")[1].split("\n\n")[0]
     for row in table.splitlines():
         assert re.search(r"\| `tests/test_\w+\.py(::\w+)?` \|$", row), row
 
 
-def test_front_page_has_a_figure_before_the_commands() -> None:
-    assert README.index("](docs/figures/readme.png)") < README.index("```sh")
+@pytest.mark.parametrize("figure", ["speed", "readme"])
+def test_front_page_has_figures_before_the_commands(figure: str) -> None:
+    assert README.index(f"](docs/figures/{figure}.png)") < README.index("```sh")
 
 
 def test_citation_names_version_and_paper() -> None:
@@ -51,7 +58,7 @@ def test_citation_names_version_and_paper() -> None:
 
 
 def test_named_tests_exist() -> None:
-    named = re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", README)
+    named = re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", CONTRIBUTING)
     assert named
     for path, function in named:
         assert (ROOT / path).is_file(), path

@@ -1,30 +1,41 @@
-"""Draw the straight line of docs/concepts.md: ``python docs/figures/make_straight_line.py`` writes straight_line.svg."""
+"""Draw the straight line of CONTRIBUTING.md: ``python docs/figures/make_straight_line.py`` writes straight_line.svg.
+
+A blue arrow is an import, which tests/test_docs.py checks; an orange arrow is the way of the backward pass.
+"""
 
 from pathlib import Path
 
 FORWARD, BACKWARD, INK, PALE = "#0072b2", "#c4500a", "#24292f", "#eef5fb"
-LINE = [
-    ("layer", "configuration, parameters"),
-    ("solve", "checks what is passed"),
-    ("adjoint", "how gradients come back"),
-    ("derivative", "differentiates a root, any order"),
-    ("driver", "Python, or a compiled program"),
-    ("pure", "what it evaluates: tensors only"),
-    ("equation", "F = 0, and its linear equation"),
-    ("loop", "the only while; sample by sample"),
-    ("problem", "what is being solved"),
-    ("step", "the map g and its F"),
-    ("energy", "E(x, z; θ): what you write"),
+LINE = {  # the main column, from top to bottom: module or folder, and what it does
+    "layer": "stores configuration and parameters",
+    "solve": "minimize and fixed_point",
+    "engine.adjoint": "how gradients come back",
+    "engine.root_gradient": "differentiates a root, to any order",
+    "engine.driver": "who runs a task: Python here",
+    "engine.tasks": "a solve and a gradient, of tensors only",
+    "engine.loop": "the only loop; judges every sample",
+    "solvers": "how to move, and what a problem is",
+    "step": "the map g and its condition F = 0",
+    "energy": "E(x, z; θ), which you write",
+}
+BRANCH = {  # the column on the right, each beside a piece of the line
+    "engine.equation": "engine.loop",
+    "engine.binding": "solvers",
+}
+ARROWS = [
+    *zip(LINE, [*LINE][1:], strict=False),
+    ("engine.tasks", "engine.equation"),
+    ("engine.equation", "engine.binding"),
+    ("engine.binding", "step"),
 ]
-WIDTH, ROW, TOP, LEFT, BOX, TALL = 560, 58, 58, 24, 112, 36
+BRANCH_SAYS = {"engine.equation": "F = 0 and Aᵀu = v", "engine.binding": "tensors as inputs"}
+WIDTH, ROW, TOP, LEFT, BOX, TALL, ASIDE = 736, 58, 58, 24, 180, 36, 486
 
 
-def top(name: str) -> int:
-    return TOP + ROW * [piece for piece, _ in LINE].index(name)
-
-
-def middle(name: str) -> float:
-    return top(name) + TALL / 2
+def place(name: str) -> tuple[int, int]:
+    """The upper left corner of a box."""
+    beside = BRANCH.get(name, name)
+    return (LEFT if name in LINE else ASIDE), TOP + ROW * [*LINE].index(beside)
 
 
 def text(x: float, y: float, words: str, size: int = 15, color: str = INK, **style: str) -> str:
@@ -32,15 +43,26 @@ def text(x: float, y: float, words: str, size: int = 15, color: str = INK, **sty
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}"{more}>{words}</text>'
 
 
-def box(x: float, y: float, words: str, color: str = FORWARD) -> str:
-    shape = f'<rect x="{x}" y="{y}" width="{BOX}" height="{TALL}" rx="8" fill="{PALE}" stroke="{color}" stroke-width="1.6"/>'
-    return shape + text(x + BOX / 2, y + TALL / 2 + 5, words, text_anchor="middle", font_weight="600")
+def box(name: str) -> str:
+    x, y = place(name)
+    shape = f'<rect x="{x}" y="{y}" width="{BOX}" height="{TALL}" rx="8" fill="{PALE}" stroke="{FORWARD}" stroke-width="1.6"/>'
+    return shape + text(x + BOX / 2, y + TALL / 2 + 5, name, 14, text_anchor="middle", font_weight="600")
 
 
-def arrow(path: str, color: str, start: bool = False) -> str:
+def path(way: str, color: str) -> str:
     head = "forward" if color == FORWARD else "backward"
-    both = f' marker-start="url(#{head})"' if start else ""
-    return f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.8" marker-end="url(#{head})"{both}/>'
+    return f'<path d="{way}" fill="none" stroke="{color}" stroke-width="1.8" marker-end="url(#{head})"/>'
+
+
+def arrow(start: str, end: str) -> str:
+    """Down within a column; across in one bend."""
+    (x, y), (to_x, to_y) = place(start), place(end)
+    middle = BOX / 2
+    if x == to_x:
+        return path(f"M{x + middle} {y + TALL} V{to_y - 2}", FORWARD)
+    if x < to_x:  # to the right: out at the side, down from above
+        return path(f"M{x + BOX} {y + TALL / 2 + 8} H{to_x + middle - 10} q10 0 10 10 V{to_y - 2}", FORWARD)
+    return path(f"M{x + middle} {y + TALL} V{to_y + TALL / 2 - 10} q0 10 -10 10 H{to_x + BOX + 2}", FORWARD)
 
 
 def marker(name: str, color: str) -> str:
@@ -48,36 +70,41 @@ def marker(name: str, color: str) -> str:
             f'orient="auto-start-reverse"><path d="M0 0 8 4 0 8z" fill="{color}"/></marker>')  # fmt: skip
 
 
+def explanations() -> list[str]:
+    right = [text(LEFT + BOX + 14, place(name)[1] + (13 if name in {"engine.tasks", "step"} else 23), says, 14)
+             for name, says in LINE.items()]  # fmt: skip
+    below = [text(ASIDE + BOX / 2 + 12, place(name)[1] + TALL + 15, says, 13) for name, says in BRANCH_SAYS.items()]
+    return right + below
+
+
+def backward() -> list[str]:
+    """The adjoint's linear equation runs through the same loop; the gradients leave through the step."""
+    edge, start, end = WIDTH - 30, place("engine.adjoint")[1] + 8, place("engine.loop")[1] - 17
+    x, y, out = LEFT + BOX, place("step")[1], place("step")[1] + TALL + 10
+    around = f"M{x + 1} {start} H{edge - 8} q8 0 8 8 V{end - 8} q0 8 -8 8"
+    return [
+        path(f"{around} H{x - 12} q-8 0 -8 8 V{end + 15}", BACKWARD),
+        text(edge - 8, start + 26, "Aᵀu = v by the same loop", 13, BACKWARD, text_anchor="end"),
+        text(edge - 8, start + 43, "with a linear solver", 13, BACKWARD, text_anchor="end"),
+        path(f"M{x - 30} {y + TALL + 1} Q{x - 24} {out} {x - 8} {out} H{edge}", BACKWARD),
+        text(edge, out - 7, "the step’s vector–Jacobian product: gradients of z and θ", 13, BACKWARD, text_anchor="end"),
+    ]
+
+
 def drawing() -> str:
-    height = TOP + ROW * len(LINE) + 18
-    center, right, edge = LEFT + BOX / 2, LEFT + BOX, WIDTH - 34
+    height = TOP + ROW * len(LINE) + 10
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="Helvetica, Arial, sans-serif" '
-        'role="img" aria-label="The straight line: each piece imports only those below it.">',
+        'role="img" aria-label="The straight line: each module imports those that its arrows lead to.">',
         f"<defs>{marker('forward', FORWARD)}{marker('backward', BACKWARD)}</defs>",
         f'<rect width="{WIDTH}" height="{height}" rx="12" fill="#ffffff"/>',
-        text(center, 34, "forward ↓", 16, FORWARD, text_anchor="middle", font_weight="600"),
-        text(edge, 34, "backward", 16, BACKWARD, text_anchor="end", font_weight="600"),
+        text(LEFT + BOX / 2, 34, "imports ↓", 16, FORWARD, text_anchor="middle", font_weight="600"),
+        text(WIDTH - 34, 34, "backward pass", 16, BACKWARD, text_anchor="end", font_weight="600"),
+        *(box(name) for name in (*LINE, *BRANCH)),
+        *(arrow(*pair) for pair in ARROWS),
+        *explanations(),
+        *backward(),
     ]
-    for (name, says), following in zip(LINE, [*LINE[1:], None], strict=True):
-        parts.append(box(LEFT, top(name), name))
-        if name != "loop":
-            parts.append(text(right + 14, middle(name) + 5, says, 14))
-        if following:
-            parts.append(arrow(f"M{center} {top(name) + TALL} V{top(following[0]) - 2}", FORWARD))
-    # Beside the loop: who moves.
-    parts.append(arrow(f"M{right + 3} {middle('loop')} H{right + 49}", FORWARD, start=True))
-    parts.append(box(right + 52, top("loop"), "solver"))
-    parts.append(text(right + 52 + BOX + 10, middle("loop") + 5, "how to move", 14))
-    # Back: the adjoint's linear equation through the same loop; then the vjp of the step.
-    start, down = top("adjoint") + 5, middle("loop") + 26
-    around = f"H{edge - 8} Q{edge} {start} {edge} {start + 8} V{down - 8} Q{edge} {down} {edge - 8} {down}"
-    parts.append(arrow(f"M{right + 1} {start} {around} H{center + 66} L{center + 50} {top('loop') + TALL + 2}", BACKWARD))
-    parts.append(text(edge - 8, middle("derivative") + 34, "Aᵀu = v, the same loop,", 13, BACKWARD, text_anchor="end"))
-    parts.append(text(edge - 8, middle("derivative") + 51, "a linear solver", 13, BACKWARD, text_anchor="end"))
-    y = middle("step") + 29
-    parts.append(arrow(f"M{right - 12} {top('step') + TALL + 2} Q{right - 6} {y} {right + 10} {y} H{edge - 6}", BACKWARD))
-    parts.append(text(edge - 8, y - 8, "the step’s vjp: gradients of z and θ", 13, BACKWARD, text_anchor="end"))
     return "\n".join([*parts, "</svg>", ""])
 
 
