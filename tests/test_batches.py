@@ -23,7 +23,7 @@ from energynet import (
     WarmStart,
     minimize,
 )
-from energynet.compiled.driver import MANY
+from energynet.compiled.cache import MANY
 from energynet.linear import Dense
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -46,7 +46,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(graph: fx.GraphModule, inputs: Any, options: Any, parts: int) -> Any:
         return lambda tensors: Interpreted(graph).run(*tensors)
 
-    monkeypatch.setattr("energynet.compiled.tracing._compiled", compiled)
+    monkeypatch.setattr("energynet.compiled.inductor.compile_graph", compiled)
 
 
 def energy(x: Tensor, z: Tensor) -> Tensor:  # (B, 3), (B, 3) -> (B,)

@@ -13,7 +13,7 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from energynet import CompilationError, Compiled, Driver, Eager, Picard, minimize
-from energynet.compiled.cpu_loops import rewriting
+from energynet.compiled.inductor import rewriting
 from energynet.compiled.tracing import _alone
 
 

@@ -229,9 +229,9 @@ def test_which_loops_are_recognized() -> None:
 @compiles
 def test_solves_and_derivatives_with_recorded_loops(recordings: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """In Inductor's Python wrapper, as on a GPU; one sample fails."""
-    monkeypatch.setattr("energynet.compiled.driver._options", lambda device, parts: {"allow_buffer_reuse": False})
+    monkeypatch.setattr("energynet.compiled.cache._options", lambda device, parts: {"allow_buffer_reuse": False})
     monkeypatch.setattr("energynet.compiled.tracing.CPU", "none")
-    monkeypatch.setattr("energynet.compiled.cpu_loops.folded", lambda source: source)  # sums in registers are for the C++ wrapper
+    monkeypatch.setattr("energynet.compiled.inductor.folded", lambda source: source)  # sums in registers are for the C++ wrapper
     energy, compiled = LogCosh(), Compiled(strict=True, check_every=8)
     z = some_context(3)
     z[1] = torch.nan

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from compiling import compiles
 from torch import Tensor, nn
 
 from energynet import Compiled, Driver, Eager, Energy, NewtonCG, Picard, Status, Termination, minimize
-from energynet.compiled.cpu_loops import in_parts
+from energynet.compiled.cache import Failure, Programs
+from energynet.compiled.cpu_parts import in_parts
 from energynet.compiled.partition import how_many
 
 TIGHT = Termination(rtol=1e-11, atol=1e-12)
@@ -58,7 +60,7 @@ def test_values_and_derivatives_of_every_order_as_of_the_whole_batch() -> None:
     for e, g in zip(expected, got, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9)
     before = driver.compilations
-    assert {key[2] for key in driver._exact.values} == {2}  # every program was one of two parts
+    assert {key[3] for key in driver._programs._exact.values} == {2}  # every program was one of two parts
     for e, g in zip(expected, derivatives(energy, z, solver=NewtonCG(), driver=driver), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9)
     assert driver.compilations == before
@@ -95,7 +97,7 @@ def test_problems_of_a_vmap_are_divided_as_well() -> None:
         return torch.func.vmap(lambda z: solve(z, weight, driver))(z).square().sum()
 
     found = [torch.func.grad(loss)(weight, each) for each in (Eager(), driver)]
-    assert {key[2] for key in driver._exact.values} == {2}
+    assert {key[3] for key in driver._programs._exact.values} == {2}
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.func.vmap(lambda z: solve(z, weight, driver))(z), z, rtol=0, atol=1e-9)
 
@@ -116,11 +118,13 @@ def test_a_context_of_one_row_a_sample_may_become_shared() -> None:
 
 def divided(energy: Callable[..., Tensor], *inputs: Tensor, size: int = 128, n: int = 32) -> bool | None:
     """Whether the driver divides the batch; None: it asks nobody, since the batch is small."""
-    driver = Compiled()
-    driver._program = lambda *_: None  # type: ignore[method-assign]  # nothing is compiled, Python runs the loop
+    driver, uncompiled = Compiled(), Failure(RuntimeError("Python runs the loop"))
+    driver.clear()
+    assert uncompiled.first_time()  # so that nobody warns
     options: dict[str, Any] = {"termination": Termination(max_steps=2), "on_failure": "ignore"}
-    minimize(energy, torch.zeros(size, n), *inputs, driver=driver, **options)
-    asked = list(driver._own.values.values())
+    with mock.patch.object(Programs, "program", return_value=uncompiled):
+        minimize(energy, torch.zeros(size, n), *inputs, driver=driver, **options)
+    asked = list(driver._programs._own.values.values())
     return any(asked[0]) if asked else None
 
 
@@ -159,6 +163,6 @@ def test_a_wrapper_of_another_form_is_refused() -> None:
     entry += "steal_from_raw_handles_to_raii_handles(input_handles, 3)\n"
     end = "output_handles[1] = buf;\n} // inductor_entry_impl\nnum_outputs=2,"
     found = in_parts(entry + end, 4)
-    assert "num_threads(4)" in found and "input_handles + part * 3" in found and "num_outputs=8," in found
+    assert "PARTS = 4, INPUTS = 3, OUTPUTS = 2;" in found and "num_outputs=8," in found
     with pytest.raises(ValueError, match="integers are divided"):
         in_parts(entry + "auto tmp = remainder_integral(a, b);\n" + end, 4)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,11 +90,16 @@ def test_top_floor_is_small() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 20
 
 
-@pytest.mark.parametrize("path", [p for p in CORE if "compiled" not in p.parts], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in CORE if p.parent.name != "compiled"], ids=name_of)
 def test_core_does_without_the_compiler(path: Path) -> None:
     """Only `__init__` names it, and does without it where it is missing."""
     found = {n for n in imports(path) if n.startswith(("energynet.compiled", "torch._inductor", "torch._dynamo", "torch.fx"))}
     assert found <= ({"energynet.compiled"} if part_of(name_of(path)) == "__init__" else set())
+
+
+def test_one_file_imports_inductor() -> None:
+    having = [p.name for p in PACKAGE.rglob("*.py") if any(n.startswith("torch._inductor") for n in imports(p))]
+    assert having == ["inductor.py"]
 
 
 @pytest.mark.parametrize("path", CORE, ids=name_of)
@@ -174,3 +180,19 @@ print([name for name in ("torch._dynamo", "torch._inductor", "matplotlib") if na
 """
     told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+WITHOUT_COMPILER = """
+import torch
+import energynet
+z = torch.ones(2, 3, requires_grad=True)
+energynet.minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(2, 3), z).value.sum().backward()
+assert torch.allclose(z.grad, torch.ones(2, 3), rtol=1e-3)
+print(hasattr(energynet, "Compiled"), energynet.__file__)
+"""
+
+
+def test_package_works_without_its_compiler(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "energynet", ignore=shutil.ignore_patterns("compiled", "__pycache__"))
+    output = subprocess.check_output([sys.executable, "-c", WITHOUT_COMPILER], cwd=tmp_path, text=True)
+    assert output.split() == ["False", str(tmp_path / "energynet" / "__init__.py")]

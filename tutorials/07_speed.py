@@ -111,7 +111,7 @@ took = {
 # Python runs the loop of a solve, operation by operation; for small problems that costs more than the arithmetic.
 # `driver=Compiled()` turns the whole loop into one program of machine code. The first call for an energy and its shapes
 # compiles, which takes seconds; later calls, also with other weights, find the program ready. (It also moves out of its loop
-# what does not depend on x, as `encode` does.) Keep the driver object: it owns the programs. It needs a C++ compiler; without
+# what does not depend on x, as `encode` does.) Equal drivers share their programs. It needs a C++ compiler; without
 # one it warns once and Python goes on running the loop.
 
 # %%

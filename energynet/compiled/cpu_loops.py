@@ -5,17 +5,8 @@ reads: on a small problem ten times the work of the arithmetic. Here the tensors
 turn swaps the old values with the new ones. What is not recognized stays as it was.
 """
 
-import contextlib
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from typing import Any
-from unittest import mock
 
-from energynet.compiled.cuda_graphs import with_replays
-from energynet.compiled.fold import folded
-from energynet.compiled.gemm import by_onednn, mkl_is_slow
 from energynet.compiled.pointers import with_pointers
 
 _HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
@@ -33,79 +24,8 @@ _ITEM = re.compile(rf"\s*{_CHECK}\(aoti_torch_item_bool\((\w+), &(\w+)\)\);$")
 _WHILE = re.compile(r"\s*while \(1\) \{$")
 
 
-@contextlib.contextmanager
-def rewriting(parts: int) -> Iterator[None]:
-    """In here, what Inductor compiles has such loops and sums, and runs so many times at once, see `in_parts`."""
-    from torch._inductor.graph import GraphLowering
-
-    original = GraphLowering._compile_to_module_lines
-
-    def compile_lines(self: Any, wrapper_code: Any) -> Any:
-        source = in_place(folded(with_replays(wrapper_code.value)))
-        wrapper_code.value = in_parts(by_onednn(source) if mkl_is_slow() else source, parts)
-        return original(self, wrapper_code)
-
-    with mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_lines), _without_remarks():
-        yield
-
-
-@contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
-    """In here, Inductor does not say which operations it calls the slower way, such as a triangular solve, nor what it still
-    uses that PyTorch has deprecated: nobody can help it, and who makes errors of warnings could not compile.
-    """
-    log = logging.getLogger("torch._inductor.ir")
-    log.addFilter(_worth_saying)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        log.removeFilter(_worth_saying)
-
-
-def _worth_saying(record: logging.LogRecord) -> bool:
-    return "missing a c-shim" not in record.getMessage()
-
-
-_ENTRY = "void inductor_entry_impl("
-_END = "} // inductor_entry_impl"
-_RELEASE = "py::gil_scoped_release_simple release;"
-_INPUTS = re.compile(r"steal_from_raw_handles_to_raii_handles\(input_handles, (\d+)\)")
-_DIVIDES = re.compile(r"_integral\(|\bmod\(")
-_OUTPUT = re.compile(r"output_handles\[(\d+)\] =")
-
-_AT_ONCE = """
-void inductor_entry_impl(AtenTensorHandle* input_handles, AtenTensorHandle* output_handles) {{
-    {release}
-    std::exception_ptr failures[{parts}] = {{}};
-    #pragma omp parallel for num_threads({parts}) schedule(static, 1)
-    for (int part = 0; part < {parts}; part++) {{
-        try {{
-            one_part(input_handles + part * {inputs}, output_handles + part * {outputs});
-        }} catch (...) {{
-            failures[part] = std::current_exception();
-        }}
-    }}
-    for (auto& failure : failures) if (failure) std::rethrow_exception(failure);
-}}
-"""
-
-
-def in_parts(source: str, parts: int) -> str:
-    """The same program so many times at once, on as many threads: inputs and outputs follow one another, part by part."""
-    if parts == 1:
-        return source
-    inputs, outputs = _INPUTS.search(source), {int(k) for k in _OUTPUT.findall(source)}
-    if any(source.count(known) != 1 for known in (_ENTRY, _END, _RELEASE)) or inputs is None or not outputs:
-        raise _UnknownError("Inductor's C++ wrapper has another form than expected")
-    if _DIVIDES.search(source):  # a division by zero is noted in a variable of the whole process
-        raise _UnknownError("integers are divided")
-    count = max(outputs) + 1
-    entry = _AT_ONCE.format(release=_RELEASE, parts=parts, inputs=inputs[1], outputs=count)
-    source = source.replace(_RELEASE, "").replace(_ENTRY, "static void one_part(").replace(_END, f"}}\n{entry}")
-    return re.sub(rf"num_outputs={count}\b", f"num_outputs={parts * count}", source)
+class UnknownFormError(ValueError):
+    """Inductor wrote code of another form than a rewrite expects."""
 
 
 def in_place(source: str) -> str:
@@ -117,12 +37,8 @@ def in_place(source: str) -> str:
     """
     try:
         return "\n".join(_block(source.split("\n")))
-    except _UnknownError:
+    except UnknownFormError:
         return source
-
-
-class _UnknownError(ValueError):
-    """Code of another form than expected."""
 
 
 def _block(lines: list[str]) -> list[str]:
@@ -149,7 +65,7 @@ def _end(lines: list[str], k: int) -> int:
         depth += lines[end].count("{") - lines[end].count("}")
         if depth == 0:
             return end
-    raise _UnknownError
+    raise UnknownFormError
 
 
 class _Hoisted:
@@ -245,7 +161,7 @@ def _owned(lines: list[str], before: _Hoisted) -> list[str]:
             result.append(lines[k])
         k += 1
     if owned != set(before.swapped):  # it would change places with memory that is somebody else's
-        raise _UnknownError
+        raise UnknownFormError
     return result
 
 

@@ -14,30 +14,6 @@ from energynet.compiled.fold import calling
 _SLOW = "aoti_torch_cpu_mm_out("
 _FAST = "energynet_mm_out("
 _PREFIX = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>"
-HEAVY = 2_000_000  # multiplications of a product, from which it pays
-
-_PRODUCT = f"""
-extern "C" AOTITorchError aoti_torch_cpu__linear_pointwise(
-    AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const char*, const double**, int64_t, const char**, AtenTensorHandle*);
-
-static inline AOTITorchError energynet_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {{
-    int64_t *left, *right, *steps;
-    int32_t type;
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(a, &left));
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(b, &right));
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(b, &type));
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(b, &steps));
-    const bool rows = steps[1] == 1 && steps[0] == right[1], columns = steps[0] == 1 && steps[1] == right[0];
-    const bool large = left[0] * right[0] * right[1] >= {HEAVY};
-    if (type != aoti_torch_dtype_float32() || !large || !(rows || columns)) return aoti_torch_cpu_mm_out(out, a, b);
-    const int64_t sizes[] = {{right[1], right[0]}}, strides[] = {{steps[1], steps[0]}};
-    RAIIAtenTensorHandle turned(reinterpret_tensor_wrapper(b, 2, sizes, strides, 0));
-    AtenTensorHandle found;
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(a, turned, nullptr, "none", nullptr, 0, nullptr, &found));
-    RAIIAtenTensorHandle product(found);
-    return aoti_torch_tensor_copy_(product, out);
-}}
-"""
 
 
 def by_onednn(source: str) -> str:
@@ -47,7 +23,7 @@ def by_onednn(source: str) -> str:
         >>> by_onednn("int main() { return 0; }")
         'int main() { return 0; }'
     """
-    return calling(source, _SLOW, _FAST, _PREFIX, _PRODUCT)
+    return calling(source, _SLOW, _FAST, _PREFIX, "gemm.h")
 
 
 @functools.cache

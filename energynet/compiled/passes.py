@@ -1,27 +1,9 @@
-"""Our passes over Inductor's graphs, on a CPU: what stays one operation, and what is computed only once."""
+"""Passes over Inductor's graphs, on a CPU: what stays one operation, and what is computed only once."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-from energynet.compiled.gemm import mkl_is_slow
-
-
-def passes(parts: int) -> dict[str, Any]:
-    """Options that give Inductor our pass over its graphs, which also keeps apart what it has cached, so rewritten, on disk."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class SumsApart(CustomGraphPass):
-        def __call__(self, graph: Any) -> None:
-            sums_apart(graph)
-            dear_once(graph)
-
-        def uuid(self) -> str:
-            gemm = "oneDNN" if mkl_is_slow() else "MKL"
-            return f"energynet: loops in place or recorded, sums apart and folded, dear once, by {gemm}, {parts} parts, 12"
-
-    return {"post_grad_custom_pre_pass": SumsApart()}
 
 
 def sums_apart(graph: fx.Graph) -> None:

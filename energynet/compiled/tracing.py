@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import recording_program
-from energynet.compiled.cpu_loops import rewriting
 from energynet.compiled.cuda_graphs import Recordings
 from energynet.compiled.decompositions import products
 from energynet.compiled.loops import lift, record_loop
-from energynet.compiled.passes import passes
 
 _OFFSET = re.compile(r" and L\['t\d+'\]\.storage_offset\(\) == 0")  # of no matter: a program is given addresses
 CPU = "cpu"  # where loops are machine code: nothing has to be recorded
@@ -42,6 +40,8 @@ class Program:
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+        from energynet.compiled.inductor import compile_graph
+
         self.sizes, self.parts = [t.shape for t in examples], parts
         self._shapes = ShapeEnv()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
@@ -55,8 +55,8 @@ class Program:
         guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
         self._guard = guard and _OFFSET.sub("", guard)
         inputs = [*fakes, *(_fake(mode, t, ()) for t in self.captured)]
-        with _alone(), torch.no_grad(), rewriting(parts):
-            run = _compiled(graph, inputs, {**options, **passes(parts)}, parts)
+        with _alone(), torch.no_grad():
+            run = compile_graph(graph, inputs, options, parts)
         self._run = run if examples[0].device.type == CPU else Recordings(run)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -118,35 +118,6 @@ _SPLITTING = {torch.tensor_split, Tensor.tensor_split}  # at places that a tenso
 def lazy(tensor: Tensor) -> bool:
     """Whether the numbers in its memory are not those that it stands for: machine code would read them as they are."""
     return tensor.is_conj() or tensor.is_neg()
-
-
-def _compiled(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], parts: int) -> Callable[[list[Tensor]], Any]:
-    """List of tensors -> results, without what PyTorch wraps around the machine code where nothing is left for that to do."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    inner: list[Any] = []
-    simple: list[bool] = []
-    expected = _outputs(graph)
-
-    def compile_inner(inside: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Any:
-        outputs = _outputs(inside)
-        alike = (len(examples), len(outputs)) == (len(inputs), len(expected))
-        simple.append(alike and all(isinstance(o, fx.Node) and o.op != "placeholder" for o in outputs))
-        inner.append(compile_fx_inner(inside, examples, **options))
-        return inner[-1]
-
-    whole: Any = compile_fx(graph, inputs, compile_inner, options)
-    if simple == [True]:
-        run: Callable[[list[Tensor]], Any] = inner[0].current_callable
-        return run
-    if parts > 1:
-        raise RuntimeError("a part of the batch cannot be computed by itself")
-    return lambda tensors: whole(*tensors)
-
-
-def _outputs(graph: fx.GraphModule) -> Sequence[Any]:
-    outputs: Any = graph.graph.output_node().args[0]
-    return list(outputs)
 
 
 def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:
