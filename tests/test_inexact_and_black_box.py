@@ -12,7 +12,6 @@ from energynet import (
     Backtracking,
     BarzilaiBorwein,
     ConvergenceError,
-    FixedStep,
     GradientDescent,
     ImplicitAdjoint,
     Nesterov,
@@ -29,6 +28,7 @@ from energynet import (
     implicit,
     minimize,
 )
+from energynet.solvers import FixedStep
 
 LAST = [UnrolledAdjoint(last=300), UnrolledAdjoint(last=300, checkpoint=True), NeumannAdjoint(300), NeumannAdjoint(900, 0.5)]
 

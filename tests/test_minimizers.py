@@ -15,10 +15,8 @@ from energynet import (
     LBFGS,
     Anderson,
     Backtracking,
-    BacktrackingStep,
     BarzilaiBorwein,
     Compiled,
-    FixedStep,
     GradientDescent,
     ImplicitAdjoint,
     MultiStart,
@@ -34,6 +32,7 @@ from energynet import (
     minimize,
 )
 from energynet.constraints import Box, NonNegative, Simplex
+from energynet.solvers import BacktrackingStep, FixedStep
 
 ALL = [LBFGS(), LBFGS(search=Backtracking()), Newton(), NewtonCG(), GradientDescent(),
        GradientDescent(BarzilaiBorwein()), GradientDescent(FixedStep()), Nesterov(), Anderson(), Picard()]  # fmt: skip
