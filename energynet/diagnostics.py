@@ -294,7 +294,7 @@ def explain(solution: Solution) -> str:
     if len(finite):
         parts.append(f"Estimated errors lie between {float(finite.amin()):.3g} and {float(finite.amax()):.3g}, in units of x.")
     if not solution.converged.all():
-        parts.append(describe(status, error, steps, adjoint=False))
+        parts.append(describe(status, error, steps))
     return " ".join(parts)
 
 

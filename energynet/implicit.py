@@ -74,9 +74,7 @@ def implicit(
             ).value  # fmt: skip
         except ConvergenceError as error:
             raise ConvergenceError(
-                f"The answer of {getattr(solve, '__name__', solve)} does not meet its optimality condition to the tolerance "
-                "asked for. Likely cause: it stopped too early, or F is not its condition. Ask it for a tighter "
-                f"tolerance, or pass implicit(..., termination=Termination(rtol=...)). {error}"
+                f"The answer of {getattr(solve, '__name__', solve)} does not meet its optimality condition. {error}"
             ) from error
 
     return solved

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 import warnings
 from typing import Any, Literal
 
@@ -36,46 +37,36 @@ class Status(enum.IntEnum):
     MAX_STEPS = 1
     NONFINITE = 2
     DIVERGED = 3
+    STALLED = 4
 
     @property
     def sentence(self) -> str:
-        """What happened, the likely cause, and what to try."""
-        return _FORWARD[self]
+        """What happened to the sample."""
+        return _SENTENCES[self]
 
 
-_FORWARD = {
+_SENTENCES = {
     Status.CONVERGED: "converged.",
-    Status.MAX_STEPS: (
-        "ran out of steps, or no step improved it further. Likely cause: the map contracts slowly, the step size is too small "
-        "or so large that the iterates jump to and fro, the energy has no minimizer, or the tolerance lies below what the dtype "
-        "can reach (about its rounding unit times the condition number). Try a better step size, Anderson, LBFGS, a larger "
-        "max_steps, a looser tolerance or float64."
-    ),
-    Status.NONFINITE: (
-        "met NaN or Inf. Likely cause: NaN in the context or x0, a step size that is too large, or an energy outside its "
-        "domain (log or sqrt of a negative number). Look at these samples' inputs; try a smaller step size."
-    ),
-    Status.DIVERGED: (
-        "diverged. Likely cause: the step size exceeds 2/L (L the largest curvature), the map does not contract, or the "
-        "energy has no minimizer (unbounded below, or linear in x). Try a smaller step size, DampedStep, or add a term "
-        "that grows in every direction of x, such as a ridge."
-    ),
+    Status.MAX_STEPS: "took all of the steps that Termination allows and did not arrive.",
+    Status.NONFINITE: "met NaN or Inf.",
+    Status.DIVERGED: "diverged.",
+    Status.STALLED: "stopped, since no step improved it further.",
 }
-_ADJOINT = {
-    Status.CONVERGED: "converged.",
+_ADVICE = {  # where nothing but the status is known
     Status.MAX_STEPS: (
-        "ran out of steps, so the gradient would be truncated. Likely cause: a singular or ill-conditioned problem (a flat "
-        "direction at the solution), or a tolerance below what the dtype can reach. Try a ridge in x, "
-        "ImplicitAdjoint(termination=Termination(rtol=..., max_steps=...)), another solver, or float64."
+        "Likely cause: slow progress, or an energy without a minimizer. Try another solver or a larger max_steps, and for an "
+        "energy a ridge in x."
     ),
     Status.NONFINITE: (
-        "met NaN or Inf. Likely cause: the loss's gradient is not finite at the solution, or the energy's second derivative "
-        "is not (sqrt or norm at 0)."
+        "Likely cause: NaN in the context or x0, a step that is too long, or a point outside of the domain (log or sqrt of a "
+        "negative number). Look at these samples' inputs; try a smaller step size."
     ),
     Status.DIVERGED: (
-        "diverged. Likely cause: the Hessian at the solution is singular or indefinite (a saddle, a flat direction, an "
-        "energy linear in x), or, for the backward fixed-point iteration, the map does not contract at the solution. Try a "
-        "ridge in x, or another solver of the adjoint."
+        "Likely cause: a step size above 2/L (L the largest curvature), a map that does not contract, or an energy without a "
+        "minimizer. Try no step size or a smaller one, for a map Broyden() or DampedStep, for an energy a ridge in x."
+    ),
+    Status.STALLED: (
+        "Likely cause: rounding, or a point where the energy is not smooth. Try a looser tolerance, or a smooth energy."
     ),
 }
 
@@ -143,7 +134,8 @@ class Solution:
         Raises:
             ConvergenceError: naming the samples that did not, the likely cause and what to try.
         """
-        report(self.status, self.error, self.num_steps, "raise")
+        if not bool(self.converged.all()):
+            report(describe(self.status, self.error, self.num_steps), "raise")
         return self
 
     def __repr__(self) -> str:
@@ -158,31 +150,36 @@ class Solution:
 _tree.register_dataclass(Solution)
 
 
-def report(status: Tensor, error: Tensor, steps: Tensor, on_failure: OnFailure, adjoint: bool = False) -> None:
-    """Raise, warn or keep silent about samples that did not converge. All tensors are ``(*batch)`` and readable."""
-    if on_failure == "ignore" or bool((status == Status.CONVERGED).all()):
-        return
-    message = describe(status, error, steps, adjoint)
+def report(message: str, on_failure: OnFailure) -> None:
+    """Raise, or warn, that samples did not converge."""
     if on_failure == "raise":
         raise ConvergenceError(message + ' (on_failure="warn" or "ignore" goes on without these samples.)')
     warnings.warn(message + " These samples add nothing to shared gradients; their own context gets NaN.",
                   ConvergenceWarning, stacklevel=2)  # fmt: skip
 
 
-def describe(status: Tensor, error: Tensor, steps: Tensor, adjoint: bool) -> str:
-    """Every failure in words: what happened, to which samples, the likely cause, what to try."""
-    sentences = _ADJOINT if adjoint else _FORWARD
-    measured = "residual" if adjoint else "error"
+def describe(status: Tensor, error: Tensor, steps: Tensor) -> str:
+    """A failed solve in words, where nothing but its outcome is known. All tensors are ``(*batch)`` and readable."""
     parts = []
     for kind in (s for s in Status if s != Status.CONVERGED):
         failed = status == kind
         if bool(failed.any()):
-            first = tuple(i[0] for i in torch.nonzero(failed, as_tuple=True)) if failed.ndim else ()
-            parts.append(
-                f"{kind.name}: {samples(failed)} {sentences[kind]} Seen: {measured} {float(error[first]):.3g} "
-                f"after {int(steps[first])} step{'' if int(steps[first]) == 1 else 's'}."
-            )
-    return ("The adjoint solve (the gradient) failed. " if adjoint else "The solve failed. ") + " ".join(parts)
+            seen = f"Seen: {reached(error, steps, failed)}."
+            parts.append(f"{kind.name}: {samples(failed)} {kind.sentence} {_ADVICE[kind]} {seen}")
+    return "The solve failed. " + " ".join(parts)
+
+
+def reached(error: Tensor, steps: Tensor, mask: Tensor, what: str = "estimated distance to the answer") -> str:
+    """How far the first sample of a mask came."""
+    index = first(mask)
+    count, size = int(steps[index]), float(error[index])
+    distance = f"{what} {size:.3g} " if math.isfinite(size) else ""
+    return f"{distance}after {count} step{'' if count == 1 else 's'}"
+
+
+def first(mask: Tensor) -> tuple[Tensor, ...]:
+    """The index of the first sample in a mask ``(*batch)``."""
+    return tuple(i[0] for i in torch.nonzero(mask, as_tuple=True)) if mask.ndim else ()
 
 
 def samples(mask: Tensor) -> str:

@@ -33,6 +33,8 @@ ORDER = [
     "engine.tasks",
     "engine.driver",
     "engine.failed_samples",
+    "engine.post_mortem",
+    "engine.advice",
     "engine.root_gradient",
     "engine.adjoint",
     "engine.purity",

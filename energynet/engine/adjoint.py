@@ -8,13 +8,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from energynet._torch.autodiff import alive, inside_jvp, transform_active
+from energynet._torch.autodiff import alive, inside_jvp, readable, transform_active
 from energynet.engine.equation import Equation, Linear
 from energynet.engine.failed_samples import separable
 from energynet.engine.root_gradient import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
 from energynet.engine.tasks import Outcome, Pull
 from energynet.linear import GMRES, ConjugateGradient
-from energynet.solution import OnFailure, Status, report
+from energynet.solution import OnFailure, Status, describe, report
 from energynet.solvers import Picard, Solver
 from energynet.step import Kind, Step
 from energynet.termination import Termination
@@ -56,9 +56,9 @@ class ImplicitAdjoint(RootAdjoint):
         function = Pull(method.equation, linear.solver, linear.termination, wanted)
         value, status, error, steps, *found = linear.driver.call(function, (v, y, *inputs))
         outcome = Outcome(value, status, error, steps)
-        if linear.tell(outcome, adjoint=True):
-            return Answer(value, status, status), function.gradients(tuple(found), inputs)
         equation, arguments = function.linear(y, inputs)
+        if dataclasses.replace(linear, equation=equation).tell(outcome, torch.zeros_like(v), (v, *arguments)):
+            return Answer(value, status, status), function.gradients(tuple(found), inputs)
         return Answer(value, status != Status.CONVERGED, separable(equation, outcome, (v, *arguments))), None
 
     def _linear(self, method: Method) -> Method:
@@ -194,7 +194,10 @@ class UnrolledAdjoint(Adjoint):
         if self.last is not None:
             return self._last_steps(self.last, method, x0, inputs)
         outcome, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
-        _Judge.apply(method.on_failure, outcome.status, outcome.error, outcome.steps)
+        if readable(outcome.status):
+            method.tell(Outcome(*(t.detach() for t in outcome)), x0.detach(), tuple(t.detach() for t in inputs))
+        else:
+            _Judge.apply(method.on_failure, outcome.status, outcome.error, outcome.steps)
         return *outcome, *trace
 
     def _last_steps(self, last: int, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -281,7 +284,8 @@ class _Judge(torch.autograd.Function):
 
     @staticmethod
     def forward(on_failure: OnFailure, status: Tensor, error: Tensor, steps: Tensor) -> Tensor:
-        report(status, error, steps, on_failure)
+        if on_failure != "ignore" and bool(status.any()):
+            report(describe(status, error, steps), on_failure)
         return status.clone()
 
     @staticmethod

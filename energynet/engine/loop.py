@@ -25,6 +25,8 @@ RUNNING = -1
 GROWTH = 1e6  # a distance this many times larger than where the sample began is called divergence
 LOOK = 64  # updates, then twice as many, after which all running samples are measured: their scale may have become wrong
 
+MOST_LOOK = 2**40  # a number that doubles overflows in the end
+
 PATIENCE = 8
 
 
@@ -121,7 +123,7 @@ def _go_on(problem: Problem, solver: Solver, termination: Termination, state: Lo
             rest = _tree.map_structure(lambda t: t[rows], state)
             rest = _go_on(some.problem, solver, termination, rest, 2 * look, observe=observe, wrap=wrap, every=every, batch=some)
             state = _tree.map_structure(lambda whole, part: whole.index_copy(0, rows, part), state, rest)
-        return 2 * look, state
+        return torch.clamp(2 * look, max=MOST_LOOK), state
 
     scaled = is_scaled(problem) and seen
 
@@ -210,7 +212,8 @@ def _judge(problem: Problem, solver: Solver, termination: Termination, state: Lo
     finite = _finite(state.x, state.inner.residual)
     ended = state.steps >= termination.max_steps
     stalled, broken = solver.stalled(state.inner), solver.breakdown(state.inner)
-    status = torch.where(ended if stalled is None else ended | stalled, Status.MAX_STEPS, RUNNING)
+    status = torch.where(ended, Status.MAX_STEPS, RUNNING)
+    status = status if stalled is None else torch.where(stalled, Status.STALLED, status)
     far = (termination.size(state.x) if solver.descends else state.error) > state.limit
     status = torch.where(far if broken is None else far | broken, Status.DIVERGED, status)
     status = torch.where(_within_tolerance(problem, termination, state) & ~far, Status.CONVERGED, status)
@@ -236,7 +239,7 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
 
     Suspects are running samples, ``(*batch)`` bool, which are measured as well.
     """
-    exhausted = state.status == Status.MAX_STEPS
+    exhausted = (state.status == Status.MAX_STEPS) | (state.status == Status.STALLED)
     if not readable(exhausted) or bool(exhausted.any()):
         state = state._replace(x=torch.where(exhausted.unsqueeze(-1), state.best, state.x))
     elif not is_scaled(problem) and solver.exact_residual:
@@ -252,7 +255,8 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         arrived = _within_tolerance(problem, termination, state._replace(error=error))
         reopened = claimed & ~arrived & (state.steps < termination.max_steps)
         # A gradient without any curvature along it, to the last: the energy falls for ever in this direction.
-        ended = torch.where(torch.isinf(error), Status.DIVERGED, Status.MAX_STEPS)
+        ended = torch.where(exhausted, state.status, Status.MAX_STEPS)
+        ended = torch.where(torch.isinf(error), Status.DIVERGED, ended)
         ended = torch.where(arrived, Status.CONVERGED, torch.where(reopened, RUNNING, ended))
         status = torch.where(measured, ended, state.status).to(torch.int8)
         # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.

@@ -37,12 +37,14 @@ from energynet._torch.autodiff import (
     transform_active,
     with_grads_batched,
 )
+from energynet.engine.advice import explained
 from energynet.engine.driver import Driver, Eager
 from energynet.engine.equation import Equation, Linear
 from energynet.engine.failed_samples import Quarantine, separable
 from energynet.engine.loop import LoopState, Wrap, loop
+from energynet.engine.post_mortem import PostMortem
 from energynet.engine.tasks import Outcome, Solve, input_gradients
-from energynet.solution import OnFailure, Status, report
+from energynet.solution import OnFailure, Status, describe, report
 from energynet.solvers import Solver
 from energynet.solvers.problem import Problem
 from energynet.step import Step
@@ -183,15 +185,22 @@ class Method:
         trace = () if recorder is None else recorder.tensors(state)
         return Outcome(state.x, state.status, state.error, state.steps), trace
 
-    def tell(self, outcome: Outcome, adjoint: bool) -> bool:
-        """Apply the failure policy to how a solve ended; whether every sample converged."""
+    def tell(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> bool:
+        """Apply the failure policy to how a solve from ``start`` ended; whether every sample converged."""
+        adjoint = isinstance(self.equation, Linear)
         if adjoint and self.report is not None:
             told = (outcome.status, outcome.error, outcome.steps)
             self.report.records.append(AdjointRecord(*(t.detach() for t in told)))
         converged = not bool(outcome.status.any())
-        if not converged:
-            report(outcome.status, outcome.error, outcome.steps, self.on_failure, adjoint)
+        if not converged and self.on_failure != "ignore":
+            report(self._explained(outcome, start, inputs), self.on_failure)
         return converged
+
+    def _explained(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> str:
+        try:
+            return explained(PostMortem(self.equation, self.solver, self.limits, outcome, start, inputs))
+        except Exception:  # what is evaluated to explain a failure must not hide it
+            return describe(outcome.status, outcome.error, outcome.steps)
 
 
 class _Solve(torch.autograd.Function):
@@ -200,7 +209,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         outcome, trace = method.run(y0, inputs)
-        converged = method.tell(outcome, adjoint=isinstance(method.equation, Linear))
+        converged = method.tell(outcome, y0, inputs)
         own = y0.new_zeros((2, 0), dtype=torch.bool) if converged else separable(method.equation, outcome, inputs)
         return *outcome, own, *trace
 

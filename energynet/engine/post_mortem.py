@@ -1,0 +1,181 @@
+"""What can be seen at the points where a failed solve began and ended: the facts that its message is made of.
+
+All of it is evaluated after a failure, on plain tensors, so a solve that succeeds pays nothing for it.
+"""
+
+import dataclasses
+import itertools
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from energynet._torch.autodiff import linearize
+from energynet.engine.equation import Equation, Linear
+from energynet.engine.loop import loop
+from energynet.engine.tasks import Outcome
+from energynet.solvers import Solver
+from energynet.solvers.problem import Problem
+from energynet.solvers.spectrum import arnoldi, ritz_values, some_direction
+from energynet.termination import Termination
+
+PRODUCTS = 20  # with a Jacobian, from which eigenvalues are estimated
+MORE_STEPS = 8  # that are taken from where the solve ended, to see how fast it still moves
+FARTHER = (1.0, 10.0, 1000.0)  # times as far from x0 as the solve went
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PostMortem:
+    """A solve that failed for some samples; every mask is ``(*batch)``."""
+
+    equation: Equation
+    solver: Solver
+    termination: Termination
+    outcome: Outcome
+    start: Tensor  # (*batch, n)
+    inputs: tuple[Tensor, ...]
+
+    @cached_property
+    def problem(self) -> Problem:
+        return self.equation.problem(self.inputs, self.start)
+
+    @property
+    def end(self) -> Tensor:
+        return self.outcome.value
+
+    @property
+    def nobody(self) -> Tensor:
+        """A mask that holds for no sample."""
+        return torch.zeros_like(self.outcome.status, dtype=torch.bool)
+
+    # ------------------------------------------------------------------------------------------------- values
+
+    def own_input_is_nonfinite(self) -> Tensor:
+        """Samples of which a row of the context is NaN or Inf; of an adjoint equation, of the incoming gradient."""
+        bad = self.nobody
+        for t in self.inputs[:1] if isinstance(self.equation, Linear) else self.inputs[self.equation.num_shared :]:
+            if t.is_floating_point() and t.ndim >= bad.ndim and t.shape[: bad.ndim] == bad.shape:
+                bad = bad | ~torch.isfinite(t).flatten(bad.ndim).all(-1) if t.ndim > bad.ndim else bad | ~torch.isfinite(t)
+        return bad
+
+    def shared_input_is_nonfinite(self) -> Tensor:
+        """Every sample, if a parameter or another shared tensor holds NaN or Inf."""
+        skipped = 2 if isinstance(self.equation, Linear) else 0
+        shared = [t for t in self.inputs[skipped:] if t.is_floating_point() and t.shape[: self.nobody.ndim] != self.nobody.shape]
+        bad = any(not bool(torch.isfinite(t).all()) for t in shared)
+        return torch.full_like(self.nobody, bad)
+
+    def start_is_nonfinite(self) -> Tensor:
+        return ~torch.isfinite(self.start).all(-1)
+
+    @cached_property
+    def _first(self) -> tuple[Tensor, Tensor]:
+        """The energy, or zero for a map, and the optimality condition at x0."""
+        if self.problem.value_and_gradient is not None:
+            return self.problem.value_and_gradient(self.start)
+        residual = self.problem.residual(self.start)
+        return torch.zeros_like(residual.sum(-1)), residual
+
+    def value_at_start_is_nonfinite(self) -> Tensor:
+        """Of a map, g(x0); of an energy, E(x0)."""
+        value, residual = self._first
+        return ~torch.isfinite(residual).all(-1) if self.problem.value_and_gradient is None else ~torch.isfinite(value)
+
+    def slope_at_start_is_nonfinite(self) -> Tensor:
+        return ~torch.isfinite(self._first[1]).all(-1)
+
+    # ------------------------------------------------------------------------------------------------- energies
+
+    def falls_for_ever(self) -> Tensor:
+        """Whether the energy goes on falling, as far as was looked, in the direction in which the solve went."""
+        assert self.problem.value_and_gradient is not None
+        value, slope = self.problem.value_and_gradient(self.end)
+        size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
+        length = 1 + torch.linalg.vector_norm(self.end, dim=-1, keepdim=True)
+        way = torch.where(self.end == self.start, -length * slope / torch.where(size > 0, size, 1), self.end - self.start)
+        before = value
+        falls = (way != 0).any(-1)
+        for k, far in enumerate(FARTHER):
+            energy = self.problem.energy(self.end + far * way)
+            falls = falls & ((energy < before) if k == 0 else (energy <= before))
+            before = energy
+        return falls
+
+    def fall_per_step(self) -> tuple[Tensor, Tensor]:  # (*batch) twice
+        """By how much the solver lowers the energy in each of some more steps, and what of that may be rounding."""
+        limits = dataclasses.replace(self.termination, atol=0.0, rtol=0.0, max_steps=MORE_STEPS)
+        state = loop(self.problem, self.solver, limits, self.end)
+        before = self.problem.energy(self.end)
+        noise = 8 * torch.finfo(before.dtype).eps * before.abs()
+        return (before - self.problem.energy(state.x)) / torch.clamp(state.steps, min=1), noise / MORE_STEPS
+
+    @cached_property
+    def _downhill(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """∇E at the end, and energy and ∇E at points that lie ever farther downhill."""
+        assert self.problem.value_and_gradient is not None
+        _, slope = self.problem.value_and_gradient(self.end)
+        size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
+        unit = slope / torch.where(size > 0, size, 1)
+        length = 1 + torch.linalg.vector_norm(self.end, dim=-1, keepdim=True)
+        far = [torch.finfo(self.end.dtype).eps ** power for power in (4 / 8, 3 / 8, 2 / 8, 1 / 8)]
+        return slope, [self.problem.value_and_gradient(self.end - part * length * unit) for part in far]
+
+    def at_a_wall(self) -> Tensor:
+        """Whether the energy is not finite at points a little farther downhill."""
+        return torch.stack([~torch.isfinite(energy) for energy, _ in self._downhill[1]]).any(0)
+
+    def at_a_kink(self) -> Tensor:
+        """Whether the gradient jumps: farther downhill it has changed no more than nearby, or far more than in proportion."""
+        slope, there = self._downhill
+        size, apart = torch.linalg.vector_norm(slope, dim=-1), torch.finfo(slope.dtype).eps ** -0.125
+        change = [torch.linalg.vector_norm(other - slope, dim=-1) for _, other in there]
+        pairs = list(itertools.pairwise(change))
+        least = torch.maximum(0.1 * size, 0.01 * change[-1])  # what is smaller may be rounding
+        saturated = [(near > least) & (far < 3 * near) for near, far in pairs]
+        jumped = [(far > least) & (far > 10 * apart * near) for near, far in pairs]
+        return torch.stack(saturated + jumped).any(0) & (size > 0)
+
+    def step_size_limit(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+        """2/L for the largest curvature L at a point; infinite where none was found."""
+        assert self.problem.jacobian is not None
+        largest = ritz_values(self.problem.jacobian(x), some_direction(torch.zeros_like(x)), PRODUCTS).amax(-1)
+        return torch.where(largest > 0, 2 / largest, torch.inf)
+
+    def step_size(self) -> Tensor:  # (*batch)
+        """γ as it was given; NaN where it was not."""
+        size = self.problem.step_size
+        size = torch.nan if size is None else size.squeeze(-1) if isinstance(size, Tensor) else size
+        return torch.zeros_like(self.outcome.error) + size
+
+    # ------------------------------------------------------------------------------------------------- maps
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:  # (*batch, m), complex
+        """Of ∂g/∂x at the end, or at x0 where the end is too far away; of an adjoint equation, those that its solver meets."""
+        if isinstance(self.equation, Linear):
+            assert self.problem.jacobian is not None
+            product, like = self.problem.jacobian(self.end), self.end
+        else:
+            lost = ~torch.isfinite(self.end).all(-1, keepdim=True) | (self.end.abs() > 1e3 * (1 + self.start.abs())).any(-1, True)
+            like = torch.where(lost, self.start, self.end)
+            product = linearize(self.problem.residual, like, transposed=False)
+        return 1 - arnoldi(product, some_direction(torch.zeros_like(like)), PRODUCTS)
+
+    def contraction_factor(self) -> Tensor:  # (*batch)
+        """The spectral radius of ∂g/∂x."""
+        return self.eigenvalues.abs().amax(-1)
+
+    def damping(self) -> Tensor:  # (*batch)
+        """The part of each step that would make the map contract; NaN where an eigenvalue says that none does."""
+        values = self.eigenvalues
+        limit = (2 * (1 - values.real) / (1 - values).abs().square()).amin(-1)
+        return torch.where((values.real < 1).all(-1), 0.5 * torch.clamp(limit, max=1.6), torch.nan)
+
+    # ------------------------------------------------------------------------------------------------- linear equations
+
+    def spectrum(self) -> tuple[Tensor, Tensor]:  # (*batch) twice
+        """The extreme eigenvalues of a symmetric matrix, as far as they are found."""
+        assert self.problem.jacobian is not None and self.problem.right is not None
+        right = self.problem.right
+        values = ritz_values(self.problem.jacobian(right), some_direction(right), PRODUCTS)
+        return values.amin(-1), values.amax(-1)
