@@ -118,8 +118,10 @@ FORWARD = {
     "budget": Case(
         lambda: minimize(banana, START, termination=FEW),
         r"MAX_STEPS: .*the energy still falls, by 0.\d+ per step.*after 10 steps of 10 allowed",
-        {r"Newton\(\)": lambda: minimize(banana, START, solver=Newton(), termination=Termination(max_steps=30)),
-         "a larger max_steps than 10": lambda: minimize(banana, START)},  # fmt: skip
+        {
+            r"Newton\(\)": lambda: minimize(banana, START, solver=Newton(), termination=Termination(max_steps=30)),
+            "a larger max_steps than 10": lambda: minimize(banana, START),
+        },
         "float64|ridge",
     ),
     "gradient steps": Case(
@@ -131,8 +133,10 @@ FORWARD = {
     "step too long": Case(
         lambda: minimize(quadratic, torch.zeros(2, 3), step_size=0.6),
         r"the step size 0.6 exceeds 2/L = 0.5,.*at x0",
-        {"a smaller step size": lambda: minimize(quadratic, torch.zeros(2, 3), step_size=0.45),
-         "leave out step_size=": lambda: minimize(quadratic, torch.zeros(2, 3))},  # fmt: skip
+        {
+            "a smaller step size": lambda: minimize(quadratic, torch.zeros(2, 3), step_size=0.45),
+            "leave out step_size=": lambda: minimize(quadratic, torch.zeros(2, 3)),
+        },
         "ridge",
     ),
     "layer with a step too long": Case(
@@ -143,12 +147,16 @@ FORWARD = {
     "kink, stalled": Case(
         lambda: minimize(kinked, torch.zeros(2, 2, dtype=F64)),
         r"STALLED: .*kink.*steps of 1000 allowed",
-        {r"\(x.square\(\) \+ 1e-6\).sqrt\(\) for x.abs\(\)": lambda: minimize(
-            lambda x: ((x - 1).square() + 1e-6).sqrt().sum(-1) + (x - 1.3).square().sum(-1), torch.zeros(2, 2, dtype=F64)),
-         r"constraints.L1\(weight\)": lambda: minimize(  # with u = x - 1
-            lambda u: (u - 0.3).square().sum(-1), torch.zeros(2, 2, dtype=F64), prox=L1(1.0))},
+        {
+            r"\(x.square\(\) \+ 1e-6\).sqrt\(\) for x.abs\(\)": lambda: minimize(
+                lambda x: ((x - 1).square() + 1e-6).sqrt().sum(-1) + (x - 1.3).square().sum(-1), torch.zeros(2, 2, dtype=F64)
+            ),
+            r"constraints.L1\(weight\)": lambda: minimize(  # with u = x - 1
+                lambda u: (u - 0.3).square().sum(-1), torch.zeros(2, 2, dtype=F64), prox=L1(1.0)
+            ),
+        },
         "float64|max_steps",
-    ),  # fmt: skip
+    ),
     "kink, piecewise linear": Case(
         lambda: minimize(lambda x: (x - 1).abs().sum(-1) + (x[:, 0] - 2 * x[:, 1]).abs(), torch.zeros(2, 2)), "kink", {}, "ridge"
     ),
@@ -173,11 +181,15 @@ FORWARD = {
     "start where the gradient is not finite": Case(
         lambda: minimize(lambda x: x.square().sum(-1).sqrt() + (x - 1).square().sum(-1), torch.zeros(1, 2)),
         r"E\(x0\) is finite and its gradient is not",
-        {"begin elsewhere": lambda: minimize(
-            lambda x: x.square().sum(-1).sqrt() + (x - 1).square().sum(-1), torch.full((1, 2), 0.1)),
-         r"\+ 1e-6\)": lambda: minimize(
-            lambda x: (x.square().sum(-1) + 1e-6).sqrt() + (x - 1).square().sum(-1), torch.zeros(1, 2))},
-    ),  # fmt: skip
+        {
+            "begin elsewhere": lambda: minimize(
+                lambda x: x.square().sum(-1).sqrt() + (x - 1).square().sum(-1), torch.full((1, 2), 0.1)
+            ),
+            r"\+ 1e-6\)": lambda: minimize(
+                lambda x: (x.square().sum(-1) + 1e-6).sqrt() + (x - 1).square().sum(-1), torch.zeros(1, 2)
+            ),
+        },
+    ),
     "NaN in the context": Case(
         lambda: minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(2, 1), torch.tensor([[1.0], [math.nan]])),
         r"1 of 2 samples \(number 1\).*the context of these samples holds NaN",
@@ -198,17 +210,22 @@ FORWARD = {
     "a map that turns": Case(
         lambda: fixed_point(lambda x: x @ TURN.mT + 1, torch.zeros(1, 2)),
         "contraction factor is 1.2,",
-        {r"DampedStep\(g, 0.4\)": lambda: fixed_point(DampedStep(lambda x: x @ TURN.mT + 1, 0.4), torch.zeros(1, 2)),
-         r"Broyden\(\)": lambda: fixed_point(lambda x: x @ TURN.mT + 1, torch.zeros(1, 2), solver=Broyden())},  # fmt: skip
+        {
+            r"DampedStep\(g, 0.4\)": lambda: fixed_point(DampedStep(lambda x: x @ TURN.mT + 1, 0.4), torch.zeros(1, 2)),
+            r"Broyden\(\)": lambda: fixed_point(lambda x: x @ TURN.mT + 1, torch.zeros(1, 2), solver=Broyden()),
+        },
     ),
     "a slow map": Case(
         lambda: fixed_point(lambda x: 0.9999 * x + 1, torch.zeros(2, 1, dtype=F64)),
         "contracts slowly: each plain step leaves 0.9999 of the error",
-        {r"Broyden\(\)": lambda: fixed_point(lambda x: 0.9999 * x + 1, torch.zeros(2, 1, dtype=F64), solver=Broyden()),
-         "a larger max_steps": lambda: fixed_point(
-            lambda x: 0.999 * x + 1, torch.zeros(2, 1), termination=Termination(max_steps=20_000))},
+        {
+            r"Broyden\(\)": lambda: fixed_point(lambda x: 0.9999 * x + 1, torch.zeros(2, 1, dtype=F64), solver=Broyden()),
+            "a larger max_steps": lambda: fixed_point(
+                lambda x: 0.999 * x + 1, torch.zeros(2, 1), termination=Termination(max_steps=20_000)
+            ),
+        },
         "float64|ridge",
-    ),  # fmt: skip
+    ),
     "Anderson fails": Case(
         lambda: fixed_point(lambda x: x @ EXPANDING + 1, torch.zeros(2, 6), solver=Anderson(memory=1)),
         "DIVERGED.*does not contract",
@@ -231,9 +248,12 @@ FORWARD = {
     "a prox, slow": Case(
         lambda: minimize(narrow, torch.zeros(1, 9, dtype=F64), prox=L1(0.1), solver=Picard(), termination=FEW),
         "progress is slow",
-        {r"Nesterov\(\)": lambda: minimize(narrow, torch.zeros(1, 9, dtype=F64), prox=L1(0.1), solver=Nesterov(),
-                                           termination=Termination(max_steps=20_000))},
-    ),  # fmt: skip
+        {
+            r"Nesterov\(\)": lambda: minimize(
+                narrow, torch.zeros(1, 9, dtype=F64), prox=L1(0.1), solver=Nesterov(), termination=Termination(max_steps=20_000)
+            )
+        },
+    ),
 }
 
 
@@ -282,8 +302,9 @@ def solve_shifted(adjoint: ImplicitAdjoint) -> Solution:
 
 
 def slow(adjoint: ImplicitAdjoint) -> Solution:
-    return fixed_point(lambda x, z: 0.999 * x + z, torch.zeros(1, 2), leaf(1, 2, dtype=torch.float32), solver=Anderson(),
-                       adjoint=adjoint)  # fmt: skip
+    return fixed_point(
+        lambda x, z: 0.999 * x + z, torch.zeros(1, 2), leaf(1, 2, dtype=torch.float32), solver=Anderson(), adjoint=adjoint
+    )
 
 
 Z = torch.zeros(1, 2, dtype=F64)
@@ -302,10 +323,13 @@ ADJOINT = {
     "too few steps": Case(
         lambda: solve_shifted(ImplicitAdjoint(termination=Termination(max_steps=3))),
         "truncated",
-        {r"ImplicitAdjoint\(Dense\(\)\)": lambda: solve_shifted(ImplicitAdjoint(Dense())),
-         r"more steps than 3: ImplicitAdjoint\(termination": lambda: solve_shifted(
-            ImplicitAdjoint(termination=Termination(max_steps=100)))},
-    ),  # fmt: skip
+        {
+            r"ImplicitAdjoint\(Dense\(\)\)": lambda: solve_shifted(ImplicitAdjoint(Dense())),
+            r"more steps than 3: ImplicitAdjoint\(termination": lambda: solve_shifted(
+                ImplicitAdjoint(termination=Termination(max_steps=100))
+            ),
+        },
+    ),
     "a map that does not contract": Case(
         lambda: solve_turned(ImplicitAdjoint(Picard())),
         r"contraction factor 1.2\)",
@@ -315,12 +339,16 @@ ADJOINT = {
     "a map that contracts slowly": Case(
         lambda: slow(ImplicitAdjoint(Picard(), Termination(max_steps=50))),
         "contracts slowly at the solution.*after 50 steps of 50 allowed",
-        {r"ImplicitAdjoint\(GMRES\(\)\)": lambda: slow(ImplicitAdjoint(GMRES())),
-         r"more steps than 50": lambda: slow(ImplicitAdjoint(Picard(), Termination(max_steps=20_000)))},  # fmt: skip
+        {
+            r"ImplicitAdjoint\(GMRES\(\)\)": lambda: slow(ImplicitAdjoint(GMRES())),
+            r"more steps than 50": lambda: slow(ImplicitAdjoint(Picard(), Termination(max_steps=20_000))),
+        },
         "ridge|Hessian",
     ),
     "loss without a gradient": Case(
-        lambda: dataclasses.replace(s := minimize(lambda x, z: (x - z).square().sum(-1), Z, 0 * leaf(1, 2)), value=s.value.sqrt()),
+        lambda: dataclasses.replace(
+            s := minimize(lambda x, z: (x - z).square().sum(-1), Z, 0 * leaf(1, 2)), value=s.value.sqrt()
+        ),
         "the gradient of the loss is not finite at the solution",
         {},
         "Hessian",

@@ -204,8 +204,11 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
         limit = GROWTH * (1 + size + error if problem.right is None else termination.size(problem.right))
         limit = GROWTH * GROWTH * (1 + size) if solver.descends else limit
         steps = torch.zeros_like(size, dtype=torch.int32)
-        state = LoopState(x, inner, steps.to(torch.int8), steps, error, scale, limit, x, solver.merit(inner, left))
-        return state._replace(status=_judge(problem, solver, termination, state))
+        merit = solver.merit(inner, left)
+        state = LoopState(x, inner, steps.to(torch.int8), steps, error, scale, limit, x, merit)
+        # Outside of its domain an energy may be NaN where its gradient is not, such as that of log.
+        status = torch.where(torch.isfinite(merit), _judge(problem, solver, termination, state), Status.NONFINITE)
+        return state._replace(status=status.to(torch.int8))
 
 
 def _judge(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Tensor:
