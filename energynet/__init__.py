@@ -24,6 +24,7 @@ from energynet.solvers import (
     Newton,
     NewtonCG,
     Picard,
+    ProjectedLBFGS,
     Solver,
     StrongWolfe,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "OneStepAdjoint",
     "OptimalityStep",
     "Picard",
+    "ProjectedLBFGS",
     "Prox",
     "ProximalStep",
     "Solution",

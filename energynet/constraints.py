@@ -2,7 +2,7 @@
 
 A bound, radius or weight is a float, a tensor, or a pytree of such like ``x``; a tensor may require grad and broadcasts to
 ``x``, so one value a sample of ``(B, n)`` is ``(B, 1)`` for `Box` and `L1`, which act on each number, and ``(B,)`` for
-`Simplex`, `L2Ball` and `GroupL2`, which act along the last dimension.
+`Simplex`, `CappedSimplex`, `L2Ball` and `GroupL2`, which act along the last dimension.
 
 The maps are differentiable to any order wherever they are; on a kink they give the derivative of one of the sides. NaN in is
 NaN out: a condition is always written so that NaN passes.
@@ -10,7 +10,7 @@ NaN out: a condition is always written so that NaN passes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from energynet.solvers import Nesterov
 from energynet.step import Prox, per_sample
 from energynet.termination import Termination
 
-__all__ = ["Affine", "Box", "GroupL2", "L1", "L2Ball", "NonNegative", "Prox", "Simplex", "TotalVariation"]
+__all__ = ["Affine", "Box", "CappedSimplex", "GroupL2", "L1", "L2Ball", "NonNegative", "Prox", "Simplex", "TotalVariation"]
 
 
 @final
@@ -43,6 +43,7 @@ class Box(Prox):
         ValueError: if lower > upper somewhere.
     """
 
+    is_box: ClassVar[bool] = True
     lower: Any = None
     upper: Any = None
 
@@ -67,6 +68,8 @@ class NonNegative(Prox):
         >>> NonNegative()(torch.tensor([[-3.0, 3.0]]), 1.0)
         tensor([[0., 3.]])
     """
+
+    is_box: ClassVar[bool] = True
 
     def __call__(self, x: Any, step_size: float | Tensor, *code: Any) -> Any:
         return _each(lambda x: _clip(x, 0.0, None), x)
@@ -99,6 +102,39 @@ class Simplex(Prox):
 
     def __call__(self, x: Any, step_size: float | Tensor, *code: Any) -> Any:
         return _each(_onto_simplex, x, self.radius)
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class CappedSimplex(Prox):
+    """0 ≤ x ≤ upper with Σ x = radius along the last dimension, such as shares of a portfolio of which none may exceed a tenth.
+
+    Example:
+        >>> import torch
+        >>> CappedSimplex(upper=0.6)(torch.tensor([[3.0, 0.1, 0.0], [0.0, 0.0, 0.0]]), 1.0)        # (B, n) -> (B, n)
+        tensor([[0.6000, 0.2500, 0.1500],
+                [0.3333, 0.3333, 0.3333]])
+
+    Args:
+        upper: a float or a tensor that broadcasts to ``x``.
+        radius: a float, or a tensor that broadcasts to ``x`` without its last dimension, as ``(B,)``.
+
+    Raises:
+        ValueError: if one of them is negative; when called, if Σ upper < radius. Where values cannot be read at once, under
+            ``vmap`` or on an accelerator, the result is NaN instead.
+
+    Source: Wang and Lu (2015), Projection onto the capped simplex.
+    """
+
+    upper: Any
+    radius: Any = 1.0
+
+    def __post_init__(self) -> None:
+        _refuse_negative("CappedSimplex", "upper", self.upper)
+        _refuse_negative("CappedSimplex", "radius", self.radius)
+
+    def __call__(self, x: Any, step_size: float | Tensor, *code: Any) -> Any:
+        return _each(_onto_capped_simplex, x, self.upper, self.radius)
 
 
 @final
@@ -369,13 +405,65 @@ def _onto_simplex(x: Tensor, radius: Any) -> Tensor:
     if not x.shape[-1]:
         return _of_no_numbers(x, radius)
     radius = _last(radius)
-    y = x - x.detach().amax(-1, keepdim=True)  # moves τ only, and keeps its digits
-    support = _support(y.detach(), radius.detach() if isinstance(radius, Tensor) else radius)
-    threshold = (torch.where(support, y, 0).sum(-1, keepdim=True) - radius) / support.sum(-1, keepdim=True)
+    y = x.detach() - x.detach().amax(-1, keepdim=True)
+    support = _support(y, radius.detach() if isinstance(radius, Tensor) else radius)
+    above = _shifted(x, support, radius)
     # Not relu: on the edge of the support τ counts a number, so its own derivative belongs to it as well.
-    above = y - threshold
     rounding = above.detach().clamp_min(0) - above.detach()
     return torch.where(support, above + rounding, 0)
+
+
+def _shifted(x: Tensor, free: Tensor, total: Any) -> Tensor:
+    """x − τ, τ such that the free ones of its numbers sum to ``total``."""
+    largest = torch.where(free, x.detach(), -torch.inf).amax(-1, keepdim=True)
+    y = x - largest  # moves τ only, and keeps its digits
+    return y - (torch.where(free, y, 0).sum(-1, keepdim=True) - total) / free.sum(-1, keepdim=True)
+
+
+def _onto_capped_simplex(x: Tensor, upper: Any, radius: Any) -> Tensor:
+    """x − τ, cut at 0 and at its upper bound, τ such that the sum is right: linear in all three on each set of those cut."""
+    if not x.shape[-1]:
+        return _of_no_numbers(x, radius)
+    working = x.dtype if x.dtype == torch.float64 else torch.float32
+    radius, upper = (torch.as_tensor(v, dtype=working, device=x.device) for v in (_last(radius), upper))
+    y, upper = x.to(working), upper.expand_as(x)
+    room, needed = torch.broadcast_tensors(upper.detach().sum(-1, keepdim=True), radius.detach())
+    enough = ~(room < needed * (1 - 8 * x.shape[-1] * torch.finfo(working).eps))
+    _refuse_too_small(enough, room, needed)
+    capped, free = _capped_and_free(y.detach(), torch.minimum(upper, radius).detach(), radius.detach())
+    above = _shifted(y, free, radius - torch.where(capped, upper, 0).sum(-1, keepdim=True))
+    rounding = torch.minimum(above.detach().clamp_min(0), upper.detach()) - above.detach()
+    found = torch.where(free, above + rounding, torch.where(capped, upper, 0))
+    return torch.where(enough & ~torch.isnan(y.detach().sum(-1, keepdim=True)), found, torch.nan)
+
+
+def _capped_and_free(x: Tensor, upper: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """Which numbers end at their upper bound and which between their bounds.
+
+    As τ falls a number starts to grow at τ = x, and stops at τ = x − upper. In the order of these events the sum is known at
+    each; the last event before it reaches the radius says all.
+    """
+    n = x.shape[-1]
+    events, order = torch.cat([x, x - upper], -1).sort(dim=-1, descending=True, stable=True)
+    growing = torch.where(order < n, 1, -1).cumsum(-1)
+    nothing = torch.zeros_like(x[..., :1])
+    grown = torch.cat([nothing, -(growing[..., :-1] * events.diff(dim=-1)).cumsum(-1)], -1)
+    lost = torch.cat([torch.zeros_like(x), upper - (x - (x - upper))], -1).gather(-1, order)  # in the rounding of x − upper
+    reached = grown + lost.cumsum(-1) >= radius
+    reached = torch.cat([reached[..., :-1], torch.ones_like(reached[..., :1])], -1)
+    last = reached.to(torch.int8).argmax(-1, keepdim=True).clamp_min(1)
+    started, stopped = (order.argsort(-1) < last).split(n, -1)
+    return stopped, started & ~stopped
+
+
+def _refuse_too_small(enough: Tensor, room: Tensor, needed: Tensor) -> None:
+    """Where looking at values costs nothing."""
+    if enough.device.type == "cpu" and readable(enough) and not bool(enough.all()):
+        sample = int((~enough).flatten().nonzero()[0])
+        raise ValueError(
+            f"CappedSimplex asks for a sum of {float(needed.flatten()[sample]):g} from numbers whose upper bounds sum to "
+            f"{float(room.flatten()[sample]):g} (sample {sample}): nothing meets that. Raise upper, or lower radius."
+        )
 
 
 def _of_no_numbers(x: Tensor, radius: Any) -> Tensor:

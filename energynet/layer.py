@@ -14,7 +14,7 @@ from energynet.engine.root_gradient import Adjoint
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
 from energynet.solvers import Picard, Solver
-from energynet.step import Prox, Step
+from energynet.step import Prox, Step, check_prox
 from energynet.termination import Termination
 
 Start = Tensor | Callable[..., Any] | dict[str, Any] | tuple[Any, ...] | list[Any]
@@ -98,6 +98,7 @@ class FPI_GD(_Layer):
         self._register(energy)
         self.prox = prox
         if prox is not None:
+            check_prox(prox)
             self._register(prox, "held_prox")
         _hold(self, "step_size", step_size)
         _hold(self, "start", start)

@@ -20,7 +20,7 @@ from energynet.engine.purity import unwatched
 from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
 from energynet.engine.validation import check_options, check_start, examine
 from energynet.solution import OnFailure, Solution, Status, Trace
-from energynet.solvers import LBFGS, Nesterov, Picard, Solver
+from energynet.solvers import LBFGS, Nesterov, Picard, ProjectedLBFGS, Solver
 from energynet.step import GradientStep, Prox, ProximalStep, Step, as_step
 from energynet.termination import Termination
 
@@ -105,7 +105,8 @@ def minimize(
             estimate it per sample, from the largest curvature at x0, and shorten it where it turns out too long.
         prox: of constraints and terms that are not smooth, such as ``energynet.constraints.Box(0.0, 1.0)``; minimizes their
             sum with E.
-        solver: default `Picard` with a ``step_size``, else `LBFGS`; with a ``prox``, `Nesterov`.
+        solver: default `Picard` with a ``step_size``, else `LBFGS`; within bounds, ``prox=Box(...)`` or ``NonNegative()``,
+            `ProjectedLBFGS`; with any other ``prox``, `Nesterov`.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients on the Hessian; with a ``prox``, by GMRES.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
@@ -139,7 +140,9 @@ def _default_solver(step_size: Any, prox: Any) -> Solver:
     """A step size means gradient steps; without one the solver finds its own."""
     if step_size is not None:
         return Picard()
-    return LBFGS() if prox is None else Nesterov()
+    if prox is None:
+        return LBFGS()
+    return ProjectedLBFGS() if isinstance(prox, Prox) and prox.is_box else Nesterov()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +219,7 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         code = binding.step.encode(*context)
         if options.on_failure != "raise":
             x0, code = _without_nonfinite(binding.step, x0, context, code)
+        x0 = binding.step.begin(x0, *code)
         looked_at = (x0, code, batch_dims)
         layout = Layout.of(x0, options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims)))
         if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:

@@ -28,6 +28,7 @@ class Kind(enum.Enum):
 
     MAP = "a fixed point x = g(x) of a general map"
     ENERGY = "the minimum of a smooth energy"
+    BOUNDED = "the minimum of a smooth energy within bounds"
     LINEAR = "a linear equation with a general matrix (the adjoint of a map)"
     SYMMETRIC = "a linear equation with a symmetric matrix (the adjoint of an energy)"
 
@@ -60,6 +61,10 @@ class Step(ABC):
     def kind(self) -> Kind:
         """What a solver is asked to solve."""
         return Kind.MAP
+
+    def begin(self, x: Any, *code: Any) -> Any:
+        """Where a solve begins that was given ``x``."""
+        return x
 
     @property
     def energy_of(self) -> EnergyLike | None:
@@ -256,6 +261,9 @@ class Prox(ABC):
         tensor([[1., 3.]])
     """
 
+    is_box: ClassVar[bool] = False
+    """Whether it is the projection onto an interval for each number, whatever γ is. Its values at −∞ and ∞ are the bounds."""
+
     def encode(self, *context: Any) -> tuple[Any, ...]:
         """What does not depend on ``x``, computed once a solve and handed to each call."""
         return ()
@@ -263,6 +271,27 @@ class Prox(ABC):
     @abstractmethod
     def __call__(self, x: Any, step_size: float | Tensor, *code: Any) -> Any:
         """The proximal map, like ``x``; ``step_size`` is γ, a float, a 0-d tensor or ``(B,)``."""
+
+
+def check_prox(prox: Any) -> None:
+    """Refuse what is no proximal map, and guess what was meant.
+
+    Raises:
+        TypeError: with the remedy.
+    """
+    if isinstance(prox, type):
+        raise TypeError(f"prox must be an instance, got the class {prox.__name__}. Did you mean {prox.__name__}(...)?")
+    if callable(prox):
+        return
+    if isinstance(prox, (int, float, Tensor)):
+        hint = "A lower bound is Box(lower), or NonNegative() where it is 0; a weight of ‖x‖₁ is L1(weight)."
+    elif isinstance(prox, (tuple, list)) and len(prox) == 2:
+        shown = ", ".join(repr(v) if isinstance(v, (int, float)) else name for v, name in zip(prox, ("lower", "upper")))
+        hint = f"Did you mean Box({shown})?"
+    else:
+        hint = "Ready-made ones are in energynet.constraints, such as Box(0.0, 1.0)."
+    seen = f"a tensor of shape {tuple(prox.shape)}" if isinstance(prox, Tensor) else repr(prox)
+    raise TypeError(f"prox must be a Prox or a callable (x, step_size) -> like x, got {seen}. {hint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +315,7 @@ class ProximalStep(Step):
         guessed: whether solvers that can shall shorten γ where it turns out too long, as they do where `minimize` is given none.
 
     Raises:
+        TypeError: if the prox is no callable, or a class in place of its instance.
         ValueError: when evaluated without a step size, or if the prox returns other shapes than those of ``x``.
 
     Source: Combettes and Wajs (2005), Signal recovery by proximal forward-backward splitting.
@@ -297,9 +327,20 @@ class ProximalStep(Step):
     guessed: bool = dataclasses.field(default=False, kw_only=True)
     normalized: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_prox(self.prox)
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BOUNDED if isinstance(self.prox, Prox) and self.prox.is_box else Kind.MAP
+
     @property
     def energy_of(self) -> EnergyLike:
         return self.energy
+
+    def begin(self, x: Any, prox_code: tuple[Any, ...], *code: Any) -> Any:
+        """The nearest point within the bounds: outside of them the energy may have no value."""
+        return dataclasses.replace(self, step_size=1.0).land(x, prox_code) if self.kind is Kind.BOUNDED else x
 
     def encode(self, *context: Any) -> tuple[Any, ...]:
         code = self.prox.encode(*context) if isinstance(self.prox, Prox) else ()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from energynet import (
+    FPI_GD,
     Adjoint,
     Anderson,
     ConvergenceError,
@@ -26,7 +27,7 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet.constraints import L1, Affine, Box, GroupL2, L2Ball, NonNegative, Prox, Simplex, TotalVariation
+from energynet.constraints import L1, Affine, Box, CappedSimplex, GroupL2, L2Ball, NonNegative, Prox, Simplex, TotalVariation
 from energynet.linear import GMRES
 from energynet.solution import Status
 from energynet.solvers import Nesterov, Solver
@@ -88,6 +89,8 @@ CASES = [
     Case("nonnegative", NonNegative, (), violation=lambda u: (-u).relu().amax(-1)),
     Case("simplex", Simplex, (tensor(0.5, 1.0, 2.0),),
          violation=lambda u: (-u).relu().amax(-1) + (u.sum(-1) - tensor(0.5, 1.0, 2.0)).abs()),
+    Case("capped simplex", CappedSimplex, (HIGH, tensor(0.5, 1.0, 2.0)),
+         violation=lambda u: torch.maximum(-u, u - HIGH).relu().amax(-1) + (u.sum(-1) - tensor(0.5, 1.0, 2.0)).abs()),
     Case("ball", L2Ball, (tensor(0.3, 1.0, 2.0), LOW),
          violation=lambda u: ((u - LOW).norm(dim=-1) - tensor(0.3, 1.0, 2.0)).relu()),
     Case("l1", L1, (tensor(0.1, 0.2, 0.3, 0.4),), term=lambda u: (u.abs() * tensor(0.1, 0.2, 0.3, 0.4)).sum(-1)),
@@ -101,7 +104,7 @@ CASES = [
          term=lambda u: 0.2 * sum(d.abs().flatten(1).sum(-1) for d in neighbors(u, 2)), shape=(B, 2, 3)),
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
-DIRECT, NESTED = CASES[:9], CASES[9:]
+DIRECT, NESTED = CASES[:10], CASES[10:]
 SLOW_WHERE_NESTED = pytest.mark.parametrize(
     "case", [*DIRECT, *(pytest.param(c, marks=pytest.mark.slow) for c in NESTED)], ids=str
 )
@@ -149,6 +152,7 @@ def test_the_prox_as_cvxpy_finds_it() -> None:
         for prox, term, limits in [
             (case["box"].prox, zero, [u >= low, u <= high]),
             (Simplex(0.7), zero, [u >= 0, cp.sum(u) == 0.7]),
+            (CappedSimplex(tensor(0.4, 0.1, 0.8, 0.9), 1.1), zero, [u >= 0, u <= high, cp.sum(u) == 1.1]),
             (L2Ball(0.7, LOW), zero, [cp.norm(u - low) <= 0.7]),
             (case["l1"].prox, weights @ cp.abs(u), []),
             (GroupL2(0.9), 0.9 * cp.norm(u), []),
@@ -169,6 +173,38 @@ def test_closed_forms() -> None:
     close(GroupL2(2.5)(tensor(3.0, 4.0)[None], 1.0), tensor(1.5, 2.0)[None], 1e-15)
     close(Simplex(1.0)(x, 1.0), tensor(0, 0, 0, 1)[None], 0)
     close(Affine(torch.ones(1, 4).double(), tensor(1.0))(x, 1.0), x - (1.4 - 1) / 4, 1e-15)
+
+
+def test_a_cap_that_does_nothing_and_one_that_leaves_no_choice() -> None:
+    x = 3 * randn(5, N)
+    for radius in (0.0, 0.3, 2.0):
+        for upper in (torch.inf, 1e300, max(radius, 1.0)):
+            close(CappedSimplex(upper, radius)(x, 1.0), Simplex(radius)(x, 1.0), 1e-15)
+    full = CappedSimplex(HIGH, HIGH.sum())(x, 1.0)
+    close(full, HIGH.expand_as(x), 1e-15)
+    spread = CappedSimplex(0.5)(tensor(1e20, 0.3, 0.1)[None], 1.0)
+    close(spread, tensor(0.5, 0.35, 0.15)[None], 1e-15)
+    assert CappedSimplex(0.5)(x.half(), 1.0).dtype == torch.float16
+
+
+def test_the_capped_simplex_against_bisection() -> None:
+    """Ties, bounds of zero, and sums that are exactly that of some bounds."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 6, dtype=torch.float64, generator=generator)
+    x[::3] = (2 * x[::3]).round()
+    upper = torch.rand(500, 6, dtype=torch.float64, generator=generator)
+    upper[::2, 0], upper[::4] = 0.0, 0.5
+    radius = upper.sum(-1) * torch.rand(500, dtype=torch.float64, generator=generator)
+    radius[::4] = torch.where(torch.arange(125) % 2 == 0, 1.5, 0.0).double()
+    low, high = (x - upper).amin(-1) - 1, x.amax(-1) + 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = torch.minimum((x - middle[:, None]).clamp_min(0), upper).sum(-1) > radius
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    found = CappedSimplex(upper, radius)(x, 1.0)
+    close(found, torch.minimum((x - high[:, None]).clamp_min(0), upper), 1e-14 * 500**0.5)
+    assert (found >= 0).all() and (found <= upper).all()
+    assert ((found.sum(-1) - radius).abs() <= 1e-15).all()
 
 
 @pytest.mark.parametrize("x", [tensor(1e20, 0.0), tensor(1e200, -1e200), tensor(1e-200, 1e-200), tensor(0.0, 0.0)], ids=str)
@@ -264,7 +300,9 @@ def test_a_kink_of_the_simplex_has_the_derivative_of_one_side() -> None:
 
 
 @pytest.mark.parametrize(
-    "prox", [Box(0.0, 1.0), NonNegative(), Simplex(0.0), L2Ball(), L1(0.1), GroupL2(0.1), TotalVariation(0.1)], ids=repr
+    "prox",
+    [Box(0.0, 1.0), NonNegative(), Simplex(0.0), CappedSimplex(1.0, 0.0), L2Ball(), L1(0.1), GroupL2(0.1), TotalVariation(0.1)],
+    ids=repr,
 )
 def test_samples_of_no_numbers_and_no_samples(prox: Prox) -> None:
     for shape in ((2, 0), (0, 3), (0, 0)):
@@ -295,6 +333,7 @@ def test_per_sample_bounds_and_step_sizes_are_those_of_each_sample_alone() -> No
         "box": lambda i: Box(-weight[i].unsqueeze(-1), weight[i].unsqueeze(-1)),
         "ball": lambda i: L2Ball(weight[i]),
         "simplex": lambda i: Simplex(weight[i]),
+        "capped": lambda i: CappedSimplex(0.1 + weight[i].unsqueeze(-1), weight[i]),
         "group": lambda i: GroupL2(weight[i]),
         "variation": lambda i: TotalVariation(weight[i], termination=EXACT),
         "affine": lambda i: Affine(randn(B, 2, N)[i], randn(B, 2)[i]),
@@ -322,6 +361,10 @@ def test_pytrees_share_a_bound_or_have_their_own() -> None:
         (lambda: Box(tensor(0.0, 2.0), tensor(1.0, 1.0)), "got lower 2.0 with upper 1.0"),
         (lambda: Box(float("nan"), 1.0), "lower ≤ upper"),
         (lambda: Simplex(-1.0), "Simplex needs radius ≥ 0, got -1.0"),
+        (lambda: CappedSimplex(-1.0), "CappedSimplex needs upper ≥ 0, got -1.0"),
+        (lambda: CappedSimplex(1.0, -1.0), "CappedSimplex needs radius ≥ 0, got -1.0"),
+        (lambda: CappedSimplex(0.2)(randn(3, 4), 1.0), r"a sum of 1 from numbers whose upper bounds sum to 0.8 \(sample 0\)"),
+        (lambda: CappedSimplex(tensor(1.0, 0.1)[:, None], 0.5)(randn(2, 4), 1.0), r"sum of 0.5 .* sum to 0.4 \(sample 1\)"),
         (lambda: L2Ball(tensor(1.0, -2.0)), "L2Ball needs radius ≥ 0, got -2.0"),
         (lambda: L1(-0.5), "L1 needs weight ≥ 0, got -0.5"),
         (lambda: GroupL2(float("nan")), "GroupL2 needs weight ≥ 0, got nan"),
@@ -422,7 +465,7 @@ def test_gradients_of_a_captured_bound_and_of_one_that_is_an_input_are_the_same(
 
     step = ProximalStep(lambda x, z, weight: quadratic(x, z), 0.3, Weighted())
     coded = fixed_point(step, torch.zeros_like(z), z, weight, termination=TIGHT, adjoint=ImplicitAdjoint(GMRES(), TIGHT)).value
-    own = solve(CASES[6], z, weight).value
+    own = solve(CASES[7], z, weight).value
     for got, expected in zip(grad(coded.sum(), (z, weight)), grad(own.sum(), (z, weight)), strict=True):
         close(got, expected)
 
@@ -441,7 +484,7 @@ def test_affine_is_factorized_once_and_gradients_reach_its_matrix(monkeypatch: p
         return torch.linalg.solve(kkt, b.mT).mT[:, :N]
 
     results = []
-    for f in (lambda *parts: solve(CASES[8], *parts).value, dense):
+    for f in (lambda *parts: solve(CASES[9], *parts).value, dense):
         first = grad(f(z, matrix, right).sin().sum(), (z, matrix, right), create_graph=True)
         results.append((*first, *grad(sum(g.square().sum() for g in first), (z, matrix, right))))
     assert calls == [(N, 2)]
@@ -503,6 +546,32 @@ def test_the_step_says_what_it_is() -> None:
     close(free, GradientStep(quadratic).optimality(x, z), 1e-12)  # the step size is divided out
 
 
+# ------------------------------------------------------------------------------------------------- what is no prox
+
+
+@pytest.mark.parametrize(
+    ("prox", "remedy"),
+    [
+        ((0.0, 1.0), r"got \(0.0, 1.0\). Did you mean Box\(0.0, 1.0\)\?"),
+        ([torch.zeros(3), torch.ones(3)], r"Did you mean Box\(lower, upper\)\?"),
+        (0, r"got 0. A lower bound is Box\(lower\), or NonNegative\(\)"),
+        (torch.zeros(3, 4), r"got a tensor of shape \(3, 4\). A lower bound is Box\(lower\)"),
+        (Box, r"got the class Box. Did you mean Box\(...\)\?"),
+        ("box", r"got 'box'. Ready-made ones are in energynet.constraints"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prox_says_what_was_meant(prox: Any, remedy: str) -> None:
+    for call in (
+        lambda: minimize(quadratic, torch.zeros(B, N), randn(B, N), prox=prox),
+        lambda: FPI_GD(quadratic, prox=prox),
+        lambda: FPI_GD(quadratic, 0.1, prox=prox),
+        lambda: ProximalStep(quadratic, 0.1, prox),
+    ):
+        with pytest.raises(TypeError, match=f"prox must be .*{remedy}"):
+            call()
+
+
 # ------------------------------------------------------------------------------------------------- failures
 
 
@@ -547,7 +616,7 @@ def test_a_prox_that_captures_a_derivative() -> None:
 
 def test_a_step_size_that_is_too_large_diverges_or_runs_out_of_steps() -> None:
     with pytest.raises(ConvergenceError):
-        solve(CASES[6], randn(B, N), *CASES[6].tensors, gamma=2.0, solver=Picard(), termination=Termination())
+        solve(CASES[7], randn(B, N), *CASES[7].tensors, gamma=2.0, solver=Picard(), termination=Termination())
 
 
 def test_one_bad_sample_does_not_spoil_the_others() -> None:

@@ -96,8 +96,9 @@ plt.show()
 #
 # For a set it is the projection; for L1 it moves every number toward zero by γ · weight and stops there. The minimizer is
 # where this map stands still: again a fixed point, and again its gradient does not depend on the path that led to it. With
-# `prox=` the step size γ is found for you, the solver is FISTA (`Nesterov`) and the adjoint equation is solved by GMRES,
-# because a projected step is no longer symmetric.
+# `prox=` the step size γ is found for you. The solver is FISTA (`Nesterov`); for bounds (`Box`, `NonNegative`) it is
+# `ProjectedLBFGS`, which takes quasi-Newton steps inside them, as SciPy's L-BFGS-B does. The adjoint equation is solved by
+# GMRES, because a projected step is no longer symmetric.
 
 # %% [markdown]
 # ## Box: least squares with bounds, against SciPy

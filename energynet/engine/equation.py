@@ -101,7 +101,7 @@ class Root:
             residual,
             self.step_size(inputs, start),
             self.batch_dims,
-            value_and_gradient=value_and_gradient if self.kind is Kind.ENERGY else None,
+            value_and_gradient=value_and_gradient if self.kind in (Kind.ENERGY, Kind.BOUNDED) else None,
             jacobian=None if step.normalized else lambda x: _jacobian(residual, x, self.symmetric),
             start=start,
             smooth=value_and_gradient if step.guessed else None,

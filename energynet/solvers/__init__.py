@@ -11,6 +11,7 @@ from energynet.solvers.newton import Newton
 from energynet.solvers.newton_cg import NewtonCG
 from energynet.solvers.picard import Picard
 from energynet.solvers.problem import Problem
+from energynet.solvers.projected_lbfgs import ProjectedLBFGS
 
 __all__ = [
     "Anderson",
@@ -27,6 +28,7 @@ __all__ = [
     "NewtonCG",
     "Picard",
     "Problem",
+    "ProjectedLBFGS",
     "Solver",
     "StepRule",
     "StrongWolfe",

@@ -11,6 +11,7 @@ from energynet.step import Kind
 _REMEDY = {
     Kind.MAP: "Picard, Anderson, Broyden or Nesterov",
     Kind.ENERGY: "LBFGS, Newton, NewtonCG, GradientDescent, Nesterov, Anderson, Broyden or Picard",
+    Kind.BOUNDED: "ProjectedLBFGS, Nesterov, Anderson, Broyden or Picard",
     Kind.LINEAR: "GMRES, BiCGSTAB, Dense, Picard, Anderson or Broyden",
     Kind.SYMMETRIC: "ConjugateGradient, MINRES, GMRES, BiCGSTAB, Dense, Picard, Anderson or Broyden",
 }

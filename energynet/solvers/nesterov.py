@@ -47,7 +47,7 @@ class Nesterov(Solver):
     """
 
     restart: bool = True
-    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.MAP, Kind.ENERGY})
+    solves: ClassVar[frozenset[Kind]] = frozenset({Kind.MAP, Kind.ENERGY, Kind.BOUNDED})
 
     def init(self, problem: Problem, x0: Tensor) -> NesterovState | GuardedNesterovState:
         age = torch.ones_like(x0.detach().sum(-1))

@@ -25,13 +25,14 @@ class Problem:
         residual: the optimality condition F, ``(*batch, n) -> (*batch, n)``.
         step_size: γ of the map g(x) = x − γ F(x), a float or ``(*batch, 1)``; None: `gamma` estimates it.
         batch_dims: number of leading dimensions that count samples.
-        value_and_gradient: of a minimization, x -> the energy ``(*batch)`` and its gradient F(x), evaluated together.
+        value_and_gradient: of a minimization, within bounds or without, x -> the energy ``(*batch)`` and its gradient, evaluated
+            together.
         jacobian: x -> (p -> ∂F/∂x p), linearized once and replayed for each p; where F is not in units of x already.
         right: of a linear problem F(u) = A u − v, the right-hand side v.
         start: where the solve begins, which is where γ is estimated.
         symmetric: of a linear problem, whether A is.
         smooth: where γ is a guess, x -> the energy ``(*batch)`` of the smooth part and its gradient, by which steps are judged.
-        land: of a proximal step with such a γ, (x − γ ∇E(x), γ) -> where the step lands.
+        land: of a proximal step, (x − γ ∇E(x), γ) -> where the step lands.
     """
 
     residual: Callable[[Tensor], Tensor]
@@ -81,6 +82,14 @@ class Problem:
     def each_gamma(self, x: Tensor) -> Tensor:
         """γ of each sample, ``(*batch, 1)``."""
         return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + self.gamma
+
+    @functools.cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:  # (*batch, n) each
+        """Of a minimization within bounds, the lower and upper ones: where steps land that go infinitely far."""
+        assert self.start is not None and self.land is not None
+        start, gamma = self.start.detach(), self.each_gamma(self.start)
+        with torch.no_grad():
+            return self.land(torch.full_like(start, -torch.inf), gamma), self.land(torch.full_like(start, torch.inf), gamma)
 
     def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Backtracking: halve γ until the first step lowers the energy by half of what its slope promises."""
