@@ -37,7 +37,7 @@ project = "energynet"
 author = copyright = "energynet contributors"
 version = release = energynet.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb", "mathml"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb", "mathml"]
 exclude_patterns = ["*.py", "_build", "_generated", "results", "figures", "tutorials/notebooks", "**/.ipynb_checkpoints"]
 default_role = "any"
 html_theme = "furo"
@@ -56,12 +56,15 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # signatures show them; the shapes stand in the text
+autosummary_generate = False  # the tables link to what autodoc shows on the same page
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
 autodoc_inherit_docstrings = False  # an override without a docstring is that of PyTorch or of the base class: not shown
 nitpick_ignore_regex = [
     (r"any", r"torch\..*|Energy\.forward"),  # no inventory of PyTorch is fetched; forward has no docstring of its own
-    (r"py:class", r"(torch\..*|∇E|a minimization)"),  # a property's "∇E of a minimization: ..." is read as a type
+    (r"py:class", r"(torch|collections\.abc)\..*|Axes|energynet\.regularizers\.M|.*\.line_search\.Search"),  # annotations
+    (r"py:class", r"(∇E|a minimization)"),  # a property's "∇E of a minimization: ..." is read as a type
 ]

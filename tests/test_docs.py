@@ -14,10 +14,10 @@ from test_structure import imports
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
 MODULES = ["energynet", "energynet.constraints", "energynet.diagnostics", "energynet.regularizers", "energynet.plotting",
            "energynet.testing", "energynet.testing.strategies", "energynet.energies"]  # fmt: skip
-API = (DOCS / "api.md").read_text()
+API = "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
 INTERNAL = {"energynet.diagnostics.Linearized"}  # shared with energynet.plotting
 STRAIGHT_LINE = runpy.run_path(str(DOCS / "figures" / "make_straight_line.py"))
 BUILT = {"_generated", "tutorials"}  # folders that exist in a build only
@@ -65,7 +65,18 @@ def test_public_name_is_documented(name: str) -> None:
     if getattr(importlib.import_module("energynet"), attribute, None) is thing:  # offered twice, shown once
         name = f"energynet.{attribute}"
     shown = f":: {name}\n" in API or f".. automodule:: {module}\n   :members:" in API or f".. automodule:: {name}\n" in API
-    assert shown, f"{name} is not in docs/api.md"
+    assert shown, f"{name} is on no page of docs/api"
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=lambda page: page.name)
+def test_api_page_begins_with_a_table_of_what_it_shows(page: Path) -> None:
+    text = page.read_text()
+    table = text.split(".. autosummary::\n   :nosignatures:\n\n")[1].split("\n\n")[0].split()
+    assert table == re.findall(r"^\.\. auto(?:class|function):: (\S+)$", text, flags=re.M)
+    overview = (DOCS / "api.md").read_text()
+    assert f"(api/{page.name})" in overview
+    for name in table:
+        assert f"`{name.removeprefix('energynet.')}`" in overview, f"{name} is not in the table of docs/api.md"
 
 
 def test_every_source_is_in_the_references() -> None:
