@@ -112,15 +112,23 @@ def problem(name: str, seed: int = 0) -> Bounded:
 
 class Found(NamedTuple):
     x: Tensor  # (B, n)
-    evaluations: Tensor  # (B)
+    points: list[Tensor]  # where each sample was evaluated, (T, n) of different T
+
+
+def evaluations(points: Tensor, answer: Tensor, tolerance: float = 1e-6) -> int:
+    """How many of the points, ``(T, n)``, until one is that near to the answer; infinitely many if none is."""
+    near = (points - answer).norm(dim=-1) <= tolerance * (1 + answer.norm())
+    return int(near.int().argmax()) + 1 if near.any() else 10**9
 
 
 def by_scipy(problem: Bounded, tolerance: float = 1e-9) -> Found:
     """Sample by sample, until the projected gradient is small or differences of energies are noise."""
-    xs, counts = [], []
+    xs, points = [], []
     for i, (start, lower, upper) in enumerate(zip(problem.start, problem.lower, problem.upper)):
+        points.append([])
 
         def value_and_gradient(x: numpy.ndarray, i: int = i) -> tuple[float, numpy.ndarray]:
+            points[i].append(torch.tensor(x))
             rows = problem.start.clone()
             rows[i] = torch.from_numpy(x)
             rows.requires_grad_()
@@ -133,8 +141,7 @@ def by_scipy(problem: Bounded, tolerance: float = 1e-9) -> Found:
             options={"maxiter": 20_000, "maxfun": 40_000, "ftol": 0.0, "gtol": tolerance},
         )  # fmt: skip
         xs.append(torch.from_numpy(found.x))
-        counts.append(found.nfev)
-    return Found(torch.stack(xs), torch.tensor(counts))
+    return Found(torch.stack(xs), [torch.stack(p) for p in points])
 
 
 def active(problem: Bounded, x: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""The quadratic model of `ProjectedLBFGS`, and its minimum within bounds, which costs no evaluation.
+
+The Cauchy point, the first minimum of the model on the projected path of steepest descent, says which coordinates end at a
+bound, however many change at once; a quasi-Newton step in the others follows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Memory(NamedTuple):
+    """The last pairs, oldest first, divided by the lengths of their moves; a zero row is not yet filled."""
+
+    moves: Tensor  # S, differences of the iterates, (*batch, m, n)
+    changes: Tensor  # Y, differences of their gradients, (*batch, m, n)
+    between: Tensor  # S Yᵀ, (*batch, m, m)
+    products: Tensor  # S Sᵀ, (*batch, m, m)
+
+
+class Model(NamedTuple):
+    """The BFGS matrix B = θ I + Pᵀ P − Qᵀ Q, positive definite."""
+
+    theta: Tensor  # θ, (*batch, 1)
+    plus: Tensor  # P, (*batch, m, n)
+    minus: Tensor  # Q, (*batch, m, n)
+
+    def times(self, z: Tensor) -> Tensor:
+        """B z, ``(*batch, n)``."""
+        return self.theta * z + _times(self.plus.mT, _times(self.plus, z)) - _times(self.minus.mT, _times(self.minus, z))
+
+
+class Bounded(NamedTuple):
+    """A point in a box, with the gradient there, in the precision of the model; each ``(*batch, n)``."""
+
+    x: Tensor
+    gradient: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+def nothing(x: Tensor, m: int) -> Memory:
+    """A memory of m pairs that holds none."""
+    working = torch.float32 if x.device.type == "mps" else torch.float64
+    zero = torch.zeros_like(x.sum(-1), dtype=working)[..., None, None]  # n may be 0
+    rows, square = (zero.expand(*x.shape[:-1], m, k) for k in (x.shape[-1], m))
+    return Memory(rows, rows, square, square)
+
+
+def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Memory:
+    """Push the newest pair where the step was taken and the energy is curved along it."""
+    move, change = move.to(memory.moves.dtype), change.to(memory.moves.dtype)
+    length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
+    noise = 10 * torch.finfo(move.dtype).eps * length.squeeze(-1) * torch.linalg.vector_norm(change, dim=-1)
+    keep = taken & (dot(move, change) > noise)
+    rows = keep.unsqueeze(-1)
+    s, y = (torch.where(rows, t, 0) / torch.where(rows, length, 1) for t in (move, change))
+    moves = torch.cat([memory.moves[..., 1:, :], s.unsqueeze(-2)], -2)
+    changes = torch.cat([memory.changes[..., 1:, :], y.unsqueeze(-2)], -2)
+    between = _pushed(memory.between, _times(moves, y), _times(changes, s))
+    along = _times(moves, s)
+    return either(keep, Memory(moves, changes, between, _pushed(memory.products, along, along)), memory)
+
+
+def _pushed(square: Tensor, column: Tensor, row: Tensor) -> Tensor:  # (*batch, m, m), (*batch, m) twice
+    """Without its first row and column, and with these as its last."""
+    upper = torch.cat([square[..., 1:, 1:], column[..., :-1].unsqueeze(-1)], -1)
+    return torch.cat([upper, row.unsqueeze(-2)], -2)
+
+
+def either(condition: Tensor, one: Memory, other: Memory) -> Memory:
+    return Memory(*(torch.where(condition.unsqueeze(-1).unsqueeze(-1), a, b) for a, b in zip(one, other, strict=True)))
+
+
+def model_of(memory: Memory, curvature: Tensor) -> Model:
+    """The BFGS matrix of the pairs, with S Yᵀ = L + D + …: D^-½ Y is P, C⁻¹(θ S + L D⁻¹ Y) is Q, C Cᵀ = θ S Sᵀ + L D⁻¹ Lᵀ.
+
+    Args:
+        memory: the pairs.
+        curvature: θ where there are none, ``(*batch, 1)``.
+    """
+    S, Y, SY, SS = memory
+    diagonal = SY.diagonal(dim1=-2, dim2=-1)
+    filled = diagonal > 0
+    D = torch.where(filled, diagonal, 1)
+    theta = torch.where(filled[..., -1:], Y[..., -1, :].square().sum(-1, keepdim=True) / D[..., -1:], curvature)
+    P = Y / D.sqrt().unsqueeze(-1)
+    J = SY.tril(-1) / D.sqrt().unsqueeze(-2)
+    C, _ = torch.linalg.cholesky_ex(theta.unsqueeze(-1) * SS + J @ J.mT + torch.diag_embed((~filled).to(D.dtype)))
+    return Model(theta, P, torch.linalg.solve_triangular(C, theta.unsqueeze(-1) * S + J @ P, upper=False))
+
+
+def model_minimum(point: Bounded, model: Model) -> Tensor:  # (*batch, n)
+    """Near the least value of the model in the box: from the Cauchy point a Newton step in the free coordinates, projected.
+
+    Where the projection spoils the descent, the step ends at the first bound instead.
+    """
+    start, free = cauchy_point(point, model)
+    slope = point.gradient + model.times(start - point.x)
+    step = _free_newton_step(model, torch.where(free, slope, 0), free)
+    step = torch.where(torch.isfinite(step).all(-1, keepdim=True), step, 0)
+    target = inside(start + step, point.lower, point.upper)
+    multiples, first = first_bound(start, step, point.lower, point.upper)
+    length = torch.clamp(first.unsqueeze(-1), max=1)
+    short = torch.where(multiples <= length, torch.where(step > 0, point.upper, point.lower), start + length * step)
+    descends = dot(point.gradient, target - point.x).unsqueeze(-1) < 0
+    return torch.where(descends, target, inside(short, point.lower, point.upper))
+
+
+def cauchy_point(point: Bounded, model: Model) -> tuple[Tensor, Tensor]:
+    """The first minimum of the model on the projected path of −∇E, and which coordinates are free there.
+
+    Coordinate i stops at the time when it meets its bound. Between two such times the model is a parabola, and its slope and
+    curvature are sums over the coordinates that still move and those that have stopped: all are computed at once.
+    """
+    g, W = point.gradient, torch.cat([model.plus, model.minus], -2)
+    bound = torch.where(g > 0, point.lower, point.upper)
+    times = torch.where(g == 0, torch.inf, torch.clamp((point.x - bound) / torch.where(g == 0, 1, g), min=0))
+    ordered, order = times.sort(-1)
+    zero = torch.zeros_like(ordered.sum(-1, keepdim=True))
+    begins, ends = torch.cat([zero, ordered], -1), torch.cat([ordered, zero + torch.inf], -1)
+    velocity = -g.gather(-1, order)
+    images = W.gather(-1, order.unsqueeze(-2).expand(W.shape)) * velocity.unsqueeze(-2)
+    squared, moving = _from_each(velocity.square()), _from_each(images)
+    begun = torch.where(torch.isfinite(begins), begins, 0)  # of coordinates that never stop
+    displaced = _before_each(images * begun[..., None, 1:]) + begun.unsqueeze(-2) * moving
+    slope = -squared + model.theta * begun * squared + _signed(moving * displaced)
+    bend = model.theta * squared + _signed(moving.square())
+    bend = torch.maximum(bend, torch.finfo(bend.dtype).eps * model.theta * squared)
+    found = begins + torch.where(slope < 0, -slope / torch.where(bend > 0, bend, 1), 0)
+    first = (found <= ends).to(torch.int8).argmax(-1, keepdim=True)
+    time = found.gather(-1, first)
+    stopped = times <= time
+    x = torch.where(stopped, bound, inside(point.x - torch.where(stopped, 0, time) * g, point.lower, point.upper))
+    return x, ~stopped
+
+
+def _signed(sums: Tensor) -> Tensor:  # (*batch, 2 m, k) -> (*batch, k)
+    """Those of P less those of Q."""
+    plus, minus = sums.chunk(2, -2)
+    return plus.sum(-2) - minus.sum(-2)
+
+
+def _from_each(values: Tensor) -> Tensor:  # (..., n) -> (..., n + 1)
+    """Sums of the values from each place to the end."""
+    sums = values.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([sums, torch.zeros_like(values.sum(-1, keepdim=True))], -1)
+
+
+def _before_each(values: Tensor) -> Tensor:  # (..., n) -> (..., n + 1)
+    """Sums of the values before each place."""
+    return torch.cat([torch.zeros_like(values.sum(-1, keepdim=True)), values.cumsum(-1)], -1)
+
+
+def _free_newton_step(model: Model, slope: Tensor, free: Tensor) -> Tensor:  # (*batch, n) each
+    """−B⁻¹ slope with the rows and columns of the free coordinates alone: twice Woodbury's formula, first for θ I + Pᵀ P."""
+    theta = model.theta.unsqueeze(-1)
+    P, Q = (torch.where(free.unsqueeze(-2), rows, 0) for rows in (model.plus, model.minus))
+    identity = theta * torch.eye(P.shape[-2], dtype=P.dtype, device=P.device)
+    inner, _ = torch.linalg.cholesky_ex(identity + P @ P.mT)
+    across, ps = P @ Q.mT, _times(P, slope).unsqueeze(-1)
+    left, a = torch.cholesky_solve(torch.cat([across, ps], -1), inner).split([P.shape[-2], 1], -1)
+    outer, _ = torch.linalg.cholesky_ex(identity - Q @ Q.mT + across.mT @ left)
+    b = torch.cholesky_solve(across.mT @ a - _times(Q, slope).unsqueeze(-1), outer)
+    a = a - left @ b
+    return (P.mT @ a + Q.mT @ b).squeeze(-1) / model.theta - slope / model.theta
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:  # (*batch, k, n), (*batch, n) -> (*batch, k)
+    return (matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch)
+    return (a * b).sum(-1)
+
+
+def inside(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, lower), upper)
+
+
+def first_bound(x: Tensor, direction: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The multiple of a direction with which each coordinate meets its bound, and the least of them, ``(*batch)``."""
+    room = torch.where(direction > 0, upper, lower) - x
+    multiples = torch.where(direction == 0, torch.inf, room / torch.where(direction == 0, 1, direction))
+    return multiples, multiples.amin(-1) if x.shape[-1] else x.sum(-1) + torch.inf
