@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from energynet._torch import tree as _tree
 from energynet.energy import Energy, EnergyLike
-from energynet.engine.binding import modules_in
 from energynet.engine.driver import Driver
+from energynet.engine.held import Held
 from energynet.engine.root_gradient import Adjoint
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
@@ -31,10 +31,22 @@ class _Layer(nn.Module, ABC):
         self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
         self.driver = driver
 
-    def _register(self, function: Any, name: str = "held") -> None:
-        """Parameters inside a step, bound method or callable object are the layer's, as those of a module are."""
-        if not isinstance(function, nn.Module) and (modules := modules_in(function)):
-            setattr(self, name, nn.ModuleList(modules))
+    def _register(self, name: str, value: Any) -> None:
+        """Parameters inside a step, prox, bound method or callable object are the layer's, as those of a module are."""
+        setattr(self, name, value)
+        if not isinstance(value, nn.Module) and (held := Held(value)):
+            setattr(self, f"held_{name}", held)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "_Layer":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in [n.removeprefix("held_") for n in self._modules if n.startswith("held_")]:
+            setattr(self, name, self._now(name))
+        return self
+
+    def _now(self, name: str) -> Any:
+        """What was registered under a name, with the tensors that the layer has now."""
+        held = getattr(self, f"held_{name}", None)
+        return getattr(self, name) if held is None else held.value()
 
     @abstractmethod
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
@@ -94,12 +106,10 @@ class FPI_GD(_Layer):
         driver: Driver | None = None,
     ) -> None:
         super().__init__()
-        self.energy = energy
-        self._register(energy)
-        self.prox = prox
         if prox is not None:
             check_prox(prox)
-            self._register(prox, "held_prox")
+        self._register("energy", energy)
+        self._register("prox", prox)
         _hold(self, "step_size", step_size)
         _hold(self, "start", start)
         self._configure(solver, termination, adjoint, on_failure, driver)
@@ -114,9 +124,9 @@ class FPI_GD(_Layer):
         """
         if x0 is None:
             default = self.energy.start if isinstance(self.energy, Energy) else None
-            x0 = _start(self.start, default, context, self)
+            x0 = _start(self._now("start"), default, context, self)
         return minimize(
-            self.energy, x0, *context, step_size=self.step_size, prox=self.prox, solver=self.solver or Picard(),
+            self._now("energy"), x0, *context, step_size=self.step_size, prox=self._now("prox"), solver=self.solver or Picard(),
             termination=self.termination, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
             driver=self.driver,
         )  # fmt: skip
@@ -164,8 +174,7 @@ class FPI_NN(_Layer):
         driver: Driver | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
-        self._register(network)
+        self._register("network", network)
         _hold(self, "start", start)
         self.batch_dims = batch_dims
         self._configure(solver, termination, adjoint, on_failure, driver)
@@ -179,9 +188,9 @@ class FPI_NN(_Layer):
             trace: keep residuals and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:
-            x0 = _start(self.start, None, context, self)
+            x0 = _start(self._now("start"), None, context, self)
         return fixed_point(
-            self.network, x0, *context, batch_dims=self.batch_dims, solver=self.solver, termination=self.termination,
+            self._now("network"), x0, *context, batch_dims=self.batch_dims, solver=self.solver, termination=self.termination,
             adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
             driver=self.driver,
         )  # fmt: skip
@@ -222,14 +231,14 @@ class _Starts(Protocol):
     def __call__(self, *context: Any) -> Any: ...
 
 
-def _hold(module: nn.Module, name: str, value: Any) -> None:
-    """A tensor as a buffer, a pytree as a module of buffers; parameters, modules and all else as they are."""
+def _hold(module: "_Layer", name: str, value: Any) -> None:
+    """A tensor as a buffer, a pytree as a module of buffers; parameters, modules and numbers as they are."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(name, value)
     elif isinstance(value, (dict, tuple, list)):
         setattr(module, name, _Held(value))
     else:
-        setattr(module, name, value)
+        module._register(name, value)
 
 
 def _start(start: Start | None, default: _Starts | None, context: tuple[Any, ...], layer: nn.Module) -> Any:

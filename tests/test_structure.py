@@ -28,6 +28,7 @@ ORDER = [
     "engine.error_estimate",
     "engine.loop",
     "engine.binding",
+    "engine.held",
     "engine.equation",
     "engine.row_inputs",
     "engine.tasks",

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from energynet._torch import tree as _tree
 from energynet.energy import Energy, EnergyLike, encode, evaluate
-from energynet.engine.binding import modules_in
+from energynet.engine.held import Held
 
 
 class Quadratic(Energy):
@@ -62,18 +62,23 @@ class StronglyConvex(Energy):
             raise ValueError(f"strength must be positive and finite, got {strength}: it is what is added to every curvature.")
         self.energy, self.strength = energy, strength
         if not isinstance(energy, nn.Module):  # parameters of a bound method or callable object are this module's
-            self.held = nn.ModuleList(modules_in(energy))
+            self.held = Held(energy)
 
     def start(self, *context: Any) -> Any:
         """Where the energy starts, if it says so."""
         return self.energy.start(*context) if isinstance(self.energy, Energy) else super().start(*context)
 
+    @property
+    def _current(self) -> EnergyLike:
+        """The energy, with its tensors where this module has moved."""
+        return self.energy if isinstance(self.energy, nn.Module) else self.held.value()
+
     def encode(self, *context: Any) -> tuple[Any, ...]:
         """The energy's own code."""
-        return encode(self.energy, context)
+        return encode(self._current, context)
 
     def evaluate(self, x: Any, *code: Any) -> Tensor:  # -> (B,)
-        value = evaluate(self.energy, x, code)
+        value = evaluate(self._current, x, code)
         squares = [leaf.square().unsqueeze(-1).flatten(value.ndim).sum(-1) for leaf in _tree.leaves(x)]
         return value + 0.5 * self.strength * sum(squares)
 

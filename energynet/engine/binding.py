@@ -8,7 +8,7 @@ cannot meet, and a gradient cannot be lost on the way.
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,22 @@ class Binding:
         return _copy(self.step, lambda t: chosen[id(t)], {})
 
 
-def modules_in(value: Any) -> list[nn.Module]:
-    """The outermost modules that a step, bound method, partial or callable object holds."""
-    memo: dict[int, Any] = {}
-    _copy(value, lambda t: t, memo)
-    found = [original for _, original in memo.values() if isinstance(original, nn.Module)]
-    inner = {id(child) for module in found for child in module.modules() if child is not module}
-    return [module for module in found if id(module) not in inner]
+def with_tensors(value: Any, chosen: Mapping[int, Tensor], shared: Iterable[nn.Module]) -> Any:
+    """A structural copy with other tensors in place of those whose ids are given; the modules named stay as they are."""
+    return _copy(value, lambda t: chosen.get(id(t), t), {id(module): (module, module) for module in shared})
+
+
+def parts_of(value: Any) -> dict[str, Any]:
+    """What a value that is no module and no tensor consists of, as far as it may hold tensors, by name."""
+    if isinstance(value, types.MethodType):
+        return {"self": value.__self__}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, dict):
+        return {str(k): v for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return {str(k): v for k, v in enumerate(value)}
+    return dict(vars(value)) if _may_hold_tensors(value) else {}
 
 
 def _copy(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
