@@ -1,7 +1,7 @@
-"""How well a problem and its answer are conditioned: contraction, curvature, errors, and a solve in words.
+"""Measure how well a problem and its answer are conditioned: contraction, curvature, errors, and a solve in words.
 
-Everything is measured sample by sample through products with A = ∂F/∂x, F being the optimality condition of a step
-g(x) = x − γ F(x); no matrix is formed.
+Everything is measured for each sample through products with A = ∂F/∂x, where F is the optimality condition of a step g(x) =
+x − γ F(x); no matrix is formed.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Curvature:
         (tensor([0.5000]), tensor([0.5000]))
 
     Args:
-        smallest: μ, ``(B,)``; not above 0 where the energy is flat or not convex.
+        smallest: μ, ``(B,)``; it is not positive where the energy is flat or not convex.
         largest: L, ``(B,)``.
 
     Source: Nesterov (2004), Introductory lectures on convex optimization, theorem 2.1.15.
@@ -59,7 +59,7 @@ class Curvature:
 
     @property
     def safe_step_size(self) -> Tensor:
-        """1/L, ``(B,)``: the energy never rises."""
+        """1/L, ``(B,)``: with this step size the energy never rises."""
         return torch.where(self.largest > 0, 1 / self.largest, torch.inf)
 
     @property
@@ -74,14 +74,14 @@ class Curvature:
 
     @property
     def best_contraction(self) -> Tensor:
-        """(L − μ)/(L + μ), ``(B,)``: by what the best step contracts; infinite where none does."""
+        """(L − μ)/(L + μ), ``(B,)``: the contraction factor of the best step size; infinite where no step size contracts."""
         ratio = (self.largest - self.smallest) / (self.largest + self.smallest)
         return torch.where(self.smallest > 0, ratio, torch.inf)
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientError:
-    """How far the gradient of a loss is from exact, and why: estimates, one tensor for each that was asked for.
+    """How far the gradient of a loss is from exact, and why. These are estimates, one tensor for each requested derivative.
 
     Example:
         >>> import torch
@@ -90,8 +90,8 @@ class GradientError:
 
     Args:
         gradient: the gradient as it comes back from the given point and adjoint.
-        forward: its excess over the exact one because x is not x*; a tighter forward termination lessens it.
-        adjoint: its excess because the adjoint equation is solved loosely, or approximated.
+        forward: its error because x is not x*; a tighter forward termination reduces it.
+        adjoint: its error because the adjoint equation is solved inexactly, or approximated.
     """
 
     gradient: tuple[Tensor, ...]
@@ -100,7 +100,7 @@ class GradientError:
 
     @property
     def bound(self) -> Tensor:
-        """Twice the length of all excess together, under the assumptions of `solution_error`; 0-d."""
+        """Twice the length of both errors together, under the assumptions of `solution_error`; 0-d."""
         return 2 * torch.stack([(f + a).norm() for f, a in zip(self.forward, self.adjoint, strict=True)]).norm()
 
     @property
@@ -110,7 +110,8 @@ class GradientError:
 
 
 def contraction_factor(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, products: int = 40) -> Tensor:
-    """Spectral radius of ∂g/∂x: by what factor an iteration shrinks a small error in the long run; below 1 it converges.
+    """The spectral radius of ∂g/∂x: the factor by which an iteration shrinks a small error in the long run. Below 1 it
+    converges.
 
     Example:
         >>> import torch
@@ -123,7 +124,8 @@ def contraction_factor(step: StepLike, x: Any, *context: Any, batch_dims: int = 
         x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
         context: what the step takes besides x.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
-        products: Jacobian products at most; exact from n on, below that a good estimate of the outermost eigenvalues.
+        products: the largest number of Jacobian products. From n on the result is exact; below, it is a good estimate of the
+            outermost eigenvalues.
 
     Returns:
         ``(B,)``.
@@ -152,7 +154,8 @@ def curvature(energy: EnergyLike, x: Any, *context: Any, products: int = 40) -> 
         energy: E(x, \\*context) -> ``(B,)``.
         x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
         context: what the energy takes besides x.
-        products: Hessian products at most; exact from n on. With fewer, L is slightly under- and μ overestimated.
+        products: the largest number of Hessian products. From n on the result is exact; with fewer, L is slightly
+            underestimated and μ overestimated.
 
     Returns:
         `Curvature`, each ``(B,)``.
@@ -167,9 +170,9 @@ def curvature(energy: EnergyLike, x: Any, *context: Any, products: int = 40) -> 
 def solution_error(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, solver: Solver | None = None) -> Tensor:
     """A bound on ‖x − x*‖ without knowing x*: twice the Newton step e = A⁻¹F(x).
 
-    It lies between 1 and 2.5 times the error where h = ‖A⁻¹‖ K ‖e‖ ≤ ½ for a Lipschitz constant K of A = ∂F/∂x near
-    x (Kantorovich); on a quadratic h = 0. A second Newton step with the same A estimates h (Deuflhard), as 2‖e₂‖/‖e‖.
-    What rounding does to F is not seen.
+    It lies between 1 and 2.5 times the error where h = ‖A⁻¹‖ K ‖e‖ ≤ ½ for a Lipschitz constant K of A = ∂F/∂x near x
+    (Kantorovich); on a quadratic h = 0. A second Newton step with the same A estimates h as 2‖e₂‖/‖e‖ (Deuflhard). The
+    effect of rounding on F is not included.
 
     Example:
         >>> import torch
@@ -186,7 +189,8 @@ def solution_error(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, s
         solver: of the linear equation; default: conjugate gradients for energies, `Picard` for maps.
 
     Returns:
-        ``(B,)``; infinite where nothing can be said: x is too far from x*, or A is singular or, of an energy, indefinite.
+        ``(B,)``; infinite where nothing can be said, because x is too far from x*, or A is singular or, for an energy,
+        indefinite.
 
     Source: Deuflhard (2004), Newton methods for nonlinear problems, sections 2.1 and 2.2.
     """
@@ -212,8 +216,8 @@ def gradient_error(
 ) -> GradientError:
     """How far d loss(x*)/d wrt is from exact when x is only near x* and the adjoint is only nearly solved.
 
-    The gradient is compared with that of a tight adjoint at the same x, and this with that at x − e, one Newton step on:
-    the error of the latter is of second order. The assumptions are those of `solution_error`.
+    The gradient is compared with that of a tight adjoint at the same x, which is compared with the one at x − e, one Newton
+    step further: the error of the latter is of second order. The assumptions are those of `solution_error`.
 
     Example:
         >>> import torch
@@ -226,10 +230,10 @@ def gradient_error(
     Args:
         loss: of the answer, a scalar.
         step: an `Energy`, a map g, or a `Step`; any other energy as ``GradientStep(energy)``.
-        x: the point that was taken for the answer: ``(B, ...)``, a pytree of such, or a `Solution`.
+        x: the point that was used as the answer: ``(B, ...)``, a pytree of such, or a `Solution`.
         context: what the step takes besides x.
         wrt: tensors that require grad, of the context or the step's parameters.
-        adjoint: whose gradients to judge; default `ImplicitAdjoint`.
+        adjoint: the adjoint whose gradients are judged; default `ImplicitAdjoint`.
         termination: of the forward solve, which an adjoint without its own takes; default `Termination`.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
 
@@ -238,7 +242,7 @@ def gradient_error(
 
     Raises:
         ConvergenceError: if the Newton step or an adjoint solve fails, with the reason.
-        TypeError: if the adjoint differentiates the iterations, which are not known here.
+        TypeError: if the adjoint differentiates the iterations, which are not available here.
         ValueError: if a tensor of ``wrt`` does not require grad.
     """
     adjoint = adjoint or ImplicitAdjoint()
@@ -267,7 +271,8 @@ def gradient_error(
 
 
 def explain(solution: Solution) -> str:
-    """A solve in words: how many samples converged, the slowest, the estimated errors, and what happened to the others.
+    """Describe a solve in words: how many samples converged, the slowest, the estimated errors, and what happened to the
+    others.
 
     Example:
         >>> import torch
@@ -279,7 +284,7 @@ def explain(solution: Solution) -> str:
         solution: of `minimize`, `fixed_point` or a layer's ``solve``.
 
     Raises:
-        ValueError: under vmap, where no value can be read.
+        ValueError: under vmap, where values cannot be read.
     """
     status, steps, error = solution.status, solution.num_steps, solution.error
     if not readable(status):
@@ -336,7 +341,7 @@ class Linearized:
         return gamma.detach() if isinstance(gamma, Tensor) else gamma
 
     def newton(self, x: Tensor, solver: Solver | None) -> tuple[Tensor, Tensor]:
-        """A⁻¹F(x), with A of this point, and ``(*batch)``: where that failed."""
+        """A⁻¹F(x), with A at this point, and where that failed, ``(*batch)``."""
         solver = solver or (ConjugateGradient() if self.step.symmetric else Picard())
         solver.check(Kind.SYMMETRIC if self.step.symmetric else Kind.LINEAR)
         with recording(x) as x, torch.no_grad():

@@ -1,4 +1,4 @@
-"""Energies: one scalar a sample, whose minimizer is the answer."""
+"""Energies: functions that return one scalar per sample, whose minimizer is the answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,10 +13,10 @@ EnergyLike = Callable[..., Tensor]
 
 
 class Energy(nn.Module, ABC):
-    """A learnable cost E(x, \\*context), one scalar a sample.
+    """A learnable cost E(x, \\*context) that returns one scalar per sample.
 
-    Write `evaluate`. Where part of the work does not depend on ``x``, move it to `encode`: it runs once a solve and
-    not once an iteration. `start` says where a solve begins that is given no ``x0``.
+    Override `evaluate`. If part of the work does not depend on ``x``, move it to `encode`, which runs once per solve instead
+    of once per iteration. `start` returns the initial point when no ``x0`` is passed.
 
     Example:
         >>> import torch
@@ -42,11 +42,11 @@ class Energy(nn.Module, ABC):
         """
 
     def encode(self, *context: Any) -> Any:
-        """What does not depend on ``x``, computed once a solve: a tuple is handed to `evaluate` as its arguments."""
+        """Compute what does not depend on ``x``, once per solve; a tuple is passed to `evaluate` as its arguments."""
         return context
 
     def start(self, *context: Any) -> Any:
-        """Where a solve begins that is given no ``x0``.
+        """The initial point when no ``x0`` is passed.
 
         Raises:
             ValueError: unless overridden.
@@ -75,7 +75,7 @@ def evaluate(energy: EnergyLike, x: Any, code: tuple[Any, ...]) -> Tensor:
 
 
 def gradient(energy: EnergyLike, x: Any, *context: Any) -> Any:
-    """Gradient of an energy in its variable, sample by sample.
+    """The gradient of an energy with respect to its variable, for each sample.
 
     Example:
         >>> import torch

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
-    """Estimated errors of each sample over the steps on a log scale, and the energies, if there are any, on a second axis.
+    """Plot the estimated error of each sample over the steps on a log scale, and the energies, if there are any, on a second
+    axis.
 
     Example:
         >>> import torch
@@ -26,7 +27,7 @@ def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
 
     Args:
         trace: of a solve with ``trace=True``: ``error`` ``(T + 1, B)`` and ``energy``, the same or None.
-        ax: where to draw; default: new axes. The energies go to a twin of it, dashed.
+        ax: where to draw; default: new axes. The energies are drawn on a twin of these axes, dashed.
 
     Returns:
         The axes of the errors.
@@ -51,7 +52,7 @@ def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
 
 
 def _moving(column: Tensor) -> int:
-    """How many points a sample has until it comes to rest: the others need no line."""
+    """How many points a sample has until it stops moving; the later ones need no line."""
     changes = (column != column[-1]).nonzero()
     return int(changes.amax()) + 2 if len(changes) else 1
 
@@ -73,10 +74,10 @@ def plot_landscape(
     ax: "Axes | None" = None,
     points: int = 200,
 ) -> "Axes":
-    """Level lines of an energy of two variables, and the way that iterates took.
+    """Plot level lines of an energy of two variables, and the path of the iterates.
 
-    Levels are evenly spaced, or evenly in the logarithm of the height above the lowest point where a few per cent of the area
-    lie far below the rest, as in the valley of the Rosenbrock function.
+    Levels are evenly spaced. Where a few percent of the area lie far below the rest, as in the valley of the Rosenbrock
+    function, they are evenly spaced in the logarithm of the height above the lowest point.
 
     Example:
         >>> import torch
@@ -91,7 +92,7 @@ def plot_landscape(
         context: what the energy takes besides x, for one sample: ``(1, ...)``.
         path: iterates ``(T + 1, 2)``, or ``(T + 1, B, 2)`` for several samples, as ``Trace.value`` is.
         ax: where to draw; default: new axes.
-        points: of the grid, along each side.
+        points: number of grid points along each side.
 
     Returns:
         The axes.
@@ -175,9 +176,10 @@ def _once(label: str, k: int) -> str | None:
 
 
 def plot_spectrum(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, ax: "Axes | None" = None) -> "Axes":
-    """Eigenvalues of ∂g/∂x in the complex plane, sample by sample: the iteration converges if all lie inside the unit circle.
+    """Plot the eigenvalues of ∂g/∂x in the complex plane for each sample: the iteration converges if all lie inside the unit
+    circle.
 
-    Forms the matrix, by n products: for small n.
+    This forms the matrix by n products, so use it for small n.
 
     Example:
         >>> import torch

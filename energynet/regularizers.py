@@ -1,4 +1,4 @@
-"""What keeps a learned map contracting: a penalty on its Jacobian, and layers of bounded norm."""
+"""Keep a learned map contracting: a penalty on its Jacobian, and layers of bounded norm."""
 
 import copy
 import math
@@ -26,11 +26,12 @@ def jacobian_penalty(
     batch_dims: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """An unbiased estimate of ‖∂g/∂x‖²_F, to be added to a loss so that training keeps the map contracting.
+    """An unbiased estimate of ‖∂g/∂x‖²_F; add it to a loss so that training keeps the map contracting.
 
-    It is ‖(∂g/∂x)ᵀ v‖² for random signs v (Hutchinson), exact where the rows of ∂g/∂x are orthogonal. Differentiable in
-    the step's parameters, the context and ``x``: with x = x* from a layer its derivative is the total one; ``x.detach()``
-    leaves out how x* moves, as the source does, and spares an adjoint solve. Divide by n for a mean over coordinates.
+    It is ‖(∂g/∂x)ᵀ v‖² for random signs v (Hutchinson), which is exact where the rows of ∂g/∂x are orthogonal. It is
+    differentiable in the step's parameters, the context and ``x``. With x = x* from a layer, its derivative is the total
+    one; ``x.detach()`` ignores how x* moves, as the source does, and saves an adjoint solve. Divide by n for a mean over
+    coordinates.
 
     Example:
         >>> import torch
@@ -41,7 +42,7 @@ def jacobian_penalty(
         step: g(x, \\*context) -> like x, a function, a module or a `Step`.
         x: where, usually x*: ``(B, ...)`` or a pytree of such.
         context: what g takes besides x.
-        num_vectors: random vectors per sample; the variance falls as their inverse.
+        num_vectors: number of random vectors per sample; the variance is inversely proportional to it.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
         generator: of the random signs, on the device of x.
 
@@ -68,13 +69,14 @@ def jacobian_penalty(
 def spectrally_normalized(module: M, limit: float = 1.0) -> M:
     """A copy of a module whose linear and convolution layers each have the operator norm ``limit``.
 
-    So a chain of k of them with activations of slope at most 1 (ReLU, tanh, softplus) is Lipschitz with limitᵏ, and contracts
-    for ``limit < 1``. The weight is a parametrization: within a solve it is computed once. Train the copy's parameters; the
-    given module stays as it is. A convolution's weight is divided by √(size of its kernel) more than torch's own spectral
-    norm, which bounds the weight as a matrix and not the convolution; the bound holds for zero and circular padding.
+    So a chain of k of them with activations of slope at most 1 (ReLU, tanh, softplus) has the Lipschitz constant limitᵏ, and
+    contracts for ``limit < 1``. The weight is a parametrization, which is computed once per solve. Train the copy's
+    parameters; the given module is not changed. The weight of a convolution is divided by an additional √(size of its
+    kernel), because torch's spectral norm bounds the weight as a matrix and not the convolution; the bound holds for zero
+    and circular padding.
 
-    The norm comes from a power iteration, one step a training-mode evaluation: it is met to a per cent or so, and second
-    derivatives do not see how its vectors move. Where either matters use `energynet.energies.BoundedNorm`.
+    The norm comes from a power iteration with one step per evaluation in training mode: it is accurate to about a percent,
+    and second derivatives ignore how its vectors change. Where either matters, use `energynet.energies.BoundedNorm`.
 
     Example:
         >>> import torch
@@ -84,7 +86,7 @@ def spectrally_normalized(module: M, limit: float = 1.0) -> M:
 
     Args:
         module: holds `torch.nn.Linear`, ``Conv`` or ``ConvTranspose`` layers, or is one.
-        limit: of each layer, positive.
+        limit: the norm of each layer, positive.
 
     Raises:
         ValueError: if limit is not positive and finite, or the module has no such layer.

@@ -1,7 +1,7 @@
 """Steps: maps whose fixed point is the answer, each with the condition that holds there.
 
-Every step has the form g(x) = x − γ F(x). F is its *optimality condition*, zero at the answer and free of step size and
-damping: it is what residuals are measured on and what the implicit function theorem differentiates.
+Every step has the form g(x) = x − γ F(x). F is its *optimality condition*: it is zero at the answer and does not depend on
+step size and damping. Residuals are measured on it, and the implicit function theorem differentiates it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from energynet.energy import EnergyLike, encode, evaluate
 
 
 class Kind(enum.Enum):
-    """What a solver may be asked to solve; the value is the name in error messages.
+    """What a solver may be asked to solve; the value is the name that error messages use.
 
     Example:
         >>> GradientStep(lambda x: x.square().sum(-1)).kind.value
@@ -50,11 +50,11 @@ class Step(ABC):
         """F(x), like ``x``: zero at the answer."""
 
     def encode(self, *context: Any) -> tuple[Any, ...]:
-        """What does not depend on ``x``, computed once a solve."""
+        """what does not depend on ``x``, computed once per solve."""
         return context
 
     def probe(self, x: Any, *code: Any) -> Any:
-        """The user's own function, called once before a solve to see what it does."""
+        """The user's own function; it is called once before a solve to observe what it does."""
         return self.optimality(x, *code)
 
     @property
@@ -79,7 +79,7 @@ class Step(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class MapStep(Step):
-    """A function or network g(x, \\*context) -> like x, iterated as it is; F(x) = x − g(x).
+    """A function or network g(x, \\*context) -> like x, iterated without change; F(x) = x − g(x).
 
     Example:
         >>> import torch
@@ -105,7 +105,7 @@ class MapStep(Step):
 class GradientStep(Step):
     """One gradient step on an energy, x − γ ∇E(x); F(x) = ∇E(x).
 
-    Contracts for 0 < γ < 2/L where the Hessian of E lies in [μ, L], μ > 0; γ = 2/(L + μ) is the best constant.
+    It contracts for 0 < γ < 2/L where the Hessian of E lies in [μ, L], μ > 0; γ = 2/(L + μ) is the best constant.
 
     Example:
         >>> import torch
@@ -115,7 +115,7 @@ class GradientStep(Step):
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``.
-        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None: estimated where a solver needs it.
+        step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``; None: estimated where a solver needs it.
 
     Source: arXiv 2002.02868, FPI_GD.
     """
@@ -149,7 +149,7 @@ class GradientStep(Step):
 
 @dataclasses.dataclass(frozen=True)
 class DampedStep(Step):
-    """A step taken in part, (1 − d) x + d g(x): the same fixed points, a calmer path.
+    """A damped step, (1 − d) x + d g(x): it has the same fixed points and converges more often.
 
     Example:
         >>> import torch
@@ -157,7 +157,7 @@ class DampedStep(Step):
         tensor([[0.]])
 
     Args:
-        step: the step to damp; a plain callable is taken as a `MapStep`.
+        step: the step to damp; a plain callable is treated as a `MapStep`.
         damping: d, in (0, 1].
 
     Raises:
@@ -208,7 +208,7 @@ class DampedStep(Step):
 
 @dataclasses.dataclass(frozen=True)
 class OptimalityStep(Step):
-    """An optimality condition alone, F(x, \\*context) = 0: differentiable at a point that somebody else has found.
+    """An optimality condition alone, F(x, \\*context) = 0, at a point that another solver has found.
 
     Example:
         >>> import torch
@@ -246,8 +246,8 @@ def per_sample(value: float | Tensor | None, ndim: int) -> float | Tensor:
 class Prox(ABC):
     """The proximal map of a term h that the energy leaves out: prox(x, γ) = argmin_u h(u) + ‖u − x‖² / 2γ.
 
-    Of the indicator of a set, the projection onto it. Ready-made ones are in `energynet.constraints`. One whose bounds come
-    with the context says in `encode` which part of the context they are.
+    For the indicator function of a set, this is the projection onto the set. `energynet.constraints` has ready-made ones. If
+    the bounds are part of the context, override `encode` to say which part.
 
     Example:
         >>> import torch
@@ -265,7 +265,7 @@ class Prox(ABC):
     """Whether it is the projection onto an interval for each number, whatever γ is. Its values at −∞ and ∞ are the bounds."""
 
     def encode(self, *context: Any) -> tuple[Any, ...]:
-        """What does not depend on ``x``, computed once a solve and handed to each call."""
+        """what does not depend on ``x``, computed once per solve and handed to each call."""
         return ()
 
     @abstractmethod
@@ -274,7 +274,7 @@ class Prox(ABC):
 
 
 def check_prox(prox: Any) -> None:
-    """Refuse what is no proximal map, and guess what was meant.
+    """Raise if something is not a proximal map, and guess what was meant.
 
     Raises:
         TypeError: with the remedy.
@@ -298,8 +298,8 @@ def check_prox(prox: Any) -> None:
 class ProximalStep(Step):
     """A gradient step, then the proximal map of what is not smooth: prox(x − γ ∇E(x), γ), to minimize E + h.
 
-    F(x) = (x − g(x)) / γ is the prox-gradient mapping: it is ∇E where h does nothing, and zero at the minimum. Contracts for
-    0 < γ < 2/L as `GradientStep` does.
+    F(x) = (x − g(x)) / γ is the prox-gradient mapping: it is ∇E where h does nothing, and zero at the minimum. The step
+    contracts for 0 < γ < 2/L as `GradientStep` does.
 
     Example:
         >>> import torch
@@ -310,13 +310,13 @@ class ProximalStep(Step):
 
     Args:
         energy: the smooth part, E(x, \\*context) -> ``(B,)``.
-        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; None where it is not known yet.
+        step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``; None where it is not known yet.
         prox: a `Prox`, or any callable (x, γ) -> like x.
-        guessed: whether solvers that can shall shorten γ where it turns out too long, as they do where `minimize` is given none.
+        guessed: whether solvers may shorten γ where it turns out to be too large, as they do if `minimize` is given none.
 
     Raises:
-        TypeError: if the prox is no callable, or a class in place of its instance.
-        ValueError: when evaluated without a step size, or if the prox returns other shapes than those of ``x``.
+        TypeError: if the prox is not callable, or a class instead of an instance.
+        ValueError: when evaluated without a step size, or if the prox returns shapes other than those of ``x``.
 
     Source: Combettes and Wajs (2005), Signal recovery by proximal forward-backward splitting.
     """

@@ -13,11 +13,11 @@ from energynet.solution import Solution
 
 
 class WarmStart:
-    """The last answer of each sample, kept by its number, to begin there when the sample comes again.
+    """The last answer of each sample, kept under the sample's number, as the starting point when the sample comes again.
 
-    Training changes the parameters a little from step to step, so an old answer is close to the new one. Where there is one
-    minimum, or one fixed point, the answer stays the same to the tolerance and takes fewer steps; with several minima a warm
-    start follows one of them. Calls are thread-safe; a copy or a pickle holds the same answers.
+    Training changes the parameters a little from step to step, so an old answer is close to the new one. Where there is only
+    one minimum or fixed point, the answer stays the same within the tolerance and takes fewer steps; with several minima, a
+    warm start follows one of them. Calls are thread-safe, and a copy or a pickle holds the same answers.
 
     Example:
         >>> import torch
@@ -33,7 +33,7 @@ class WarmStart:
         [0, 0]
 
     Args:
-        capacity: most samples that are kept, those stored last; None: all.
+        capacity: the largest number of samples to keep, those stored last; None keeps all.
         device: where answers are kept, such as ``torch.device("cpu")`` to spare a GPU's memory; None: where they are.
 
     Raises:
@@ -73,7 +73,8 @@ class WarmStart:
         return _tree.unflatten(result, spec)
 
     def store(self, index: Tensor | Sequence[int], solution: Solution) -> None:
-        """Keep the answers of the samples that converged, without their graph; of several precisions in the finest.
+        """Keep the answers of the samples that converged, without their graph; answers of several precisions are kept in the
+        finest.
 
         Args:
             index: the samples' numbers, ``(B,)`` integers; of two equal ones the later counts.
@@ -103,7 +104,7 @@ class WarmStart:
             return {"numbers": numbers, "answers": [table[rows] for table in self._tables]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the answers of a `state_dict` in place of those kept; of too many the first are left out.
+        """Replace the kept answers by those of a `state_dict`; if there are too many, the first are left out.
 
         Raises:
             ValueError: if there is not one answer a number.
@@ -136,7 +137,9 @@ class WarmStart:
         self.load_state_dict(state)
 
     def _row(self, number: int) -> int:
-        """The row of a sample, now the last to go: its own, a new one, or that of the sample stored longest ago."""
+        """The row of a sample, which is now the last to be dropped: its own, a new one, or that of the sample stored longest
+        ago.
+        """
         row = self._rows.pop(number, None)
         if row is None:
             full = self.capacity is not None and len(self._rows) >= self.capacity
@@ -185,7 +188,7 @@ def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
 
 
 def _whole(number: Any) -> int:
-    """A number of Python, NumPy or PyTorch as an int: the same number, or an error."""
+    """Convert a number of Python, NumPy or PyTorch to an equal int, or raise."""
     try:
         nested = hasattr(number, "ndim") and number.ndim > 0
         whole = None if nested or isinstance(number, bool) else int(number)

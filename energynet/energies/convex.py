@@ -14,7 +14,7 @@ from energynet.engine.held import Held
 
 
 class Quadratic(Energy):
-    r"""½ xᵀQx − bᵀx, the symmetric part of Q counting: the minimizer solves ½(Q + Qᵀ) x = b.
+    r"""½ xᵀQx − bᵀx; only the symmetric part of Q matters, and the minimizer solves ½(Q + Qᵀ) x = b.
 
     Example:
         >>> import torch
@@ -37,7 +37,8 @@ class Quadratic(Energy):
 
 
 class StronglyConvex(Energy):
-    """An energy plus strength/2 ‖x‖², which makes a convex one strongly so: one minimizer, which gradient steps reach.
+    """An energy plus strength/2 ‖x‖², which makes a convex energy strongly convex: it has one minimizer, which gradient
+    steps reach.
 
     The energy keeps its own `encode` and `start`.
 
@@ -65,7 +66,7 @@ class StronglyConvex(Energy):
             self.held = Held(energy)
 
     def start(self, *context: Any) -> Any:
-        """Where the energy starts, if it says so."""
+        """Where the energy starts, if it defines a start."""
         return self.energy.start(*context) if isinstance(self.energy, Energy) else super().start(*context)
 
     @property
@@ -99,7 +100,7 @@ class NonNegative(nn.Module):
         return softplus(raw)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The raw weight of a given one; what is not positive becomes tiny."""
+        """The raw weight that gives a weight; entries that are not positive become tiny."""
         weight = weight.clamp_min(1e-6)
         return weight + torch.log(-torch.expm1(-weight))
 
@@ -112,7 +113,8 @@ class ConvexNetwork(Energy):
         E = w^\top h_K + (a(u))^\top x, \qquad W_k, w \ge 0,
 
     with s the softplus: each layer is a convex, nondecreasing function of convex ones. What depends on z alone is computed
-    once a solve. It may fall for ever in some direction; ``StronglyConvex(ConvexNetwork(...), strength)`` has a minimum.
+    once per solve. The energy may decrease forever in some direction; ``StronglyConvex(ConvexNetwork(...), strength)`` has a
+    minimum.
 
     Example:
         >>> import torch
@@ -162,7 +164,7 @@ class ConvexNetwork(Energy):
 
 
 def _non_negative(num_in: int, num_out: int) -> nn.Linear:
-    """A layer without bias whose weights stay positive, at first about 1/num_in: it averages."""
+    """A layer without bias whose weights stay positive. They begin at about 1/num_in, so that the layer averages."""
     layer = nn.Linear(num_in, num_out, bias=False)
     with torch.no_grad():
         layer.weight.uniform_(0.5 / num_in, 1.5 / num_in)

@@ -1,9 +1,10 @@
 """Filter banks for image energies, written so that their gradient is cheap on a CPU.
 
-The gradient of ``conv2d`` in its input is a transposed convolution, which costs several times the convolution itself. Here
-the windows of the image are laid out by shifting it, first down and then across, and one matrix product applies all
-filters; its gradient is a matrix product and the same shifts back. These are ordinary operations: they can be
-differentiated to any order, mapped by ``torch.func`` and compiled. ``python -m tests.benchmarks.filters`` compares the ways.
+The gradient of ``conv2d`` with respect to its input is a transposed convolution, which costs several times the convolution
+itself. Here the windows of the image are laid out by shifting it, first down and then across, and one matrix product applies
+all filters; its gradient is a matrix product and the same shifts in reverse. These are ordinary operations: they can be
+differentiated to any order, mapped by ``torch.func`` and compiled. ``python -m tests.benchmarks.filters`` compares the
+implementations.
 """
 
 import enum
@@ -17,8 +18,8 @@ from torch.nn.functional import pad
 class Boundary(enum.Enum):
     """What a filter sees beyond the border of an image; the value is PyTorch's name for it.
 
-    ``INSIDE`` keeps to the windows that lie in the image. ``ZERO`` is black all around. ``REFLECT`` mirrors at the center of
-    the outermost pixels, ``REPLICATE`` repeats these. With ``PERIODIC`` the image meets itself.
+    ``INSIDE`` uses only windows that lie inside the image. ``ZERO`` is black all around. ``REFLECT`` mirrors at the center
+    of the outermost pixels, and ``REPLICATE`` repeats these pixels. With ``PERIODIC`` opposite borders meet.
 
     Example:
         >>> Boundary.REFLECT.repeats(2)
@@ -32,7 +33,9 @@ class Boundary(enum.Enum):
     REPLICATE = "replicate"
 
     def repeats(self, margin: int) -> int:
-        """How often a pixel may be seen: ‖padded image‖² is at most so many times ‖image‖² (image no smaller than margin)."""
+        """How often a filter may see a pixel: ‖padded image‖² is at most this many times ‖image‖² (if the image is not
+        smaller than the margin).
+        """
         along_one_side = {Boundary.REFLECT: 2, Boundary.REPLICATE: margin + 1}.get(self, 1)
         return along_one_side**2
 
@@ -72,9 +75,10 @@ def filter_bank(x: Tensor, weight: Tensor, boundary: Boundary = Boundary.INSIDE)
 def largest_response(weight: Tensor) -> Tensor:  # (F, C, k, k) -> 0-d
     r"""A bound on ‖filter responses‖² / ‖image‖², for images of any size with zeros around.
 
-    It is the largest :math:`\sum_f |\hat w_f(\omega)|^2` over frequencies (for several channels the largest singular value,
-    squared). They are sampled at 12 k points a side. A trigonometric polynomial of degree d exceeds its largest value at N points
-    by 1/cos(πd/N) at most, for each of the two dimensions; so nothing is missed between the samples.
+    It is the largest :math:`\sum_f |\hat w_f(\omega)|^2` over frequencies (for several channels, the largest singular value
+    squared). The frequencies are sampled at 12 k points per side. Between N samples, a trigonometric polynomial of degree d
+    exceeds its largest sample by a factor of at most 1/cos(πd/N) in each of the two dimensions; the bound includes this
+    factor.
 
     Example:
         >>> difference = torch.tensor([[[[0.0, 0.0, 0.0], [0.0, -1.0, 1.0], [0.0, 0.0, 0.0]]]])

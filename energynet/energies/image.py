@@ -11,18 +11,19 @@ from energynet.energy import Energy
 
 
 class ImageEnergy(Energy):
-    r"""A convex-ridge energy over images, whose minimizer is y made regular:
+    r"""A convex-ridge energy over images, whose minimizer is a regularized y:
 
     .. math::
         E(x; y, p) = \tfrac12 \sum_q p_q (x_q - y_q)^2 + \lambda \sum_i \sum_q \phi_i\bigl((w_i * x)_q\bigr), \quad
         \phi_i(t) = h_{s_i}(t) - \kappa_i h_{s_i/\kappa_i}(t), \quad h_s(t) = s \bigl(\sqrt{s^2 + t^2} - s\bigr),
 
-    with q the pixels. h is quadratic below its scale s and linear above, a smooth Huber function with 0 < h″ ≤ 1. Filters
-    (zero mean), scales and λ are learned. How strongly a filter counts is in its norm. With ``concavity`` c > 0 the
-    κ are learned too: the potentials level off, which spares edges; c = 0 stands for κ = 0, a convex energy.
+    with q the pixels. h is quadratic below its scale s and linear above it, a smooth Huber function with 0 < h″ ≤ 1. Filters
+    (with zero mean), scales and λ are learned. The norm of a filter says how strongly it counts. With ``concavity`` c > 0
+    the κ are learned too: the potentials level off, which preserves edges. c = 0 means κ = 0, a convex energy.
 
-    The filters are scaled so that ‖(w₁ * x, w₂ * x, …)‖ ≤ ‖x‖, λ stays below the strength S and λκ below c. So the Hessian lies
-    between p − c and p + S whatever is learned: with p = 1 and c < 1 there is one minimizer, and `step_size` reaches it.
+    The filters are scaled so that ‖(w₁ * x, w₂ * x, …)‖ ≤ ‖x‖, λ stays below the strength S, and λκ stays below c. So the
+    eigenvalues of the Hessian lie between p − c and p + S for all weights: with p = 1 and c < 1 there is one minimizer, and
+    gradient steps of size `step_size` reach it.
 
     Example:
         >>> from energynet import FPI_GD
@@ -38,11 +39,13 @@ class ImageEnergy(Energy):
         channels: C, 1 for gray images.
         num_filters: number of filters.
         size: k, of the k × k filters, odd (with ``Boundary.INSIDE`` any).
-        strength: S, the largest curvature of the regularizer; more noise takes more, a tenth of the range about 10.
+        strength: S, the largest curvature of the regularizer. More noise needs more: noise of a tenth of the range needs
+            about 10.
         concavity: c, in [0, 1) and below the strength.
         scale: of the potentials at first, in units of the filters' responses.
-        boundary: what a filter sees beyond the border. S is reached with ``INSIDE``, ``ZERO`` and ``PERIODIC``; with
-            ``REFLECT`` a pixel may be seen four times, which the bound allows for: λ stays below about S/2 in effect.
+        boundary: what a filter sees beyond the border. S is reached with ``INSIDE``, ``ZERO`` and ``PERIODIC``. With
+            ``REFLECT`` a filter may see a pixel four times, which the bound allows for, so that λ effectively stays below
+            about S/2.
 
     Raises:
         ValueError: if a number is out of range; by a call, if y or p is not of the shape that is needed.
@@ -86,11 +89,13 @@ class ImageEnergy(Energy):
 
     @property
     def step_size(self) -> float:
-        """2/(μ + L), the best fixed step for the bounds of the Hessian with p = 1; safe for all p between 0 and 1."""
+        """2/(μ + L), the best constant step size for the bounds of the Hessian with p = 1; it is safe for all p between 0
+        and 1.
+        """
         return 2 / (2 - self.concavity + self.strength)
 
     def start(self, y: Tensor, precision: Tensor | float = 1.0) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        """The image given."""
+        """The given image."""
         return y
 
     def encode(self, y: Tensor, precision: Tensor | float = 1.0) -> tuple[Tensor | float | None, ...]:
@@ -98,8 +103,8 @@ class ImageEnergy(Energy):
 
         Args:
             y: images, ``(B, C, H, W)``.
-            precision: p, the weight of the data, relative to the noise that was learned for, (σ₀/σ)²: a float, one value
-                a sample ``(B,)``, or one a pixel, like y.
+            precision: p, the weight of the data relative to the noise that the energy was trained for, (σ₀/σ)²: a float, one
+                value per sample ``(B,)``, or one per pixel, like y.
         """
         precision = _checked(y, precision)
         scale = self.log_scale.exp()
@@ -119,7 +124,7 @@ class ImageEnergy(Energy):
 
 
 def _checked(y: Tensor, precision: Tensor | float) -> Tensor | float:
-    """The precision in a shape that multiplies images: others would be broadcast, and mix the samples."""
+    """The precision in a shape that multiplies images. Other shapes would be broadcast and mix the samples."""
     if y.ndim != 4:
         raise ValueError(f"ImageEnergy needs images (B, C, H, W), got y {tuple(y.shape)}. Gray ones have C = 1: y.unsqueeze(1).")
     if not isinstance(precision, Tensor) or precision.ndim == 0:

@@ -1,4 +1,4 @@
-"""Multi-label classification: energies over label logits, and a contracting network as their rival."""
+"""Multi-label classification: energies over label logits, and a contracting network to compare them with."""
 
 import math
 
@@ -12,8 +12,9 @@ from energynet.energy import Energy
 class BoundedNorm(nn.Module):
     """A parametrization that keeps the largest singular value of a matrix at or below a bound.
 
-    It divides by the Schatten 8-norm ``tr((W Wᵀ)⁴)^(1/8)``, which is never below the largest singular value, at most
-    ``rank^(1/8)`` above it, and differentiable to any order — a power iteration is none of that exactly.
+    It divides by the Schatten 8-norm ``tr((W Wᵀ)⁴)^(1/8)``. This norm is never below the largest singular value, exceeds it
+    at most by a factor of ``rank^(1/8)``, and is differentiable to any order. None of this holds exactly for a power
+    iteration.
 
     Args:
         bound: the bound.
@@ -41,7 +42,8 @@ class BoundedNorm(nn.Module):
 
 
 class LabelFeatures(nn.Module):
-    """What reads the input: M perceptrons D → hidden → L, dropout on input and hidden units, each scoring all labels.
+    """The network that reads the input: M perceptrons D → hidden → L with dropout on input and hidden units, each of which
+    scores all labels.
 
     Args:
         num_features: D.
@@ -63,18 +65,18 @@ class LabelFeatures(nn.Module):
 
 
 class MultiLabelEnergy(Energy):
-    r"""An energy over the logits u of L labels, whose minimizer is the answer that M experts and the labels settle on:
+    r"""An energy over the logits u of L labels, whose minimizer is the answer on which M experts and the labels agree:
 
     .. math::
         E(u; s) = \frac1M \sum_m \tfrac12 \|u - s_m\|^2 - c \sum_k a_k \log\cosh(w_k^\top u + b_k).
 
-    The experts' scores s come from any network of the input, `LabelFeatures` for one. Energies add where probabilities
-    multiply, so the first term is a product of experts. Each ridge k sees a learned combination of labels and rewards
-    (:math:`a_k > 0`) or punishes (:math:`a_k < 0`) that it is decided, one way or the other.
+    The experts' scores s come from any network of the input, such as `LabelFeatures`. Energies add where probabilities
+    multiply, so the first term is a product of experts. Each ridge k depends on a learned combination of labels, and rewards
+    (:math:`a_k > 0`) or penalizes (:math:`a_k < 0`) that it is decided, one way or the other.
 
-    It has exactly one minimizer for every s: :math:`0 \le (\log\cosh)'' \le 1`, :math:`|a_k| \le 1` and
-    :math:`\|W\|_2 \le 1` bound the Hessian by :math:`(1 - c) I \preceq \nabla^2 E \preceq (1 + c) I` whatever
-    the weights, and c < 1. So E is (1 − c)-strongly convex, and the step size 2/(μ + L) = 1 contracts by c or better.
+    It has exactly one minimizer for every s: :math:`0 \le (\log\cosh)'' \le 1`, :math:`|a_k| \le 1` and :math:`\|W\|_2 \le
+    1` bound the Hessian by :math:`(1 - c) I \preceq \nabla^2 E \preceq (1 + c) I` for all weights, and c < 1. So E is (1 −
+    c)-strongly convex, and gradient steps of size 2/(μ + L) = 1 contract by a factor of at most c.
 
     Args:
         num_labels: L, length of u.
@@ -102,7 +104,7 @@ class MultiLabelEnergy(Energy):
 
     @property
     def step_size(self) -> float:
-        """2/(μ + L), the best fixed step for the bounds of the Hessian."""
+        """2/(μ + L), the best constant step size for the bounds of the Hessian."""
         return 1.0
 
     def encode(self, scores: Tensor) -> tuple[Tensor, Tensor]:  # (B, M, L) -> (B, L), (B,)
@@ -111,7 +113,7 @@ class MultiLabelEnergy(Energy):
         return mean, 0.5 * (scores - mean[:, None]).square().sum(-1).mean(1)
 
     def start(self, scores: Tensor) -> Tensor:  # (B, M, L) -> (B, L)
-        """The experts' mean: the minimizer, were it not for the ridges."""
+        """The experts' mean, which would be the minimizer without the ridges."""
         return scores.mean(1)
 
     def evaluate(self, u: Tensor, mean: Tensor, spread: Tensor) -> Tensor:  # (B, L), (B, L), (B,) -> (B,)
@@ -125,9 +127,10 @@ class StructuredEnergy(Energy):
     .. math::
         E(u; z) = \frac1K \sum_k \mathrm{softplus}\bigl((V z + W σ(u) + b)_k\bigr)^2 + \tfrac{μ}{2} \|u\|^2.
 
-    The weight on [z; σ(u)] is kept in two parts, because V z + b does not depend on u: it is computed once a solve, which for
-    many features is most of the work (``python -m tests.benchmarks.hoisting``). Without the ridge some logits run to −∞. E
-    need not be convex: a small μ allows several minima, and the one is found that the start leads to.
+    The weight on [z; σ(u)] is kept in two parts, because V z + b does not depend on u: it is computed once per solve, which
+    for many features is most of the work (``python -m tests.benchmarks.hoisting``). Without the ridge some logits would go
+    to −∞. E need not be convex: with a small μ it may have several minima, and a solve finds the one to which the start
+    leads.
 
     Example:
         >>> from energynet import minimize
@@ -155,7 +158,7 @@ class StructuredEnergy(Energy):
         self.labels = nn.Linear(num_labels, hidden, bias=False)
 
     def start(self, z: Tensor) -> Tensor:  # (B, D) -> (B, L)
-        """Zero: every label as likely as not."""
+        """Zero: each label is as likely as not."""
         return z.new_zeros(z.shape[0], self.num_labels)
 
     def encode(self, z: Tensor) -> Tensor:  # (B, D) -> (B, K)

@@ -1,4 +1,4 @@
-"""Arithmetic that the Krylov solvers share: numbers are ``(*batch, 1)`` beside vectors ``(*batch, n)``."""
+"""Arithmetic that the Krylov solvers share; numbers have shape ``(*batch, 1)`` and vectors ``(*batch, n)``."""
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ def working_residual(problem: Problem, x: Tensor) -> Tensor:
 
 
 def singular(problem: Problem, x: Tensor, norm: Tensor) -> Tensor:
-    """Whether x has left for infinity: ‖A‖‖x‖ / ‖v‖, which the condition number bounds, is beyond what the dtype resolves.
+    """Whether x grows without bound: ‖A‖‖x‖ / ‖v‖, which the condition number bounds, exceeds what the dtype can resolve.
 
-    A Krylov solver on a singular A for which no solution exists first finds what is nearest to one, and from then on moves
-    along the null space, by rounding errors alone, ever faster.
+    On a singular A without a solution, a Krylov solver first finds the nearest point to a solution. From then on it moves
+    along the null space, driven by rounding errors alone, faster and faster.
     """
     assert problem.right is not None
     size, right = length(x.to(norm.dtype)), length(problem.right.to(norm.dtype))

@@ -26,10 +26,10 @@ class BiCGSTABState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BiCGSTAB(Solver):
-    """Stabilized biconjugate gradients: any square A, two products a step, memory that does not grow.
+    """Stabilized biconjugate gradients for any square A: two products per step, and memory that does not grow.
 
-    Where a number that it divides by vanishes it begins once more from the point reached. If that happens again at once,
-    as for a singular or a skew-symmetric A, the sample is reported as DIVERGED.
+    If a number that it divides by vanishes, it restarts from the current point. If this happens again immediately, as for a
+    singular or a skew-symmetric A, the sample is reported as DIVERGED.
 
     Example:
         >>> import torch

@@ -20,9 +20,11 @@ class ConjugateGradientState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ConjugateGradient(Solver):
-    """Conjugate gradients: exact in n steps, about √κ ones for a condition number κ; needs a symmetric positive H.
+    """Conjugate gradients for a symmetric positive definite H: exact after n steps, accurate after about √κ steps for a
+    condition number κ.
 
-    A direction of no positive curvature means that the point is no strict minimum; the sample is reported as DIVERGED.
+    If the curvature in some direction is not positive, the point is not a strict minimum, and the sample is reported as
+    DIVERGED.
 
     Example:
         >>> import torch

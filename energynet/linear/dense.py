@@ -21,11 +21,12 @@ class DenseState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Solver):
-    """The matrix itself, from n products taken at once, then Cholesky or LU: one step, for problems of up to some hundred n.
+    """Form the matrix by n simultaneous products and factorize it by Cholesky or LU: one step, for problems of up to a few
+    hundred n.
 
-    A symmetric matrix must be positive definite, as the Hessian at a strict minimum is. One that is not, a singular one, and
-    one too ill-conditioned for the tolerance are reported as DIVERGED. Memory: n² numbers a sample, and
-    n times that of one product.
+    A symmetric matrix must be positive definite, as the Hessian at a strict minimum is. A matrix that is not, a singular
+    one, and one that is too ill-conditioned for the tolerance are reported as DIVERGED. It needs memory for n² numbers per
+    sample, and n times that of one product.
 
     Example:
         >>> import torch
@@ -83,7 +84,7 @@ def _rounding(matrix: Tensor) -> float:
 
 
 def _length(matrix: Tensor, dim: int) -> Tensor:
-    """Of the rows or columns; 1 for those of zeros."""
+    """The length of the rows or columns; 1 for those that are zero."""
     size = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
     return torch.where(size == 0, 1, size)
 

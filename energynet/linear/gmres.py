@@ -13,7 +13,9 @@ from energynet.step import Kind
 
 
 class GMRESState(NamedTuple):
-    """All in float32 or better. The first ``filled`` rows of ``images`` are orthonormal; what follows is of no meaning."""
+    """All tensors are in float32 or better. The first ``filled`` rows of ``images`` are orthonormal; the others have no
+    meaning.
+    """
 
     residual: Tensor  # A u − v, (*batch, n), by recurrence
     direction: Tensor  # where the next product is taken, unit, (*batch, n)
@@ -27,15 +29,15 @@ class GMRESState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GMRES(Solver):
-    """Minimal residual over the Krylov space of any square A, which begins anew after ``restart`` products.
+    """Minimal residual over the Krylov space of any square A, which restarts after ``restart`` products.
 
-    The images A p are kept orthonormal, so that each of them removes its own part of the residual and point and residual
-    are known after every product. The next direction is the residual, and the newest image where the residual stagnates:
-    then the residual adds nothing to the space, as for a skew-symmetric A. Either spans the Krylov space, so the residuals
-    are those of GMRES. Memory: 2 · restart vectors a sample.
+    The images A p are kept orthonormal, so that each of them removes its own part of the residual, and point and residual
+    are known after every product. The next direction is the residual, or the newest image if the residual stagnates, as for
+    a skew-symmetric A, where the residual adds nothing to the space. Either way they span the Krylov space, so the residuals
+    are those of GMRES. Memory: 2 · restart vectors per sample.
 
-    A Krylov space that cannot grow and does not contain u means that A is singular; the sample is reported as DIVERGED. So
-    is one in which a whole cycle achieves nothing: a larger ``restart`` may help.
+    If the Krylov space cannot grow and does not contain u, A is singular, and the sample is reported as DIVERGED. So is a
+    sample for which a whole cycle achieves nothing; a larger ``restart`` may help.
 
     Example:
         >>> import torch
@@ -48,7 +50,7 @@ class GMRES(Solver):
         tensor([[ 0.5520, -0.4970]])
 
     Args:
-        restart: m, products before the Krylov space is dropped.
+        restart: m, the number of products before the Krylov space is dropped.
 
     Raises:
         ValueError: if restart < 1.
@@ -85,7 +87,7 @@ class GMRES(Solver):
         return x, state._replace(norm=norm, broken=state.broken | exhausted | singular(problem, x, norm))
 
     def _grown(self, state: GMRESState, p: Tensor, q: Tensor, residual: Tensor) -> GMRESState:
-        """The state with one direction more, or at the beginning of the next cycle."""
+        """The state with one more direction, or at the beginning of the next cycle."""
         here = (torch.arange(self.restart, device=p.device) == state.filled).unsqueeze(-1)
         directions = torch.where(here, p.unsqueeze(-2), state.directions)
         images = torch.where(here, q.unsqueeze(-2), state.images)
@@ -105,7 +107,7 @@ STAGNATION = 0.9  # a residual that keeps this part of its length points too lit
 
 
 def _orthogonal(p: Tensor, q: Tensor, state: GMRESState) -> tuple[Tensor, Tensor]:
-    """A direction and its image without what lies along the earlier images."""
+    """A direction and its image without their components along the earlier images."""
     used = torch.arange(state.images.shape[-2], device=p.device) < state.filled  # (*batch, m)
     total = torch.zeros_like(used, dtype=p.dtype)
     for _ in range(2):  # once leaves a rounding error that grows with the condition number; twice is enough

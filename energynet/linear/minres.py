@@ -34,8 +34,8 @@ class MINRESState(NamedTuple):
 class MINRES(Solver):
     """Minimal residual over the Krylov space of a symmetric H, which may be indefinite, in short recurrences.
 
-    At a saddle, the answer of no minimization, `minimize` and `FPI_GD` say so; `implicit` with ``symmetric=True`` gets the exact
-    derivative of the stationary point. A singular H for which no u exists is reported as DIVERGED.
+    A saddle is the answer of no minimization, so `minimize` and `FPI_GD` report it; `implicit` with ``symmetric=True`` gives
+    the exact derivative of the stationary point. A singular H for which no u exists is reported as DIVERGED.
 
     Example:
         >>> import torch
