@@ -326,7 +326,7 @@ class Linearized:
         with recording((x, context)) as (x, context), torch.no_grad():
             binding = Binding.of(step)
             code = binding.step.encode(*context)
-            layout = Layout.of(x, examine(binding, x, code, None if step.energy_of is not None else batch_dims))
+            layout = Layout.of(x, examine(binding, x, code, None if step.energy_of is not None else batch_dims).batch_dims)
             flat = layout.ravel(x).clone()
 
             def residual(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from energynet._torch.autodiff import opaque, readable, recording, tracing
 from energynet._torch.tree import Layout
 from energynet.energy import Energy, EnergyLike
 from energynet.engine.adjoint import ImplicitAdjoint
+from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
 from energynet.engine.driver import Driver, Eager
 from energynet.engine.equation import Constant, Root
@@ -221,14 +222,16 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
             x0, code = _without_nonfinite(binding.step, x0, context, code)
         x0 = binding.step.begin(x0, *code)
         looked_at = (x0, code, batch_dims)
-        layout = Layout.of(x0, options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims)))
+        seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))
+        layout = Layout.of(x0, seen.batch_dims)
         if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
             binding = options.driver.bind(_with_step_size(binding.step, layout, x0, context))
-        root, inputs = _equation(binding, layout, code, context)
+        root, inputs = _equation(binding, layout, code, context, _device(x0))
+        root = dataclasses.replace(root, precision=seen.precision)
         adjoint = options.adjoint if isinstance(options.adjoint, RootAdjoint) else None
         how = options.solver, options.termination, options.on_failure, adjoint
         method = Method(root, *how, trace=options.trace, driver=options.driver)
-        with unwatched():
+        with unwatched(), root.ambient.solving():
             x, status, error, steps, *trace = options.adjoint.run(method, layout.ravel(x0), inputs)
         return Solution(layout.unravel(x), status, error, steps, _trace(layout, trace))
 
@@ -244,8 +247,8 @@ def _trace(layout: Layout, tensors: list[Tensor]) -> Trace | None:
 def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, context: Any) -> ProximalStep:
     """The step with γ from the largest curvature of its smooth part at x0: its optimality condition contains γ."""
     binding = Binding.of(GradientStep(step.energy))
-    root, inputs = _equation(binding, layout, binding.step.encode(*context), context)
-    with unwatched():
+    root, inputs = _equation(binding, layout, binding.step.encode(*context), context, _device(x0))
+    with unwatched(), root.ambient.solving():
         gamma = root.problem(inputs, layout.ravel(x0)).gamma
     assert isinstance(gamma, Tensor)
     return dataclasses.replace(step, step_size=gamma.squeeze(-1), guessed=True)
@@ -275,11 +278,16 @@ def _without_nonfinite(step: Step, x0: Any, context: Any, code: Any) -> tuple[An
     return started, step.encode(*_tree.unflatten(replaced, spec))
 
 
-def _equation(binding: Binding, layout: Layout, code: Any, context: Any) -> tuple[Root, tuple[Tensor, ...]]:
+def _device(x0: Any) -> str:
+    first: Tensor = _tree.leaves(x0)[0]
+    return first.device.type
+
+
+def _equation(binding: Binding, layout: Layout, code: Any, context: Any, device: str) -> tuple[Root, tuple[Tensor, ...]]:
     """What is to be solved, and the tensors that it depends on."""
     leaves, spec = _tree.flatten(code)
     given = _tree.leaves(context)
     encoded = [id(leaf) for leaf in given] != [id(leaf) for leaf in leaves]
     constants = tuple(None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves)
     inputs = (t for t in (*leaves, *(given if encoded else ())) if isinstance(t, Tensor))
-    return Root(binding, layout, spec, constants, encoded), (*binding.tensors, *inputs)
+    return Root(binding, layout, spec, constants, encoded, Ambient.now(device)), (*binding.tensors, *inputs)

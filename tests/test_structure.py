@@ -17,6 +17,7 @@ PACKAGE = ROOT / "energynet"
 # From right to left of the straight line: a file imports only from files above it. The parts of a folder count as one.
 ORDER = [
     "_torch.tree",
+    "_torch.attention",
     "_torch.autodiff",
     "_torch.while_loop",
     "energy",
@@ -25,6 +26,7 @@ ORDER = [
     "solution",
     "solvers",
     "linear",
+    "engine.ambient",
     "engine.error_estimate",
     "engine.loop",
     "engine.binding",

@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from energynet._torch import tree as _tree
+from energynet._torch.attention import twice_differentiable
 
 
 def transform_active() -> bool:
@@ -129,6 +130,17 @@ def with_grads_batched(function: Callable[[Tensor], Sequence[Tensor | None]], te
     return [torch._add_batch_dim(next(found), 0, level) if there else None for there in present]
 
 
+def differentiated_again(function: Function) -> Function:
+    """The function, with attention that has second derivatives."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with twice_differentiable:
+            return function(*args, **kwargs)
+
+    return functools.wraps(function)(call)  # type: ignore[return-value]
+
+
+@differentiated_again
 def gradient_of_sum(function: Callable[[Any], Tensor], x: Any) -> Any:
     """Gradient of ``function(x).sum()`` with respect to the pytree ``x``; differentiable where a graph is being built."""
     if transform_active():
@@ -141,6 +153,7 @@ def gradient_of_sum(function: Callable[[Any], Tensor], x: Any) -> Any:
     return _tree.unflatten([torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients)], spec)
 
 
+@differentiated_again
 def value_and_gradient_of_sum(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """``function(x)`` and the gradient of its sum, from one evaluation; differentiable where a graph is being built."""
     if transform_active():
@@ -165,11 +178,14 @@ def value_and_gradient_of_sum(function: Callable[[Tensor], Tensor], x: Tensor) -
 def pullback(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
     """Vector-Jacobian products of ``function`` at ``primals``; None where it does not depend on one of them."""
     if transform_active():
-        gradients: Sequence[Tensor | None] = torch.func.vjp(function, *primals)[1](cotangent)
-        return gradients
-    return _pull(function, primals, cotangent)
+        with twice_differentiable:
+            gradients: Sequence[Tensor | None] = torch.func.vjp(function, *primals)[1](cotangent)
+            return gradients
+    with twice_differentiable if torch.is_grad_enabled() else contextlib.nullcontext():
+        return _pull(function, primals, cotangent)
 
 
+@differentiated_again
 def pushforward(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """Jacobian-vector product as two vector-Jacobian products: a nested ``torch.func.jvp`` would break dual numbers."""
 
@@ -184,7 +200,7 @@ def pushforward(function: Callable[..., Tensor], primals: Sequence[Tensor], tang
 
 def linearize(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool) -> Callable[[Tensor], Tensor]:
     """The Jacobian of ``function`` at ``x``, or its transpose, evaluated once and replayed at each call. Builds no graph."""
-    with torch.enable_grad():
+    with torch.enable_grad(), contextlib.nullcontext() if transposed else twice_differentiable:
         x = x.detach().requires_grad_()
         output = function(x)
         if not output.requires_grad:

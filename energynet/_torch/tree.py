@@ -31,6 +31,11 @@ def register_dataclass(cls: type) -> type:
     return cls
 
 
+def least_precise(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of the largest rounding unit."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a pytree of tensors lies in one tensor of shape ``(*batch, n)``."""
@@ -54,7 +59,7 @@ class Layout:
     @property
     def rounding(self) -> float:
         """The rounding unit of the least precise tensor."""
-        return max(torch.finfo(dtype).eps for dtype in self.dtypes)
+        return torch.finfo(least_precise(*self.dtypes)).eps
 
     def ravel(self, tree: Any) -> Tensor:  # -> (*batch, n)
         tensors = [tree] if isinstance(tree, Tensor) else leaves(tree)

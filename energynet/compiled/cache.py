@@ -20,6 +20,7 @@ from energynet.compiled.loops import written_out
 from energynet.compiled.lru import NUMBERS, Recent, forget_with, lasting
 from energynet.compiled.partition import Shards, divided, how_many
 from energynet.compiled.tracing import Program
+from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
 from energynet.engine.tasks import Task
 from energynet.step import Step
@@ -102,7 +103,8 @@ class Programs:
             return examine()
         leaves, spec = _tree.flatten(tensors)
         kinds = (kind(t) if isinstance(t, Tensor) else Fingerprint(t).key for t in leaves)
-        key = (binding.mark, torch.is_grad_enabled(), spec, *kinds, *map(kind, binding.tensors))
+        ambient = Ambient.now(leaves[0].device.type)
+        key = (binding.mark, ambient, torch.is_grad_enabled(), spec, *kinds, *map(kind, binding.tensors))
         with self.lock:
             known = self._examined.get(key)
         if known is None:
@@ -187,7 +189,7 @@ def _tell_of_changes(step: Step) -> None:
 
 def _task(function: Task, tensors: Sequence[Tensor], parts: int) -> tuple[Hashable, ...]:
     """What a program is told by, but for shapes."""
-    return task_key(function), function.check_every, function.binding.mark, parts, _ambient(tensors[0].device)
+    return task_key(function), function.check_every, function.binding.mark, parts, torch.get_num_threads()
 
 
 def _options(device: torch.device, parts: int) -> dict[str, Any]:
@@ -202,12 +204,6 @@ def _options(device: torch.device, parts: int) -> dict[str, Any]:
 def _parts(step: Step) -> tuple[Any, ...]:
     """What a step consists of; itself it is made anew at each call."""
     return type(step), tuple(vars(step)), *vars(step).values()
-
-
-def _ambient(device: torch.device) -> Hashable:
-    """Settings around a call that change what operations do."""
-    mixed = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return mixed, torch.get_default_dtype(), torch.get_num_threads()
 
 
 def _memory(tensor: Tensor) -> int:

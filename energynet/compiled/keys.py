@@ -20,4 +20,4 @@ def equation_key(equation: Equation) -> Hashable:
         return equation_key(equation.root), equation.transposed
     assert isinstance(equation, Root)
     constants = tuple(None if leaf is None else Fingerprint(leaf.value).key for leaf in equation.code_leaves)
-    return equation.layout, equation.code_spec, constants, equation.encoded, equation.vmaps
+    return equation.layout, equation.code_spec, constants, equation.encoded, equation.ambient, equation.precision, equation.vmaps

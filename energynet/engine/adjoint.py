@@ -1,5 +1,6 @@
 """The adjoints: how gradients of a solution come back. The derivation stands in `energynet.derivative`."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
@@ -8,6 +9,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from energynet._torch.attention import twice_differentiable
 from energynet._torch.autodiff import alive, inside_jvp, readable, transform_active
 from energynet.engine.equation import Equation, Linear
 from energynet.engine.failed_samples import separable
@@ -193,7 +195,8 @@ class UnrolledAdjoint(Adjoint):
             )
         if self.last is not None:
             return self._last_steps(self.last, method, x0, inputs)
-        outcome, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
+        with twice_differentiable if torch.is_grad_enabled() or transform_active() else contextlib.nullcontext():
+            outcome, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
         if readable(outcome.status):
             method.tell(Outcome(*(t.detach() for t in outcome)), x0.detach(), tuple(t.detach() for t in inputs))
         else:

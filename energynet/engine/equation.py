@@ -15,6 +15,7 @@ from energynet._torch import tree as _tree
 from energynet._torch.autodiff import linearize, pullback, pushforward, transform_active, value_and_gradient_of_sum
 from energynet._torch.tree import Layout
 from energynet.energy import evaluate
+from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
 from energynet.solvers.problem import Problem
 from energynet.step import Kind, ProximalStep, Step, per_sample
@@ -39,6 +40,9 @@ class Root:
     code_spec: Any
     code_leaves: tuple[Constant | None, ...]  # None where a tensor goes
     encoded: bool
+    ambient: Ambient
+    precision: torch.dtype | None = None
+    """To which F is evaluated where it is coarser than x, as under autocast."""
     vmaps: tuple[tuple[tuple[int | None, ...], str], ...] = ()
 
     @property
@@ -60,8 +64,8 @@ class Root:
 
     @property
     def rounding(self) -> float:
-        """The rounding unit of the least precise tensor in x."""
-        return self.layout.rounding
+        """The rounding unit of the least precise tensor in x, or in an evaluation of F."""
+        return self.layout.rounding if self.precision is None else torch.finfo(self.precision).eps
 
     @property
     def num_shared(self) -> int:
@@ -117,7 +121,11 @@ class Root:
         """What the tangent equation at the answer x is made of: a root, whether its Jacobian is transposed, and inputs."""
         return self, False, (x, *inputs)
 
-    def _mapped(self, evaluate: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+    def _mapped(self, called: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        def evaluate(step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+            with self.ambient.evaluating():
+                return called(step, code, x)
+
         if not self.vmaps:
             step, code = self._attach(inputs)
             return lambda x: evaluate(step, code, x)
@@ -141,7 +149,9 @@ class Root:
     def _energy(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         energy = step.energy_of
         assert energy is not None
-        return evaluate(energy, self.layout.unravel(x), code[1:] if isinstance(step, ProximalStep) else code)
+        value = evaluate(energy, self.layout.unravel(x), code[1:] if isinstance(step, ProximalStep) else code)
+        # In the precision to which it is known, so that solvers take no rounding for a change.
+        return value if self.precision is None else value.to(self.precision)
 
     def _land(self, step: Step, code: tuple[Any, ...], target: Tensor) -> Tensor:  # (*batch, n + 1), the last number is γ
         assert isinstance(step, ProximalStep)
@@ -184,6 +194,10 @@ class Linear:
     @property
     def rounding(self) -> float:
         return self.root.rounding
+
+    @property
+    def ambient(self) -> Ambient:
+        return self.root.ambient
 
     @property
     def num_shared(self) -> int:

@@ -6,7 +6,7 @@ a derivative has come in through a closure (or was made inside, which is told ap
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -40,11 +40,17 @@ class ImpureFunctionError(RuntimeError):
     """The energy or map is no function of its arguments: random, stateful, mixing samples, or changing its input."""
 
 
-def probe(function: Callable[..., Any], name: str, own: Any, arguments: Any) -> tuple[Any, Any, Any]:
-    """Evaluate ``function(own, *arguments)`` once, watched, on plain values; ``own`` are the function's own tensors.
+class Probed(NamedTuple):
+    """One evaluation."""
 
-    Returns:
-        The plain values of ``own`` and ``arguments``, and what the function returned for them.
+    own: Any  # the plain values of the function's own tensors,
+    arguments: Any  # and of its arguments
+    output: Any  # what the function returned for them
+    dtypes: frozenset[torch.dtype]  # of the numbers in it that depend on an argument that requires grad
+
+
+def probe(function: Callable[..., Any], name: str, own: Any, arguments: Any) -> Probed:
+    """Evaluate ``function(own, *arguments)`` once, watched, on plain values; ``own`` are the function's own tensors.
 
     Raises:
         LostGradientError: on a captured tensor that carries a derivative.
@@ -54,14 +60,14 @@ def probe(function: Callable[..., Any], name: str, own: Any, arguments: Any) -> 
     random_state = torch.get_rng_state()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
         own, arguments = _tree.map_structure(_plain, (own, arguments))
-        with _Watch(name, _tree.leaves(own), _tree.leaves(arguments), grad_enabled, level):
+        with _Watch(name, _tree.leaves(own), _tree.leaves(arguments), grad_enabled, level) as watch:
             output = function(own, *arguments)
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ImpureFunctionError(
             f"{name} draws random numbers, so it is not one function from step to step. Draw them outside and pass them as "
             "context, or draw them in Energy.encode, which runs once a solve."
         )
-    return own, arguments, output
+    return Probed(own, arguments, output, frozenset(watch.dtypes))
 
 
 def _plain(tensor: Any) -> Any:
@@ -96,6 +102,7 @@ def unwatched() -> Iterator[None]:
 class _Watch(TorchFunctionMode):
     def __init__(self, name: str, own: list[Any], arguments: list[Any], grad_enabled: bool, level: int) -> None:
         super().__init__()
+        self.dtypes = set[torch.dtype]()
         self.name, self.grad_enabled, self.level = name, grad_enabled, level
         tensors = [t for t in (*own, *arguments) if isinstance(t, Tensor)]
         self.own = {_storage(t) for t in own}
@@ -119,6 +126,7 @@ class _Watch(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             results = [t for t in _tree.leaves(output) if isinstance(t, Tensor)]
             self.fresh.update(storage for storage in map(_storage, results) if storage not in self.old)
+            self.dtypes.update(t.dtype for t in results if t.requires_grad)
             for tensor in (*tensors, *results):
                 if self.level or tensor.requires_grad:
                     self.made[id(tensor)] = tensor

@@ -234,12 +234,13 @@ class _Solve(torch.autograd.Function):
         def gradients(v: Tensor) -> list[Tensor | None]:
             return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, status, own, tuple(inputs))
 
-        return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
+        with ctx.method.equation.ambient.solving():
+            return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
 
     @staticmethod
     @opaque
     def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
-        with inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
+        with ctx.method.equation.ambient.solving(), inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
             return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), *[None] * (4 + ctx.traces)
 
     @staticmethod

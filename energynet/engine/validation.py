@@ -1,11 +1,14 @@
 """What a user hands over is looked at here, before the first step; every sentence about it."""
 
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from energynet._torch import tree as _tree
+from energynet._torch.attention import twice_differentiable
 from energynet._torch.autodiff import readable
 from energynet.engine.binding import Binding
 from energynet.engine.purity import probe
@@ -53,8 +56,15 @@ def check_start(x0: Any) -> None:
         )
 
 
-def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int:
-    """Evaluate the user's function once and hold its result against x0; the number of batch dimensions."""
+class Examined(NamedTuple):
+    """What one evaluation of the user's function tells."""
+
+    batch_dims: int
+    precision: torch.dtype | None  # of the least precise number on the way from x, where it is coarser than x, as under autocast
+
+
+def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Examined:
+    """Evaluate the user's function once and hold its result against x0."""
 
     def function(tensors: list[Tensor], x: Any, *code: Any) -> Any:
         leaves = _tree.map_structure(lambda t: t.detach().requires_grad_(), x)  # to see that the energy's graph reaches x
@@ -62,7 +72,8 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int
 
     step = binding.step
     try:
-        tensors, (x, *_), output = probe(function, _name(step), list(binding.tensors), (x0, *code))
+        with twice_differentiable if step.energy_of is not None else contextlib.nullcontext():
+            tensors, (x, *_), output, dtypes = probe(function, _name(step), list(binding.tensors), (x0, *code))
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # one of our own sentences, or out of memory
             raise
@@ -80,7 +91,13 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> int
             f"step_size has shape {tuple(step.step_size.shape)}, one value a sample, but the energy returns a 0-d value: one "
             "problem without a batch dimension."
         )
-    return batch_dims
+    return Examined(batch_dims, _coarser(dtypes, [t.dtype for t in _tree.leaves(x)]))
+
+
+def _coarser(seen: Iterable[torch.dtype], own: Sequence[torch.dtype]) -> torch.dtype | None:
+    """The least precise dtype of those seen, if none of x's own is as coarse; a complex one is as precise as its parts."""
+    worst = _tree.least_precise(*(dtype.to_real() if dtype.is_complex else dtype for dtype in seen), *own)
+    return None if worst in own else worst
 
 
 def _unfit(name: str, x0: Any, code: tuple[Any, ...], held: list[Tensor], error: RuntimeError) -> str:
