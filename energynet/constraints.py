@@ -1,11 +1,11 @@
-"""Constraints and terms that are not smooth, by their proximal maps: what a `ProximalStep` takes besides the energy.
+"""Constraints and nonsmooth terms, given by their proximal maps: what a `ProximalStep` takes besides the energy.
 
-A bound, radius or weight is a float, a tensor, or a pytree of such like ``x``; a tensor may require grad and broadcasts to
-``x``, so one value a sample of ``(B, n)`` is ``(B, 1)`` for `Box` and `L1`, which act on each number, and ``(B,)`` for
+A bound, radius or weight is a float, a tensor, or a pytree of such like ``x``. A tensor may require grad and broadcasts to
+``x``, so one value per sample of ``(B, n)`` is ``(B, 1)`` for `Box` and `L1`, which act on each number, and ``(B,)`` for
 `Simplex`, `CappedSimplex`, `L2Ball` and `GroupL2`, which act along the last dimension.
 
-The maps are differentiable to any order wherever they are; on a kink they give the derivative of one of the sides. NaN in is
-NaN out: a condition is always written so that NaN passes.
+The maps are differentiable to any order wherever the derivatives exist; at a kink they give the derivative of one side. NaN
+in the input gives NaN in the output: every condition is written so that NaN passes.
 """
 
 import dataclasses
@@ -107,7 +107,8 @@ class Simplex(Prox):
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class CappedSimplex(Prox):
-    """0 ≤ x ≤ upper with Σ x = radius along the last dimension, such as shares of a portfolio of which none may exceed a tenth.
+    """0 ≤ x ≤ upper with Σ x = radius along the last dimension, such as the shares of a portfolio in which none may exceed a
+    tenth.
 
     Example:
         >>> import torch
@@ -228,7 +229,7 @@ class GroupL2(Prox):
 class Affine(Prox):
     """Linear equations, matrix · x = right, on the last dimension.
 
-    The matrix is factorized once a solve, Aᵀ = Q R, and the projection is x − Q Qᵀ x + Q R⁻ᵀ b.
+    The matrix is factorized once per solve, Aᵀ = Q R, and the projection is x − Q Qᵀ x + Q R⁻ᵀ b.
 
     Example:
         >>> import torch
@@ -280,7 +281,7 @@ class TotalVariation(Prox):
     """The term weight · Σ ‖differences of neighbors‖ over the last ``dims`` dimensions: piecewise constant answers.
 
     Its proximal map is itself a solve, of the dual problem by accelerated projected gradients, and differentiable to any
-    order as every solve. Where that does not converge the result is NaN, so that the outer solve fails too.
+    order like every solve. If that does not converge, the result is NaN, so that the outer solve fails too.
 
     Example:
         >>> import torch
@@ -290,7 +291,7 @@ class TotalVariation(Prox):
     Args:
         weight: a float, or a tensor that broadcasts to ``x`` without its last ``dims`` dimensions, as ``(B,)``.
         dims: how many trailing dimensions have neighbors: 1 for signals ``(B, n)``, 2 for images ``(B, H, W)``.
-        isotropic: whether differences in all directions are taken together, √(dx² + dy²), or apart, abs(dx) + abs(dy).
+        isotropic: whether differences in all directions are combined, √(dx² + dy²), or taken separately, abs(dx) + abs(dy).
         termination: of the inner solve, in units of ‖x − mean(x)‖; default: ε^¾ of the dtype, in at most 20 000 steps.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Exact gradients for answers that somebody else has found."""
+"""Exact gradients for answers that another solver has found."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ def implicit(
     adjoint: Adjoint | None = None,
     on_failure: OnFailure = "raise",
 ) -> Callable[..., Any]:
-    """Make any solver differentiable to any order, from the condition that its answers meet.
+    """Make any solver differentiable to any order, by means of the condition that its answers satisfy.
 
     Example:
         >>> import torch
@@ -43,12 +43,13 @@ def implicit(
         tensor([0.0833, 0.0370])
 
     Args:
-        solve: (\\*context) -> x, a tensor or a pytree of such; called without gradients, on plain tensors, and under ``vmap``
-            once an index.
+        solve: (\\*context) -> x, a tensor or a pytree of such. It is called without gradients and on plain tensors; under
+            ``vmap`` it is called once per index.
         optimality: F(x, \\*context) -> like x, zero at the answer: a gradient, a residual, g(x) − x.
         symmetric: whether ∂F/∂x is symmetric, as that of a gradient is.
-        batch_dims: 1 if the leading dimension of x counts samples which do not depend on one another; 0 is always right.
-        termination: how exactly x must meet the condition, and the adjoint equation be solved; default `Termination`.
+        batch_dims: 1 if the leading dimension of x counts samples that do not depend on one another; 0 is always correct.
+        termination: how accurately x must satisfy the condition, and how accurately the adjoint equation is solved; default
+            `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients where symmetric, else by GMRES.
         on_failure: what to do if x does not meet the condition: "raise", "warn" or "ignore".
 
@@ -56,7 +57,7 @@ def implicit(
         A function of the context with the value of ``solve``.
 
     Raises:
-        ConvergenceError: by that function, if x does not meet the condition, or a gradient cannot be had.
+        ConvergenceError: by that function, if x does not satisfy the condition, or there is no gradient.
         TypeError: by that function, if ``solve`` returns anything but tensors.
 
     Source: Christianson (1994); Blondel et al. (2022), Efficient and modular implicit differentiation.
@@ -85,7 +86,7 @@ class _GivenState(NamedTuple):
 
 
 class _Given(Solver):
-    """Stays where it is: the answer is there already, and only looked at."""
+    """Stays where it is: the answer is given, and only its condition is evaluated."""
 
     def init(self, problem: Problem, x0: Tensor) -> _GivenState:
         return _GivenState(problem.residual(x0))

@@ -24,22 +24,23 @@ class CompilationError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled(Driver):
-    """The whole solve as one program of machine code, compiled at the first call for an energy and its shapes.
+    """Run the whole solve as one program of machine code, which is compiled at the first call for an energy and its shapes.
 
-    Programs live in a cache of the process, which equal drivers share. Forward and adjoint solves, of any order and under
-    ``torch.func``, are programs each. A changed batch size compiles once more, for every size from 2 (where the
-    energy asks for ``x.shape[0]``: ``len(x)`` is a number of Python's, and compiled anew for each). With ``trace=True`` and
-    `UnrolledAdjoint`, and where a dispatch mode of PyTorch follows each operation, Python runs the loop.
+    Compiling takes up to a minute. Programs live in a cache of the process, which equal drivers share. Forward and adjoint
+    solves, of any order and under ``torch.func``, are separate programs. A new batch size compiles once more; that program
+    serves every size from 2 if the energy asks for ``x.shape[0]``. (``len(x)`` is a number in Python, so each size is
+    compiled by itself.) Python runs the loop with ``trace=True``, with `UnrolledAdjoint`, and where a dispatch mode of
+    PyTorch observes each operation.
 
     Example:
         >>> Compiled()
         Compiled(strict=False, capacity=64, check_every=None)
 
     Args:
-        strict: what to do where a solve cannot be compiled: raise `CompilationError`, or, by default, warn once and let
-            Python run the loop.
-        capacity: how many programs are kept; the one longest unused goes first.
-        check_every: updates between two looks at whether any sample still runs, as of `Eager`.
+        strict: whether to raise `CompilationError` if a solve cannot be compiled. By default it warns once, and Python runs
+            the loop.
+        capacity: the number of programs that are kept; the least recently used one is dropped first.
+        check_every: updates between two checks whether any sample is still running, as for `Eager`.
 
     Raises:
         ValueError: if capacity < 1 or check_every < 1.
@@ -56,7 +57,7 @@ class Compiled(Driver):
 
     @property
     def compilations(self) -> int:
-        """How many programs have been compiled for drivers of this capacity."""
+        """The number of programs that have been compiled for drivers of this capacity."""
         return self._programs.compilations
 
     def clear(self) -> None:

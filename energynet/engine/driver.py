@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Driver(ABC):
-    """Who runs the loop. The result is the same to rounding."""
+    """Who runs the loop. The results are the same up to rounding."""
 
     @abstractmethod
     def bind(self, step: Step) -> Binding:
@@ -32,17 +32,17 @@ class Driver(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Eager(Driver):
-    """Python runs the loop, operation by operation: nothing to compile, any energy.
+    """Python runs the loop, one operation at a time: nothing is compiled, and any energy works.
 
-    Where most samples of a large batch have ended, the rest go on alone.
+    When most samples of a large batch have finished, the others continue alone.
 
     Example:
         >>> Eager(check_every=4)
         Eager(check_every=4)
 
     Args:
-        check_every: updates between two looks at whether any sample still runs, since a look makes an accelerator wait; None: 1
-            on a CPU, 8 elsewhere. Finished samples are frozen, so answers and steps do not depend on it.
+        check_every: updates between two checks whether any sample is still running, since a check makes an accelerator wait;
+            None: 1 on a CPU, 8 elsewhere. Finished samples are frozen, so answers and steps do not depend on it.
 
     Raises:
         ValueError: if check_every < 1.

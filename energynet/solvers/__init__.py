@@ -1,4 +1,4 @@
-"""Forward solvers, one a file."""
+"""Forward solvers, one per file."""
 
 from energynet.solvers.anderson import Anderson
 from energynet.solvers.base import Solver

@@ -19,7 +19,7 @@ class AndersonState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Anderson(Solver):
-    """Fixed-point iteration accelerated by the last ``memory`` moves, mixed so that their combination is smallest.
+    """Fixed-point iteration accelerated by the last ``memory`` moves, which are mixed so that their combination is smallest.
 
     Example:
         >>> import torch
@@ -29,8 +29,8 @@ class Anderson(Solver):
         2
 
     Args:
-        memory: m, how many differences are kept.
-        mixing: β in (0, 1], the part of the combined move that is taken.
+        memory: m, the number of differences that are kept.
+        mixing: β in (0, 1], the fraction of the combined move that is taken.
         regularization: ridge of the least-squares problem, relative to its unit-length columns; default 10 ε of the
             dtype. A singular system falls back to the map's own step.
 

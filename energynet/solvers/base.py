@@ -1,4 +1,4 @@
-"""What a solver is: a pure rule for moving, blind to tolerances and adjoints."""
+"""What a solver is: a pure rule for moving, which knows nothing of tolerances and adjoints."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -45,19 +45,19 @@ class Solver(ABC):
         """The next point and its state."""
 
     def merit(self, state: Any, size: Tensor) -> Tensor:
-        """What tells the best of the iterates, ``(*batch)``: the smaller, the better. ``size`` is the residual's norm."""
+        """What decides which iterate is best, ``(*batch)``: the smaller, the better. ``size`` is the residual's norm."""
         return size
 
     def breakdown(self, state: Any) -> Tensor | None:
-        """``(*batch)`` bool: samples for which the solver has seen that there is no answer; None: it cannot see that."""
+        """``(*batch)`` bool: samples for which the solver has detected that there is no answer; None: it cannot detect that."""
         return None
 
     def stalled(self, state: Any) -> Tensor | None:
-        """``(*batch)`` bool: samples that cannot be improved further in this dtype; None: it cannot see that."""
+        """``(*batch)`` bool: samples that cannot be improved further in this dtype; None: it cannot detect that."""
         return None
 
     def check(self, kind: Kind) -> None:
-        """Refuse what this solver cannot solve, before its first step.
+        """Raise for a problem that this solver cannot solve, before its first step.
 
         Raises:
             TypeError: naming the solvers that can.

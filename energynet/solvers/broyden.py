@@ -22,11 +22,12 @@ class BroydenState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Broyden(Solver):
-    """Broyden's good method on x − g(x) = 0: each step corrects the estimated inverse Jacobian by what it has seen.
+    """Broyden's good method on x − g(x) = 0: each step corrects the estimate of the inverse Jacobian by the change that it
+    observed.
 
-    Begins with the map's own step, and with it again once the memory is full: without the oldest of them the other
-    corrections would be wrong. A step that makes the move ``GROWTH`` times longer, or not finite, is taken back, and the
-    memory is dropped.
+    It begins with the map's own step, and begins again when the memory is full, since without the oldest correction the
+    others would be wrong. If a step makes the move ``GROWTH`` times longer, or not finite, it is undone and the memory is
+    dropped.
 
     Example:
         >>> import torch
@@ -37,7 +38,7 @@ class Broyden(Solver):
         2
 
     Args:
-        memory: m, how many corrections are kept.
+        memory: m, the number of corrections that are kept.
 
     Raises:
         ValueError: if memory < 1.

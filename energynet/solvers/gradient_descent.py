@@ -1,4 +1,4 @@
-"""Gradient descent under three rules for the length of its steps, batched sample by sample."""
+"""Gradient descent with three rules for the length of its steps, batched per sample."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -49,7 +49,7 @@ class StepRule(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class FixedStep(StepRule):
-    """Always γ: the plain fixed-point iteration, no energy is compared.
+    """The constant γ: the plain fixed-point iteration, which compares no energies.
 
     Example:
         >>> FixedStep()
@@ -72,7 +72,7 @@ class BacktrackingStep(StepRule):
         BacktrackingStep(growth=1.5)
 
     Args:
-        growth: of the step that is tried first, in units of the last one.
+        growth: the length that is tried first, in units of the last one.
 
     Raises:
         ValueError: if growth < 1.
@@ -92,16 +92,16 @@ class BacktrackingStep(StepRule):
 
 @dataclasses.dataclass(frozen=True)
 class BarzilaiBorwein(StepRule):
-    """The inverse curvature along the last step; the energy may rise now and then, but stays below the last few.
+    """The inverse curvature along the last step. The energy may rise now and then, but stays below the last few energies.
 
-    Often a hundred times faster than a constant step where the condition number is large.
+    This is often a hundred times faster than a constant step when the condition number is large.
 
     Example:
         >>> BarzilaiBorwein(memory=5)
         BarzilaiBorwein(memory=5)
 
     Args:
-        memory: how many energies are remembered; 1 lets none rise.
+        memory: the number of energies that are remembered; with 1 the energy never rises.
 
     Raises:
         ValueError: if memory < 1.
@@ -124,7 +124,7 @@ class BarzilaiBorwein(StepRule):
 
 @dataclasses.dataclass(frozen=True)
 class GradientDescent(Solver):
-    """Downhill along −∇E; one evaluation of the energy and its gradient a step.
+    """Downhill along −∇E, with one evaluation of the energy and its gradient per step.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Steps of a length that nobody gave: a guess is tried, and halved where the energy shows that it is too long."""
+"""Step sizes that the user did not give: a guess is tried, and halved where the energy shows that it is too large."""
 
 from typing import NamedTuple
 

@@ -33,9 +33,10 @@ class LBFGSState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LBFGS(Solver):
-    """Quasi-Newton descent by the last ``memory`` changes of the gradient; robust also where an energy is not convex.
+    """Quasi-Newton descent based on the last ``memory`` changes of the gradient; robust even where an energy is not convex.
 
-    One evaluation of the energy and its gradient a step. A search that fails drops the memory and goes downhill.
+    It takes one evaluation of the energy and its gradient per step. If a search fails, it drops the memory and goes
+    downhill.
 
     Example:
         >>> import torch
@@ -45,7 +46,7 @@ class LBFGS(Solver):
         tensor([[1., 1.]])
 
     Args:
-        memory: m, how many changes are kept.
+        memory: m, the number of changes that are kept.
         search: how far to go in a direction; `StrongWolfe` or `Backtracking`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Line searches, one trial point an update: no loop inside the loop, and every sample searches on its own.
+"""Line searches with one trial point per update: there is no loop inside the loop, and each sample searches by itself.
 
 A solver asks for the energy and the slope at ``x + t d``, hands them to `LineSearch.judge`, and gets back which samples
 take the point and which length each of the others tries next.
@@ -73,17 +73,17 @@ class LineSearch(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Backtracking(LineSearch):
-    """Shorten the step until the energy falls by a part of what the slope promises.
+    """Shorten the step until the energy falls by a fraction of what the slope predicts.
 
     Example:
         >>> Backtracking()
         Backtracking(decrease=0.0001)
 
     Args:
-        decrease: the part of the promise, in (0, 1/2).
+        decrease: this fraction, in (0, 1/2).
 
     Raises:
-        ValueError: if it lies outside.
+        ValueError: if it is outside this interval.
 
     Source: Armijo (1966); where energies differ by rounding only, the slopes decide, as in Hager and Zhang (2005).
     """
@@ -97,7 +97,7 @@ class Backtracking(LineSearch):
 
 @dataclasses.dataclass(frozen=True)
 class StrongWolfe(LineSearch):
-    """Sufficient decrease, and a slope that has become flat: what quasi-Newton updates need.
+    """Sufficient decrease and a slope that is flat enough: what quasi-Newton updates need.
 
     Example:
         >>> StrongWolfe(flatness=0.1)
@@ -108,7 +108,7 @@ class StrongWolfe(LineSearch):
         flatness: the slope's magnitude at the new point in units of that at the old one, in (decrease, 1).
 
     Raises:
-        ValueError: if one lies outside.
+        ValueError: if one is outside its interval.
 
     Source: Wolfe (1969); Nocedal and Wright (2006), section 3.5.
     """

@@ -27,7 +27,7 @@ class GuardedNesterovState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Nesterov(Solver):
-    """Accelerated descent, x ← g(y) with y ← x + β (x − x_before), restarted sample by sample where momentum points uphill.
+    """Accelerated descent, x ← g(y) with y ← x + β (x − x_before), restarted for each sample whose momentum points uphill.
 
     One evaluation a step; on a `ProximalStep` it is FISTA. What it returns is y, where F is known. Bounds and zeros that
     have held for two steps hold there as they do at x; another constraint may be exceeded by the tolerance. Where γ is not
@@ -41,7 +41,7 @@ class Nesterov(Solver):
         True
 
     Args:
-        restart: whether to drop the momentum where it makes an obtuse angle with the move that g proposes.
+        restart: whether to drop the momentum when it forms an obtuse angle with the move that g proposes.
 
     Source: Nesterov (1983); Beck and Teboulle (2009), FISTA; O'Donoghue and Candès (2015), the gradient restart scheme.
     """

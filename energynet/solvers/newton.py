@@ -12,7 +12,7 @@ from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, tru
 
 @dataclasses.dataclass(frozen=True)
 class Newton(TrustRegion):
-    """Newton steps from the whole Hessian and its Cholesky factor: few of them, however ill-conditioned an energy is.
+    """Newton steps with the whole Hessian and its Cholesky factor: few steps, however ill-conditioned the energy is.
 
     Where the Hessian is not positive definite, or the step leads out of the ball in which such steps were of use, it makes the
     step of `NewtonCG`. One step costs n Hessian-vector products, taken at once, a factorization and one evaluation. Memory: n²

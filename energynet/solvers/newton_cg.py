@@ -11,10 +11,10 @@ from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated
 
 @dataclasses.dataclass(frozen=True)
 class NewtonCG(TrustRegion):
-    """Newton steps from Hessian-vector products, inside a ball that grows and shrinks with their success.
+    """Newton steps from Hessian-vector products, inside a ball whose radius is adapted to their success.
 
-    Negative curvature is followed to the edge of the ball, so saddles are left behind. One step costs up to ``inner``
-    Hessian-vector products and one evaluation; it pays where an energy is ill-conditioned or an exact answer is wanted.
+    Negative curvature is followed to the edge of the ball, so that saddles are left behind. One step costs up to ``inner``
+    Hessian-vector products and one evaluation. It is worthwhile for ill-conditioned energies and for accurate answers.
 
     Example:
         >>> import torch
@@ -24,8 +24,8 @@ class NewtonCG(TrustRegion):
         tensor([[1., 0.]])
 
     Args:
-        inner: most Hessian-vector products a step.
-        radius: of the first ball, in units of max(1, ‖x‖).
+        inner: the largest number of Hessian-vector products per step.
+        radius: radius of the first ball, in units of max(1, ‖x‖).
 
     Raises:
         ValueError: if inner < 1 or radius ≤ 0.

@@ -21,7 +21,7 @@ class GuardedPicardState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Picard(Solver):
-    """Plain fixed-point iteration x ← g(x); on a gradient step, gradient descent.
+    """The plain fixed-point iteration x ← g(x); for a gradient step, this is gradient descent.
 
     Converges linearly at the contraction factor of g, one evaluation a step. Where γ is not given, one that turns out too
     long on the way is halved.

@@ -1,4 +1,4 @@
-"""The problem: a frozen value that says what is being solved, and nothing of how."""
+"""The problem: a frozen value that says what is being solved, and nothing about how."""
 
 import dataclasses
 import functools

@@ -43,8 +43,8 @@ class ProjectedLBFGSState(NamedTuple):
 class ProjectedLBFGS(Solver):
     """Quasi-Newton descent within bounds, by the last ``memory`` changes of the gradient: the method of L-BFGS-B.
 
-    One evaluation of the energy and its gradient per step, always inside the bounds. A search that fails drops the memory
-    and goes downhill. The model is kept in float64 where the device has it.
+    It takes one evaluation of the energy and its gradient per step, always within the bounds. If a search fails, it drops
+    the memory and goes downhill. The model is kept in float64 where the device supports it.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class ProjectedLBFGS(Solver):
         tensor([[0.8000, 0.6400]])
 
     Args:
-        memory: m, how many changes are kept.
+        memory: m, the number of changes that are kept.
 
     Raises:
         ValueError: if memory < 1.

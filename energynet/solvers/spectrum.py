@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of linear maps that are known by their products only, batched sample by sample."""
+"""Extreme eigenvalues of linear maps that are given by their products only, batched per sample."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def normalized(x: Tensor) -> Tensor:  # (*batch, n)
 
 
 def ritz_values(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:  # -> (*batch, m)
-    """Approximate eigenvalues of a symmetric map, the extreme ones best, from ``steps`` products.
+    """Approximate eigenvalues of a symmetric map from ``steps`` products; the extreme ones are the most accurate.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ def ritz_values(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) 
 
 
 def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:  # -> (*batch, m), complex
-    """Approximate eigenvalues of any linear map, the outer ones best, from ``steps`` products.
+    """Approximate eigenvalues of any linear map from ``steps`` products; the outer ones are the most accurate.
 
     Example:
         >>> import torch
