@@ -15,8 +15,8 @@
 #
 # You will learn
 # - how the step size γ sets the contraction factor, and with it the number of steps;
-# - which γ never arrive, and how the library tells you so, sample by sample;
-# - that the gradient of the answer depends on the answer alone, not on γ or the path.
+# - which step sizes never converge, and how the library reports this for each sample;
+# - that the gradient of the answer depends on the answer alone, and not on γ or the path.
 
 # %%
 import textwrap
@@ -29,7 +29,7 @@ from energynet import ConvergenceError, GradientStep, Picard, Status, Terminatio
 # %%
 torch.set_default_dtype(torch.float64)
 START = -2.0  # where every solve begins
-CONTEXT = (1.0, 3.0)  # z, one value a sample
+CONTEXT = (1.0, 3.0)  # z, one value per sample
 SWEEP = torch.linspace(0.05, 3.4, 1200)  # step sizes γ for the picture
 STEP_SIZES = (0.4, 1.6, 2.8)  # three of them, looked at closely
 ACCURATE = Termination(atol=1e-10, rtol=0.0)  # when a solve may stop
@@ -42,11 +42,11 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The picture
 #
-# One unknown x, one energy E(x) = eˣ − z x, convex, with a single minimizer. Walk downhill with steps of size γ, and look at
-# where the walk has settled after many steps. Up to γ = 2 it finds the minimizer. Beyond that it jumps between two points,
-# then four, then eight, and then it is chaos: the energy has not changed, only γ has. Below, the number of steps it took: the
-# best γ needs a handful, and theory predicts the whole curve. This page explains the picture, in which each of 1,200 step
-# sizes is one sample of one batch.
+# This page has one unknown x and one energy, E(x) = eˣ − z x, which is convex and has a single minimizer. Walk downhill with
+# steps of size γ, and look at where the walk is after many steps. Up to γ = 2 it finds the minimizer. Beyond that it jumps
+# between two points, then four, then eight, and finally it is chaotic: the energy has not changed, only γ has. The lower
+# panel shows the number of steps. The best γ needs a handful, and theory predicts the whole curve. The rest of this page
+# explains the picture, in which each of the 1,200 step sizes is one sample of a single batch.
 
 
 # %%
@@ -79,7 +79,7 @@ top.plot(SWEEP.expand_as(places).flatten(), places.flatten(), ",", color="#1b2a4
 top.axhline(0, color=GREEN, linewidth=1, zorder=0)
 top.text(3.43, 0, "x*", color=GREEN, va="center")
 top.set(ylabel="x after many steps", ylim=(-6.2, 2.4), title="Gradient descent on eˣ − x: one minimum, many fates")
-bottom.semilogy(SWEEP[arrived], sweep.num_steps[arrived], ".", color=BLUE, markersize=4, label="seen")
+bottom.semilogy(SWEEP[arrived], sweep.num_steps[arrived], ".", color=BLUE, markersize=4, label="measured")
 below = SWEEP < 1.985
 bottom.semilogy(SWEEP[below], predicted[below].clamp_min(1), color=ORANGE, linewidth=1, label="predicted, ρᵏ = 10⁻⁸")
 bottom.set(xlabel="step size γ", ylabel="steps to x*, within 10⁻⁸", ylim=(1, 700), xlim=(0, 3.4))
@@ -96,10 +96,9 @@ plt.show()
 # %% [markdown]
 # ## An energy
 #
-# `energy` above returns one scalar a sample: `x` and `z` have a leading batch dimension, and the result has no other. It is
-# the energy of a Poisson rate: x is the logarithm of the rate and z the count that was seen. The slope is eˣ − z, so the
-# minimizer is x* = log z. That we know the answer is convenient for a first page; nothing below makes use of it except the
-# checks.
+# `energy` above returns one scalar per sample: `x` and `z` have a leading batch dimension, and the result has no other
+# dimension. It is the energy of a Poisson rate, where x is the logarithm of the rate and z the observed count. Its slope is
+# eˣ − z, so the minimizer is x* = log z. Knowing the answer is convenient for a first page; only the checks make use of it.
 
 # %%
 z = torch.tensor(CONTEXT)[:, None]
@@ -110,8 +109,8 @@ print("energy  ", tuple(energy(x, z).shape), "    gradient", tuple(gradient(ener
 # %% [markdown]
 # ## A step and its fixed point
 #
-# One gradient step is the map g(x) = x − γ E′(x). Where it no longer moves x, the slope is zero: a *fixed point* of g is a
-# minimizer of E. With the solver `Picard`, `minimize` iterates g until each sample has arrived, and then leaves that sample
+# One gradient step is the map g(x) = x − γ E′(x). Where it no longer moves x, the slope is zero, so a *fixed point* of g is a
+# minimizer of E. With the solver `Picard`, `minimize` iterates g until a sample has converged, and then leaves that sample
 # alone. (The default solver of `minimize` is L-BFGS, which needs no γ. This page uses the plain iteration on purpose.)
 
 # %%
@@ -125,14 +124,14 @@ print("steps  ", solution.num_steps.tolist())
 # %% [markdown]
 # ## The contraction factor
 #
-# Draw g as a curve and the diagonal y = x. A step goes up to the curve and across to the diagonal; the fixed point is where
-# they cross. If the curve crosses with a slope of size below 1, each step shrinks the distance by that factor, and the walk
-# arrives. The slope of g at x* is 1 − γ E″(x*), so the contraction factor is
+# Draw g as a curve and the diagonal y = x. A step goes vertically to the curve and horizontally to the diagonal; the fixed
+# point is where they cross. If the absolute slope of the curve at the crossing is below 1, each step shrinks the distance by
+# that factor, and the walk converges. The slope of g at x* is 1 − γ E″(x*), so the contraction factor is
 #
 # $$ρ = |1 - γ\,E''(x^*)|,$$
 #
-# which is below 1 for 0 < γ < 2/E″ and 0 at γ = 1/E″. Here z = 1 and E″(x*) = e⁰ = 1. With many unknowns the curvatures spread
-# over an interval [μ, L]. Then γ must stay below 2/L, and γ = 2/(L + μ) is the best compromise.
+# which is below 1 for 0 < γ < 2/E″ and zero at γ = 1/E″. Here z = 1 and E″(x*) = e⁰ = 1. With many unknowns, the curvatures
+# lie in an interval [μ, L]. Then γ must stay below 2/L, and γ = 2/(L + μ) is the best compromise.
 
 
 # %% tags=["hide-input"]
@@ -173,20 +172,20 @@ for gamma in (0.2, 0.4, 1.6):
     errors = walk(gamma, 80).abs()  # x* = 0
     k = int((errors > 1e-9).sum()) - 1  # the last error above rounding
     rates[gamma] = float(errors[k] / errors[k - 1]), abs(1 - gamma)
-    print(f"γ = {gamma:.1f}   seen {rates[gamma][0]:.4f}   predicted {rates[gamma][1]:.4f}")
+    print(f"γ = {gamma:.1f}   measured {rates[gamma][0]:.4f}   predicted {rates[gamma][1]:.4f}")
 
-seen = diagnostics.curvature(energy, solution, z)
+curvature = diagnostics.curvature(energy, solution, z)
 factor = diagnostics.contraction_factor(GradientStep(energy, 0.5), solution, z)
-print("E″(x*)             ", seen.largest.tolist())
-print("γ must stay below  ", seen.step_size_limit.tolist())
+print("E″(x*)             ", curvature.largest.tolist())
+print("γ must stay below  ", curvature.step_size_limit.tolist())
 print("ρ at γ = 0.5       ", factor.tolist())
 
 # %% [markdown]
-# ## What never arrives, and how it is told
+# ## What never converges, and how it is reported
 #
-# A solve ends in one of four ways, and every sample of the batch has its own `Status`. Here eight samples ask for trouble in
-# three ways: a γ that is too large or too small, a context that is NaN, and an energy that has no minimizer (z < 0 in eˣ − z x:
-# downhill for ever). The default policy raises, and the message says which samples, why, and what to try.
+# A solve ends with one `Status` for each sample of the batch. Here eight samples cause trouble in three ways: a step size
+# that is too large or too small, a context that is NaN, and an energy without a minimizer (for z < 0, eˣ − z x decreases
+# forever). By default the solve raises, and the message says which samples failed, why, and what to try.
 
 # %%
 troubled_z = torch.tensor([[1.0], [1.0], [1.0], [1.0], [1.0], [torch.nan], [-1.0], [1.0]])
@@ -198,8 +197,8 @@ except ConvergenceError as error:
 print(textwrap.fill(message, 110))
 
 # %% [markdown]
-# With `on_failure="ignore"` the solve returns and `Solution.status` tells of each sample. The failed ones have not touched the
-# others. (`on_failure="warn"` is between the two.)
+# With `on_failure="ignore"` the solve returns, and `Solution.status` holds the status of each sample. The failed samples have
+# not affected the others. (`on_failure="warn"` warns and returns.)
 
 # %%
 ignored = minimize(
@@ -211,8 +210,8 @@ for context, gamma, status, steps in zip(*(c.tolist() for c in columns), strict=
     print(f"z = {context:4.1f}   γ = {gamma:5.3f}   {Status(status).name:10} {steps:5d} steps")
 
 # %% [markdown]
-# Energies that grow fast in every direction fail in another way. On 2 (x − z)², of curvature 4, a γ above 2/4 overshoots by
-# more each time, and the walk goes to infinity: `DIVERGED`.
+# Energies that grow fast in every direction fail in another way. The energy 2 (x − z)² has curvature 4, so a γ above 2/4
+# overshoots by more each time, and the walk goes to infinity: the status is `DIVERGED`.
 
 
 # %%
@@ -230,9 +229,10 @@ print(textwrap.fill("DIVERGED: " + Status.DIVERGED.sentence, 110))
 # %% [markdown]
 # ## The gradient does not know the path
 #
-# At the answer the slope is zero, whatever z is: eˣ* − z = 0. Differentiate this equation in z: eˣ* dx*/dz − 1 = 0, so
-# dx*/dz = e⁻ˣ* = 1/z. Neither γ, nor the start, nor the number of steps is in it. The library does the same for any energy:
-# `backward` differentiates the *condition* that the answer meets, not the iterations that found it. Tutorial 2 shows how.
+# At the answer the slope is zero for every z: eˣ* − z = 0. Differentiating this equation with respect to z gives eˣ* dx*/dz −
+# 1 = 0, so dx*/dz = e⁻ˣ* = 1/z. Neither γ, nor the starting point, nor the number of steps appears in it. The library does
+# the same for any energy: `backward` differentiates the *condition* that the answer satisfies, and not the iterations that
+# found it. Tutorial 2 shows how.
 
 # %%
 leaf = z.clone().requires_grad_()
@@ -252,7 +252,7 @@ assert arrived[SWEEP < 1.9].all() and not arrived[SWEEP > 2].any() and (sweep.va
 slow = ((1 - SWEEP).abs() > 0.5) & (SWEEP < 1.9)  # around γ = 1 the first steps, far from x*, are most of the walk
 assert (sweep.num_steps / predicted - 1)[slow].abs().max() < 0.25
 assert all(abs(measured - formula) < 1e-3 for measured, formula in rates.values())
-assert torch.allclose(seen.largest, z.flatten()) and torch.allclose(factor, (1 - 0.5 * z).abs().flatten())
+assert torch.allclose(curvature.largest, z.flatten()) and torch.allclose(factor, (1 - 0.5 * z).abs().flatten())
 assert [Status(s).name for s in ignored.status.tolist()].count("CONVERGED") == 4 and "number" in message
 assert torch.allclose(ignored.value[[0, 1, 2, 7]], torch.zeros(4, 1), atol=1e-6)
 assert steep.status.tolist() == [Status.CONVERGED, Status.DIVERGED]

@@ -14,9 +14,9 @@
 # # 2 · Implicit gradients: differentiate the answer, not the path
 #
 # You will learn
-# - why the gradient of a solution needs the solution only, and the one equation that gives it;
-# - to write an implicit layer by hand, in 20 lines, with a backward pass that is an iteration like the forward one;
-# - what implicit, unrolled and finite-difference gradients cost in accuracy, time and memory, measured here.
+# - why the gradient of a solution depends on the solution only, and which equation gives it;
+# - how to write an implicit layer by hand, in 20 lines, with a backward pass that is an iteration like the forward pass;
+# - what implicit, unrolled and finite-difference gradients cost in accuracy, time and memory, as measured here.
 
 # %%
 import time
@@ -43,10 +43,10 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The picture
 #
-# Colors show an energy E(x, z) of one unknown x and one context z. For each z, going up and down, the minimum lies on the black
-# curve: that is the answer x*(z), and on it the slope ∂E/∂x is zero. A solver falls down a vertical line, by whatever path: the
-# white dots. The derivative of the answer is the slope *along the curve*, the orange tangents. To know it one must know the
-# curve near one point, and nothing about the fall.
+# The colors show an energy E(x, z) of one unknown x and one context z. For each z, the minimum in the vertical direction lies
+# on the black curve: this is the answer x*(z), where the slope ∂E/∂x is zero. A solver moves along a vertical line by some
+# path (the white dots). The derivative of the answer is the slope *along the curve*, which the orange tangents show. To
+# compute it, one needs the curve near one point, and nothing about the path.
 
 
 # %% tags=["hide-input"]
@@ -63,7 +63,7 @@ curve = minimize(valley, torch.zeros_like(curve_z), curve_z).value
 falls_z = torch.tensor([[-2.3], [-1.1], [0.2], [1.3], [2.4]], requires_grad=True)
 falls_x = torch.tensor([[-2.7], [2.7], [-2.6], [-2.7], [2.7]])
 fall = minimize(valley, falls_x, falls_z, step_size=0.22, solver=Picard(), termination=ACCURATE, trace=True)
-(tangent,) = torch.autograd.grad(fall.value.sum(), falls_z)  # dx*/dz, one a sample
+(tangent,) = torch.autograd.grad(fall.value.sum(), falls_z)  # dx*/dz, one per sample
 
 figure, axis = plt.subplots(figsize=(8.5, 5.6), layout="constrained")
 levels = height.min() + torch.linspace(0, 1, 26) ** 2 * (height.max() - height.min())
@@ -82,28 +82,28 @@ plt.show()
 # %% [markdown]
 # ## The derivation
 #
-# One step of gradient descent is g(x, z) = x − γ ∂E/∂x. The answer is where a step changes nothing:
+# One step of gradient descent is g(x, z) = x − γ ∂E/∂x. The answer is the point that a step does not change:
 #
 # $$x^* = g(x^*, z).$$
 #
-# This holds for every z, so both sides have the same derivative. With J = ∂g/∂x, the Jacobian at x*,
+# This holds for every z, so both sides have the same derivative. With the Jacobian J = ∂g/∂x at x*,
 #
 # $$\frac{dx^*}{dz} = J\,\frac{dx^*}{dz} + \frac{\partial g}{\partial z}
 # \qquad\Longrightarrow\qquad \frac{dx^*}{dz} = (I - J)^{-1}\,\frac{\partial g}{\partial z}.$$
 #
-# Backpropagation does not want this matrix, but its product with the gradient v = ∂L/∂x* that comes in from the loss:
-# dL/dz = (∂g/∂z)ᵀ c, where c solves (I − Jᵀ) c = v. Write that as
+# Backpropagation does not need this matrix, but only its product with the gradient v = ∂L/∂x* that comes from the loss: dL/dz
+# = (∂g/∂z)ᵀ c, where c solves (I − Jᵀ) c = v. Written as
 #
 # $$c = J^\top c + v,$$
 #
-# and it is a fixed point again! Iterate c ← Jᵀ c + v. It converges because J contracts, just as the forward iteration does, and
-# a product with Jᵀ is what reverse-mode autograd computes: no matrix is formed. This is the *backward fixed-point iteration* of
-# [arXiv 2002.02868](https://arxiv.org/abs/2002.02868).
+# this is a fixed-point equation again! Iterate c ← Jᵀ c + v. The iteration converges because J contracts, just as the forward
+# iteration does. Reverse-mode autograd computes products with Jᵀ, so that no matrix is formed. This is the *backward
+# fixed-point iteration* of [arXiv 2002.02868](https://arxiv.org/abs/2002.02868).
 #
 # ## By hand, in 20 lines
 #
-# The energy of this page: a least-squares fit with a smooth absolute value to keep the unknowns small. Its context is the
-# right-hand side b.
+# The energy of this page is a least-squares fit with a smooth absolute value that keeps the unknowns small. Its context is
+# the right-hand side b.
 
 # %%
 matrix = torch.randn(ROWS, UNKNOWNS) / UNKNOWNS**0.5
@@ -163,12 +163,12 @@ print("x*", tuple(x_hand.shape), "  dL/db", tuple(by_hand.shape))
 # %% [markdown]
 # ## The same from the library, and two witnesses
 #
-# `minimize` with `Picard` and `ImplicitAdjoint(Picard())` is the same pair of iterations, which stop by themselves when they have
-# arrived. By default the library solves the adjoint equation by conjugate gradients instead, which for an energy is allowed
-# (J is symmetric) and needs far fewer products.
+# `minimize` with `Picard` and `ImplicitAdjoint(Picard())` is the same pair of iterations, which stop by themselves when they
+# have converged. By default the library solves the adjoint equation by conjugate gradients instead. For an energy this is
+# possible because J is symmetric, and it needs far fewer products.
 #
-# The witnesses: central finite differences, which know nothing of any of this; and the closed form, which for this small problem
-# is one dense linear system with the Hessian H = AᵀA + diag(1 − tanh² x*), namely dL/db = A H⁻¹ v.
+# The first witness is central finite differences, which make no use of any of this. The second is the closed form, which for
+# this small problem is one dense linear system with the Hessian H = AᵀA + diag(1 − tanh² x*), namely dL/db = A H⁻¹ v.
 
 
 # %%
@@ -207,12 +207,12 @@ for name, error in errors.items():
 # %% [markdown]
 # ## What each of them costs
 #
-# *Unrolling* is the other way to differentiate a solver: let autograd record all iterations and walk back through them. It is
-# right too, once enough iterations are taken. But it keeps every iterate until the backward pass. *Finite differences* keep
+# *Unrolling* is the other way to differentiate a solver: autograd records all iterations and goes back through them. This is
+# correct too, once there are enough iterations, but it keeps every iterate until the backward pass. *Finite differences* keep
 # nothing and solve twice for every entry of b.
 #
-# We give all three the same number k of iterations of g and measure. Bytes are counted where autograd stores tensors for the
-# backward pass; times are the better of two.
+# We give all three methods the same number k of iterations of g. Bytes are counted where autograd stores tensors for the
+# backward pass, and times are the better of two.
 
 
 # %%
@@ -291,14 +291,14 @@ axes[2].set_ylim(bottom=0.2)
 plt.show()
 
 # %% [markdown]
-# How to read it. *Error*: with few iterations all three are wrong, since none of them has reached x*. Then the two exact methods
-# fall at the rate of the contraction, down to rounding. Finite differences stop near 10⁻⁹: a smaller h loses more to
-# cancellation than it gains, a larger one more to curvature. *Time*: implicit and unrolled are alike, one iteration back for
-# each one forth. Finite differences solve 200 problems, here in one batch, and more of them for each further entry of b.
-# *Memory*: the implicit method keeps the answer and the context, whatever k is; the unrolled one keeps everything. That is why
-# implicit layers can afford thousands of iterations, and large images.
+# *Error*: with few iterations all three methods are wrong, since none has reached x*. Then the errors of the two exact
+# methods fall at the rate of the contraction, down to rounding. Finite differences stop near 10⁻⁹: a smaller h loses more to
+# cancellation than it gains, and a larger h loses more to curvature. *Time*: implicit and unrolled gradients take about the
+# same time, one backward iteration for each forward iteration. Finite differences solve 200 problems, here in one batch, and
+# more for each further entry of b. *Memory*: the implicit method keeps the answer and the context for any k, and the unrolled
+# method keeps everything. This is why implicit layers can afford thousands of iterations and large images.
 #
-# The library's own default goes further: L-BFGS forward and conjugate gradients backward need a few dozen steps where the plain
+# The library's default goes further: L-BFGS forward and conjugate gradients backward need a few dozen steps where the plain
 # iteration needs hundreds.
 
 # %%

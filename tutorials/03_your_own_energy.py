@@ -14,9 +14,9 @@
 # # 3 · Your own energy: a chain that hangs as you wish
 #
 # You will learn
-# - to write an energy, and to let `check_energy` find the mistakes that do not crash;
-# - to read a `Solution` that failed, and what to change;
-# - to train through the finished solver.
+# - how to write an energy, and how `check_energy` finds mistakes that do not crash;
+# - how to read a `Solution` that failed, and what to change;
+# - how to train through the finished solver.
 
 # %%
 import textwrap
@@ -24,7 +24,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import torch
 
-from energynet import FPI_GD, Energy, NewtonCG, Status, diagnostics, minimize
+from energynet import FPI_GD, LBFGS, Energy, NewtonCG, Status, diagnostics, minimize
 from energynet.testing import CheckError, check_energy, check_layer
 
 # %%
@@ -41,12 +41,12 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The picture
 #
-# Beads on springs between two pins. Each bead carries a weight, which pulls it down, or a balloon, which pulls it up. The chain
-# comes to rest where its energy is least: ½ k (length − rest)² of each spring, and load × height of each bead. *Which* weights
-# and balloons make it rest on a given curve? We draw three curves and let gradients find out: the loss goes through the solver,
-# back to the loads. Thin gray lines are the chains on the way.
+# Beads hang on springs between two pins. Each bead carries a weight, which pulls it down, or a balloon, which pulls it up.
+# The chain comes to rest where its energy is least: the sum of ½ k (length − rest)² over the springs and of load × height
+# over the beads. *Which* weights and balloons make it rest on a given curve? We draw three curves and let gradients find out:
+# the loss is differentiated through the solver with respect to the loads. Thin gray lines are the chains during training.
 #
-# The whole program is the class and the loop below. The rest of the page tells how one gets there.
+# The whole program is the class and the loop below. The rest of the page shows how to arrive there.
 
 
 # %%
@@ -120,8 +120,8 @@ plt.show()
 # %% [markdown]
 # ## A first try
 #
-# An energy is a function E(x, context) that returns one number a sample. That is all the library asks for. Here is a first try at
-# the chain. It runs, its output has the right shape, and it is wrong.
+# An energy is a function E(x, context) that returns one number per sample. That is all the library asks for. Here is a first
+# attempt at the chain. It runs, its output has the right shape, and it is wrong.
 
 
 # %%
@@ -138,8 +138,9 @@ print("first_try returns", tuple(first_try(line, given, pins).shape))
 # %% [markdown]
 # ## Ask `check_energy`
 #
-# It evaluates the energy at a point that you give, with at least three samples, and checks what every solver takes for granted:
-# derivatives against finite differences, samples that do not see each other, no randomness, nothing changed in place, and more.
+# `check_energy` evaluates the energy at a point that you give, with at least three samples, and checks what every solver
+# takes for granted: that derivatives agree with finite differences, that samples do not affect each other, that there is no
+# randomness, that nothing is changed in place, and more.
 
 # %%
 try:
@@ -149,69 +150,71 @@ except CheckError as error:
 print(textwrap.fill(leak, 110))
 
 # %% [markdown]
-# The last `.sum()` runs over the batch as well: every chain carries the loads of all three. With a batch of one it would have
-# been right, and no loss would have told. With `.sum(-1)`, as in the class above, the check passes, and says some more:
+# The last `.sum()` runs over the batch as well, so that every chain carries the loads of all three. With a batch of one this
+# would have been right, and no loss would have revealed it. With `.sum(-1)`, as in the class above, the check passes and
+# reports more:
 
 # %%
 report = check_energy(Chain(), line, given, pins)
 print(report)
 
 # %% [markdown]
-# `curvature` is that of E at the point we gave: from soft (a chain swings easily) to stiff (a spring is hard to stretch).
-# `step_size` is a first guess of γ for gradient descent made from it.
+# `curvature` is that of E at the point we gave, from soft (a chain swings easily) to stiff (a spring is hard to stretch).
+# `step_size` is a first guess of γ for gradient descent that is made from it.
 #
 # ## Read a failed `Solution`
 #
-# Now solve. We begin with all beads at the origin, "because x0 = 0 always works", and with `on_failure="ignore"`, so that the
-# solve returns whatever happens and we can look.
+# Now we solve. We begin with all beads at the origin, "because x0 = 0 always works", and with `on_failure="ignore"`, so that
+# the solve returns whatever happens and we can look.
 
 # %%
 origin = torch.zeros_like(line)
 failed = minimize(Chain(), origin, given, pins, on_failure="ignore")
 print(failed)
 print("status  ", [Status(s).name for s in failed.status.tolist()])
-print("residual", failed.error.tolist())
+print("error   ", failed.error.tolist())
 print("steps   ", failed.num_steps.tolist())
 print()
 print(textwrap.fill(diagnostics.explain(failed), 110))
 
 # %% [markdown]
-# After 0 steps, in all samples: so it is the start itself. "sqrt of a negative number" is nearly it: between two beads at the
-# same place the length is √0, and the derivative of √ at 0 is infinite. The remedy here is a better start, a straight line
-# between the pins. `Energy.start` is the place for it; then nobody has to pass `x0`.
+# All samples failed after 0 steps, so the cause is the starting point. Between two beads at the same place the length is √0,
+# and the derivative of √ at 0 is infinite. The remedy is a better starting point, a straight line between the pins.
+# `Energy.start` is the place for it; then nobody has to pass `x0`.
 #
-# Next mistake, the step size. `FPI_GD` with a `step_size` is plain gradient descent, as in tutorial 1.
+# The next mistake is the step size. `FPI_GD` takes gradient steps, as in tutorial 1, unless it is given another solver.
 
 # %%
 guess = report.step_size
 attempts = {
     "γ = 1": FPI_GD(Chain(), step_size=1.0, on_failure="ignore"),
     f"γ = {guess:.3f}, from the report": FPI_GD(Chain(), step_size=guess, on_failure="ignore"),
-    "no γ: L-BFGS": FPI_GD(Chain(), on_failure="ignore"),
-    "no γ: NewtonCG()": FPI_GD(Chain(), solver=NewtonCG(), on_failure="ignore"),
+    "LBFGS()": FPI_GD(Chain(), solver=LBFGS(), on_failure="ignore"),
+    "NewtonCG()": FPI_GD(Chain(), solver=NewtonCG(), on_failure="ignore"),
 }
 solutions = {name: layer.solve(given, pins) for name, layer in attempts.items()}
 for name, found in solutions.items():
     statuses = ", ".join(Status(s).name for s in found.status.tolist())
-    print(f"{name:30} {statuses:32} steps {found.num_steps.tolist()}   residual ≤ {float(found.error.max()):.0e}")
+    print(f"{name:30} {statuses:32} steps {found.num_steps.tolist()}   error ≤ {float(found.error.max()):.0e}")
 
 # %% [markdown]
-# With γ = 1 the chain is torn apart: γ must stay below 2 / (largest curvature). The γ of the report is safe, and slow,
-# since a step that is small enough for the stiff direction is tiny for the soft one. The energy is right and the method is the
-# wrong one for it. Without a `step_size` the library takes L-BFGS, which learns the curvatures as it goes; `NewtonCG` asks for
-# them and needs the fewest steps. The answers agree.
+# With γ = 1 the chain is torn apart: γ must stay below 2 / (largest curvature). The γ of the report is safe and slow, since a
+# step that is small enough for the stiff direction is tiny for the soft one. The energy is right, but the method does not
+# suit it. L-BFGS learns the curvatures on its way; `NewtonCG` computes products with them and needs the fewest steps. The
+# answers agree.
 #
 # ## Check the layer
 #
-# `check_layer` does for the whole solver what `check_energy` does for the energy: one answer whatever the start, samples
-# that do not see each other, first and second derivatives against finite differences, `vmap`, float32.
+# `check_layer` does for the whole solver what `check_energy` does for the energy. It checks that the answer does not depend
+# on the start, that samples do not affect each other, that first and second derivatives agree with finite differences, and
+# that `vmap` and float32 work.
 
 # %%
 print(check_layer(FPI_GD(Chain(), solver=NewtonCG()), given[:, :5], pins))
 
 # %% [markdown]
-# Then train: that is the loop at the top of the page. Its loss falls by many powers of ten, because the gradient is that of the
-# answer, exactly.
+# Then we train with the loop at the top of the page. Its loss falls by many powers of ten, because the gradient is exactly
+# that of the answer.
 
 # %% tags=["hide-input"]
 figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -227,7 +230,7 @@ plt.show()
 assert "batch" in leak and first_try(line, given, pins).shape == (3,)
 assert failed.status.tolist() == [Status.NONFINITE] * 3 and failed.num_steps.tolist() == [0] * 3
 assert not solutions["γ = 1"].converged.any()
-lbfgs, newton = solutions["no γ: L-BFGS"], solutions["no γ: NewtonCG()"]
+lbfgs, newton = solutions["LBFGS()"], solutions["NewtonCG()"]
 assert lbfgs.converged.all() and newton.converged.all() and torch.allclose(lbfgs.value, newton.value, atol=1e-6)
 assert newton.num_steps.max() < lbfgs.num_steps.max()
 heights = newton.value[..., 1]

@@ -14,9 +14,9 @@
 # # 4 · Second derivatives: Newton on hyperparameters
 #
 # You will learn
-# - to take a Hessian through a solver, and to put a gradient penalty into a loss;
-# - to tune hyperparameters by Newton's method in a few steps;
-# - why the usual way to write an implicit layer gives second derivatives that are wrong without a word.
+# - how to take a Hessian through a solver, and how to put a gradient penalty into a loss;
+# - how to tune hyperparameters by Newton's method in a few steps;
+# - why the usual way to write an implicit layer silently gives wrong second derivatives.
 
 # %%
 import matplotlib.pyplot as plt
@@ -42,9 +42,10 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The problem
 #
-# Fit a curve through noisy points by cosines. The weights w minimize an energy: a robust misfit, plus a penalty on each cosine
-# that grows with its frequency k as strength · kᵖ. How strong, and which p? These two *hyperparameters* h = (log strength, p) are
-# to make the fit good on validation points, which the energy does not see. The loss is a function of the answer of a solver:
+# We fit a curve through noisy points by cosines. The weights w minimize an energy: a robust misfit, plus a penalty on each
+# cosine that grows with its frequency k as strength · kᵖ. How strong should it be, and which p is best? These two
+# *hyperparameters* h = (log strength, p) should make the fit good on validation points, which the energy does not see. The
+# loss is a function of the answer of a solver:
 #
 # $$L(h) = \text{misfit on validation points of}\; w^*(h), \qquad w^*(h) = \arg\min_w E(w, h).$$
 
@@ -87,9 +88,9 @@ print("h", tuple(start.shape), "  w*", tuple(fit(start[None]).shape), f"  loss {
 # %% [markdown]
 # ## The picture
 #
-# Left: the validation loss over the two hyperparameters; each point of a grid is one solve, and all of them are one batch.
-# Gradient descent creeps along the valley. Newton's method, which knows the curvature of the valley, is at the bottom after a few
-# steps. Right: the fit before and after.
+# The left panel shows the validation loss as a function of the two hyperparameters; each point of a grid is one solve, and
+# all of them are one batch. Gradient descent creeps along the valley. Newton's method, which knows the curvature of the
+# valley, reaches the bottom after a few steps. The right panel shows the fit before and after.
 
 
 # %%
@@ -153,9 +154,10 @@ print(f"descent {DESCENT_STEPS}  loss {float(loss(by_descent[-1])):.8f}")
 # %% [markdown]
 # ## A Hessian
 #
-# `torch.func.hessian(loss)` is all it takes: `minimize` works under `grad`, `jacrev`, `jacfwd`, `vmap` and their compositions. We
-# check it against central differences of the gradient. Inside, the gradient of a solve is the answer of another equation,
-# (I − J)ᵀ c = v of tutorial 2; that equation is solved by a differentiable solve, so its answer can be differentiated in turn.
+# `torch.func.hessian(loss)` is all it takes: `minimize` works under `grad`, `jacrev`, `jacfwd`, `vmap` and their
+# compositions. We compare it with central differences of the gradient. Internally, the gradient of a solve is the answer of
+# another equation, (I − J)ᵀ c = v of tutorial 2. This equation is solved by a differentiable solve, so its answer can be
+# differentiated in turn.
 
 
 # %%
@@ -180,8 +182,8 @@ print("Hessian", tuple(hessian.shape), f"  relative difference {relative(hessian
 # %% [markdown]
 # ## A gradient penalty
 #
-# A loss plus the squared length of its own gradient: such penalties appear in flat-minimum training, meta-learning and
-# physics-informed models. `create_graph=True` keeps the gradient differentiable, and one `backward` goes through both.
+# Losses that include the squared length of their own gradient appear in flat-minimum training, meta-learning and
+# physics-informed models. `create_graph=True` keeps the gradient differentiable, and one `backward` goes through both terms.
 
 
 # %%
@@ -199,10 +201,10 @@ print(f"relative difference {relative(penalized(loss, start), exact_penalized):.
 # %% [markdown]
 # ## Where it usually goes wrong
 #
-# Most implicit layers are written like this one: solve without recording, take one recorded step at the answer to tie it to its
-# inputs, and hook in a linear solve that corrects the gradient. Its first derivative is exact. But the answer is *detached*: for
-# autograd w* is a constant, in the step and in the hook. A second derivative asks how the step and the linear solve change when
-# w* changes, and gets "not at all".
+# Most implicit layers are written like the one below: it solves without recording, takes one recorded step at the answer to
+# connect it to its inputs, and registers a hook with a linear solve that corrects the gradient. Its first derivative is
+# exact. But the answer is *detached*: for autograd, w* is a constant in the step and in the hook. A second derivative depends
+# on how the step and the linear solve change with w*, and here this change is taken to be zero.
 
 
 # %%
@@ -253,10 +255,10 @@ axis.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# What is left of the error of energynet is that of the finite differences. The usual layer gave no error and no warning: a
-# number of the right shape and of the wrong size. If it enters a training loss, training goes on, to some other place. energynet
-# keeps the answer connected in the graph, so that the chain rule has all its links; an adjoint that is an approximation by
-# design, such as `OneStepAdjoint`, raises when it is differentiated again.
+# What remains of the error of energynet is the error of the finite differences. The usual layer gave no error message and no
+# warning, but a number of the right shape and the wrong size. If it enters a training loss, training continues toward the
+# wrong place. energynet keeps the answer connected in the graph, so that the chain rule is complete. An adjoint that is an
+# approximation by design, such as `OneStepAdjoint`, raises when it is differentiated again.
 #
 # ## What this page claims
 

@@ -14,9 +14,10 @@
 # # 5 · Multi-label classification: an energy over the labels
 #
 # You will learn
-# - how to train through a solver: the answer is a minimizer (`FPI_GD`) or a fixed point (`FPI_NN`), the loss sees only that;
-# - what an energy over the labels adds to a network that scores each label by itself, and what a wider network adds instead;
-# - what only the energy can do: take in labels that you already know, without new training.
+# - how to train through a solver whose answer is a minimizer (`FPI_GD`) or a fixed point (`FPI_NN`);
+# - what an energy over the labels adds to a network that scores each label independently, and what a wider network adds
+#   instead;
+# - what only the energy can do: use labels that are already known, without new training.
 
 # %%
 import matplotlib.pyplot as plt
@@ -30,20 +31,20 @@ from energynet.constraints import Box
 from energynet.energies import LabelContraction, MultiLabelEnergy
 
 # %% [markdown]
-# All numbers that you may want to change:
+# You may want to change these numbers:
 
 # %%
 EPOCHS, BATCH, LEARNING_RATE = 16, 128, 2e-2
 RIDGES = 32  # ridges of the energy, hidden units of the network
 COUPLING = 0.9  # how strongly labels may act on each other; below 1 there is exactly one answer
 TOLERANCE = Termination(rtol=1e-3, atol=0.0, max_steps=200)
-KNOWN, CERTAIN = 3, 8.0  # labels told in the last part, and the logit that stands for "certain"
+KNOWN, CERTAIN = 3, 8.0  # known labels in the last part, and the logit that stands for "certain"
 
 # %% [markdown]
 # ## The data
 #
-# scikit-learn's 8×8 digits, each labeled with the segments that a seven-segment display lights to show it. So a row has seven
-# labels, and they are far from independent: of 128 patterns only ten occur.
+# The data are scikit-learn's 8×8 digits, each labeled with the segments that a seven-segment display lights to show it. Each
+# row has seven labels, which are far from independent: of 128 patterns only ten occur.
 
 # %%
 SEGMENTS = "abcdefg"
@@ -60,14 +61,14 @@ print("features", tuple(features.shape), "labels", tuple(labels.shape), f"{len(t
 # %% [markdown]
 # ## Six models, one loss
 #
-# A *reader* gives a score to each label: a linear map or a small perceptron. On top of it, the answer u (one logit a label)
-# may settle where an energy is lowest,
+# A *reader* gives a score to each label: it is a linear map or a small perceptron. On top of it, the answer u (one logit per
+# label) may settle where an energy is lowest,
 #
 # $$E(u; s) = \tfrac12 \lVert u - s\rVert^2 - c \sum_k a_k \log\cosh(w_k^\top u + b_k),$$
 #
-# which stays near the scores s, but is rewarded or punished for 32 learned combinations of labels. With c < 1 and bounded
-# weights it has exactly one minimizer, whatever was learned. `FPI_NN` does the same with a network,
-# u = s + V tanh(Wu + b), that contracts. Both are ready-made; tutorials 3 and 9 write their own.
+# which stays near the scores s but is rewarded or penalized for 32 learned combinations of labels. With c < 1 and bounded
+# weights it has exactly one minimizer, whatever the learned weights are. `FPI_NN` does the same with a contracting network, u
+# = s + V tanh(Wu + b). Both are ready-made; tutorials 3 and 9 write their own.
 
 
 # %%
@@ -143,8 +144,8 @@ for name in models:
 # %% [markdown]
 # ## The picture
 #
-# The first eight test images that the linear reader gets wrong: what it would show on a display, and what is shown when its
-# scores settle in the energy. Brightness is the probability of the segment.
+# The picture shows the first eight test images that the linear reader gets wrong: what it would show on a display, and what
+# the display shows when its scores settle in the energy. Brightness is the probability of the segment.
 
 # %%
 STROKES = [
@@ -187,22 +188,22 @@ axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# How to read it. The energy mends a quarter of what the linear reader gets wrong, because it knows which segments go
-# together. But so does a hidden layer: a perceptron with as many parameters as the linear reader and the energy together is
-# level with them. On top of a better reader less is left to mend. If the score on this table were all that counts, the wider
-# network would be the simpler choice; what follows are things that it cannot do.
+# The energy corrects a quarter of the errors of the linear reader, because it knows which segments go together. But so does a
+# hidden layer: a perceptron with as many parameters as the linear reader and the energy together is equally good. A better
+# reader leaves less to correct. If the score in this table were all that mattered, the wider network would be the simpler
+# choice. What follows are things that it cannot do.
 #
 # ## What happens in a solve
 #
-# `layer.solve` returns how each sample went; `trace=True` keeps every iterate. Here are the logits of one image on their way
-# from the reader's scores to the minimizer.
+# `layer.solve` returns how each sample went, and `trace=True` keeps every iterate. Here are the logits of one image on their
+# way from the reader's scores to the minimizer.
 
 # %%
 model = models["linear + FPI_GD"]
 scores = model.reader(features[test]).detach()[:, None]  # (599, 1, 7)
 solution = model.layer.solve(scores, trace=True)
 print(solution)
-print("trace: values", tuple(solution.trace.value.shape), "residuals", tuple(solution.trace.error.shape))
+print("trace: values", tuple(solution.trace.value.shape), "errors", tuple(solution.trace.error.shape))
 slope = gradient(model.layer.energy, solution.value.detach(), scores)
 records = model.report.records
 adjoint_steps = torch.cat([record.num_steps for record in records]).float().mean().item()
@@ -212,9 +213,9 @@ print(f"mean steps: forward {solution.num_steps.float().mean():.1f} (test rows),
 # %% [markdown]
 # ## What the energy has learned
 #
-# Its second derivatives say how labels act on each other: −∂²E/∂uᵢ∂uⱼ > 0 means that segment i, once lit, pulls j up. Beside
-# it, for comparison, the correlations of the labels in the data: nobody told them to the energy, it found them by training
-# through the solver.
+# The second derivatives of the energy say how labels act on each other: −∂²E/∂uᵢ∂uⱼ > 0 means that segment i, once lit, pulls
+# j up. The other panel shows the correlations of the labels in the data for comparison. The energy was not given these; it
+# learned them by training through the solver.
 
 # %%
 with torch.no_grad():
@@ -245,28 +246,28 @@ plt.show()
 # %% [markdown]
 # ## Labels that are already known
 #
-# Somebody tells us three of the seven labels of each test image. A network that maps image to labels has no input for that.
-# The energy needs none: hold the known logits fixed, by a box with equal bounds, and let the others settle
-# (tutorial 6 explains `prox`). Nothing is trained again.
+# Suppose that three of the seven labels of each test image are known. A network that maps images to labels has no input for
+# them. The energy does not need one: hold the known logits fixed by a box with equal bounds, and let the others settle
+# (tutorial 6 explains `prox`). No new training is needed.
 
 # %%
-told = torch.rand(len(test), 7, generator=torch.Generator().manual_seed(2)).argsort(1) < KNOWN  # (599, 7) bool, three a row
+given = torch.rand(len(test), 7, generator=torch.Generator().manual_seed(2)).argsort(1) < KNOWN  # (599, 7) bool, three per row
 certain = CERTAIN * (2 * labels[test] - 1)
-box = Box(torch.where(told, certain, -torch.inf), torch.where(told, certain, torch.inf))
+box = Box(torch.where(given, certain, -torch.inf), torch.where(given, certain, torch.inf))
 with torch.no_grad():
     informed = minimize(model.layer.energy, scores[:, 0], scores, prox=box).value  # (599, 7)
 
 
 def error_on_the_rest(u):
-    return 100 * ((u > 0) != (labels[test] > 0))[~told].float().mean().item()
+    return 100 * ((u > 0) != (labels[test] > 0))[~given].float().mean().item()
 
 
 before, after = error_on_the_rest(solution.value), error_on_the_rest(informed)
-print(f"wrong among the {int((~told).sum())} labels that nobody told: {before:.2f} % before, {after:.2f} % after")
+print(f"wrong among the {int((~given).sum())} labels that are not given: {before:.2f} % before, {after:.2f} % after")
 
 # %% [markdown]
-# The same on real data, with five readers and a decision threshold that is chosen on held-out rows, is the main job of the
-# package: `energynet run multilabel`.
+# The main experiment of the package does the same on real data, with five readers and a decision threshold that is chosen on
+# held-out rows: `energynet run multilabel`.
 #
 # ## What this page claims
 
@@ -277,7 +278,7 @@ assert exact["MLP, 32 hidden + FPI_GD"] > exact["linear + FPI_GD"]
 assert abs(size["MLP, 10 hidden"] / size["linear + FPI_GD"] - 1) < 0.05
 assert solution.converged.all() and slope.abs().max() < 0.05
 assert all((record.status == 0).all() for record in records)
-assert (informed[told] == certain[told]).all()
+assert (informed[given] == certain[given]).all()
 assert after < 0.9 * before
 off_diagonal = ~torch.eye(7, dtype=torch.bool)
 assert torch.corrcoef(torch.stack([pull[off_diagonal], correlation[off_diagonal]]))[0, 1] > 0.5

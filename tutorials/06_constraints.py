@@ -15,8 +15,8 @@
 #
 # You will learn
 # - how to keep an answer inside a set, or make it sparse, with one more argument: `prox=`;
-# - that values and gradients are those of SciPy's and scikit-learn's solvers, which have no gradients of their own;
-# - what a constraint does to the gradient where it holds, and how to learn a bound or a weight.
+# - that values and gradients agree with SciPy's and scikit-learn's solvers, which do not provide gradients;
+# - what an active constraint does to the gradient, and how to learn a bound or a weight.
 
 # %%
 import matplotlib.pyplot as plt
@@ -33,7 +33,7 @@ from energynet.constraints import L1, Box, Simplex
 torch.set_default_dtype(torch.float64)
 
 # %% [markdown]
-# All numbers that you may want to change:
+# You may want to change these numbers:
 
 # %%
 NUM_TARGETS = 72  # problems in the picture, all solved in one call
@@ -46,9 +46,9 @@ generator = torch.Generator().manual_seed(0)
 # %% [markdown]
 # ## The picture
 #
-# A bowl with its lowest point at z: E(x, z) = ½ (x − z)ᵀ Q (x − z). Without a constraint the minimizer is z itself. Let z walk
-# around a circle and ask, for each z, for the lowest point *inside a square*, *on a segment*, and *with a price on every
-# number that is not zero*.
+# The energy is a bowl with its lowest point at z: E(x, z) = ½ (x − z)ᵀ Q (x − z). Without a constraint the minimizer is z
+# itself. Let z move around a circle and ask, for each z, for the lowest point *inside a square*, *on a segment*, and *with a
+# price on every number that is not zero*.
 
 
 # %%
@@ -84,9 +84,9 @@ figure.suptitle("small dots: the lowest point z of each bowl · large dots: the 
 plt.show()
 
 # %% [markdown]
-# Three things to see. Many answers lie exactly on a corner: there x* does not move when z moves a little. On an edge x* moves
-# along the edge only. And with the L1 term a whole fan of targets shares an answer with a zero in it, which is why L1 is used
-# to select variables.
+# There are three things to see. Many answers lie exactly on a corner, where x* does not change when z moves a little. On an
+# edge, x* moves along the edge only. With the L1 term, many different z share an answer that contains a zero, which is why L1
+# is used to select variables.
 #
 # ## How it works
 #
@@ -94,16 +94,16 @@ plt.show()
 #
 # $$x ← \mathrm{prox}\bigl(x − γ ∇E(x)\bigr).$$
 #
-# For a set it is the projection; for L1 it moves every number toward zero by γ · weight and stops there. The minimizer is
-# where this map stands still: again a fixed point, and again its gradient does not depend on the path that led to it. With
-# `prox=` the step size γ is found for you. The solver is FISTA (`Nesterov`); for bounds (`Box`, `NonNegative`) it is
-# `ProjectedLBFGS`, which takes quasi-Newton steps inside them, as SciPy's L-BFGS-B does. The adjoint equation is solved by
-# GMRES, because a projected step is no longer symmetric.
+# For a set, the proximal map is the projection; for L1, it moves every number toward zero by γ · weight and stops there. The
+# minimizer is a fixed point of the combined map, so again its gradient does not depend on the path that led to it. With
+# `prox=`, the step size γ is chosen for you. The solver is FISTA (`Nesterov`); for bounds (`Box`, `NonNegative`) it is
+# `ProjectedLBFGS`, which takes quasi-Newton steps within them, as SciPy's L-BFGS-B does. The adjoint equation is solved by
+# GMRES, because a projected step is not symmetric.
 
 # %% [markdown]
 # ## Box: least squares with bounds, against SciPy
 #
-# ½‖Ax − b‖² with 0 ≤ x ≤ 0.5, four right-hand sides at once. SciPy solves them one by one.
+# We minimize ½‖Ax − b‖² with 0 ≤ x ≤ 0.5 for four right-hand sides at once. SciPy solves them one by one.
 
 
 # %%
@@ -130,9 +130,9 @@ box_error = np.abs(boxed.value.detach().numpy() - theirs).max()
 print(f"largest difference from SciPy {box_error:.1e}")
 
 # %% [markdown]
-# SciPy has no gradient, so we take finite differences of it: two solves for each of the 20 numbers in b. energynet needs one
-# linear solve for all of them. The gradient of a number that sits on its bound is exactly zero, and the rest behaves as if
-# the bounded numbers were constants.
+# SciPy has no gradient, so we compute finite differences of its answers, which takes two solves for each of the 20 numbers in
+# b. energynet needs one linear solve for all of them. The gradient of a number at its bound is exactly zero, and the other
+# numbers behave as if the bounded ones were constants.
 
 
 # %%
@@ -148,8 +148,8 @@ print("gradient of Σ x*[0] in b[0], first five:", box_gradient[0, :5].numpy().r
 print("finite differences of SciPy:            ", box_differences[:5].round(6))
 
 # %% [markdown]
-# A bound may be a tensor that learns. How much does the sum of the answer rise when the ceiling rises? By one for each number
-# that is pressed against it, plus what the others do to make up for it.
+# A bound may be a tensor to learn. How much does the sum of the answer rise when the upper bound rises? It rises by one for
+# each number at that bound, plus the compensating changes of the others.
 
 # %%
 ceiling = torch.tensor(0.5, requires_grad=True)
@@ -167,8 +167,8 @@ print(f"d Σ x*[0] / d ceiling = {ceiling_gradient:.6f}, finite difference of Sc
 # %% [markdown]
 # ## Simplex: a portfolio, against SLSQP
 #
-# Shares x of n assets, x ≥ 0 and Σx = 1, that trade expected return against risk: minimize ½ xᵀΣx − rᵀx. Most shares of the
-# answer are zero. The gradient tells how the portfolio shifts when one expects more of an asset.
+# The shares x of n assets, with x ≥ 0 and Σx = 1, trade expected return against risk: they minimize ½ xᵀΣx − rᵀx. Most shares
+# of the answer are zero. The gradient says how the portfolio shifts when an asset's expected return rises.
 
 
 # %%
@@ -210,8 +210,9 @@ print("d shares / d return of each asset\n", jacobian.numpy().round(3))
 #
 # ## L1: the lasso, against scikit-learn
 #
-# ½‖Ax − b‖²/m + λ‖x‖₁, solved for forty values of λ in one call: the weight is a tensor with one value a sample. Lines are
-# energynet's, dots scikit-learn's. The short strokes are energynet's derivatives dx*/dλ at a few λ: they must lie on the lines.
+# We minimize ½‖Ax − b‖²/m + λ‖x‖₁ for forty values of λ in one call: the weight is a tensor with one value per sample. The
+# lines show energynet's answers and the dots scikit-learn's. The short strokes are energynet's derivatives dx*/dλ at a few
+# values of λ; they must be tangent to the lines.
 
 
 # %%
@@ -254,7 +255,8 @@ plt.show()
 # %% [markdown]
 # ## A proximal map of your own
 #
-# Any callable (x, γ) → like x will do. Here: a price λ on the sum of x, and x ≥ 0. scikit-learn calls it `positive=True`.
+# Any callable that maps (x, γ) to something like x will do. Here it is a price λ on the sum of x together with x ≥ 0, which
+# scikit-learn calls `positive=True`.
 
 # %%
 own = minimize(lasso_fit, torch.zeros(1, COLUMNS), A, b_lasso, prox=lambda x, gamma: (x - 0.2 * gamma).relu(), termination=TIGHT)
@@ -265,8 +267,8 @@ print("scikit-learn", scikit_learn(0.2, positive=True).round(5))
 # ## Learn the weight
 #
 # Which λ predicts new data best? The error on held-out rows is a function of λ through the minimizer, so it has a gradient,
-# and plain gradient descent on log λ finds its minimum. (A kink lies wherever a number becomes zero: there the gradient is
-# that of one side.)
+# and plain gradient descent on log λ finds its minimum. (There is a kink wherever a number becomes zero; there the gradient
+# is that of one side.)
 
 # %%
 A_new = torch.randn(200, COLUMNS, generator=generator)

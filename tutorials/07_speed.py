@@ -14,8 +14,8 @@
 # # 7 · Speed: encode, batch, choose a solver, compile
 #
 # You will learn
-# - where the time of a solve goes, and the four things that shorten it, in the order in which to try them;
-# - how much each of them gives, measured on the machine that runs this page;
+# - where the time of a solve goes, and four ways to shorten it, in the order in which to try them;
+# - how much each of them gains, as measured on the machine that runs this page;
 # - how to keep the answer the same while doing so.
 
 # %%
@@ -29,7 +29,7 @@ from torch import nn
 from energynet import LBFGS, Anderson, Compiled, Energy, Nesterov, NewtonCG, Picard, Termination, minimize
 
 # %% [markdown]
-# All numbers that you may want to change:
+# You may want to change these numbers:
 
 # %%
 torch.manual_seed(0)
@@ -43,10 +43,9 @@ MOST_STEPS = 800
 # %% [markdown]
 # ## An energy, written twice
 #
-# The context z goes through a network F; the answer stays near F(z) and is bent by a learned term:
-# E(x, z) = ½‖x − F(z)‖² + Σ log cosh(Mx). A solver evaluates this some twenty times, each time at another x. But F(z) is the
-# same every time. `Energy.encode` is the place for what does not depend on x: it runs once a solve, and gradients flow
-# through it as before.
+# The context z goes through a network F; the answer stays near F(z) and is modified by a learned term: E(x, z) = ½‖x − F(z)‖²
+# + Σ log cosh(Mx). A solver evaluates this some twenty times, each time at another x, but F(z) is the same every time.
+# `Energy.encode` is the place for what does not depend on x: it runs once per solve, and gradients pass through it as before.
 
 
 # %%
@@ -108,11 +107,11 @@ took = {
 # %% [markdown]
 # ## The compiled driver
 #
-# Python runs the loop of a solve, operation by operation; for small problems that costs more than the arithmetic.
+# Python runs the loop of a solve one operation at a time, and for small problems this costs more than the arithmetic.
 # `driver=Compiled()` turns the whole loop into one program of machine code. The first call for an energy and its shapes
-# compiles, which takes seconds; later calls, also with other weights, find the program ready. (It also moves out of its loop
-# what does not depend on x, as `encode` does.) Equal drivers share their programs. It needs a C++ compiler; without
-# one it warns once and Python goes on running the loop.
+# compiles, which takes up to a minute; later calls, also with other weights, use the program. (The compiler also moves what
+# does not depend on x out of the loop, as `encode` does.) Equal drivers share their programs. Compilation needs a C++
+# compiler; without one, the solve warns once and runs in Python.
 
 # %%
 driver = Compiled()
@@ -133,9 +132,9 @@ for name, times in took.items():
 # %% [markdown]
 # ## Choosing a solver
 #
-# How many steps a solve needs depends on the *condition number* κ, the largest curvature over the smallest. Plain gradient
-# steps (`Picard`) need about κ of them, momentum (`Nesterov`) about √κ. `LBFGS`, the default of `minimize`, learns the
-# curvatures on its way; `NewtonCG` asks for them, which makes its steps few and dear.
+# How many steps a solve needs depends on the *condition number* κ, which is the largest curvature divided by the smallest.
+# Plain gradient steps (`Picard`) need about κ of them, and momentum (`Nesterov`) about √κ. `LBFGS`, the default of
+# `minimize`, learns the curvatures on its way. `NewtonCG` computes products with them, so its steps are few and expensive.
 
 
 # %%
@@ -203,19 +202,21 @@ for axis in (left, right):
 plt.show()
 
 # %% [markdown]
-# How to read it, from the cheapest change to the dearest.
+# Here are the four changes, from the cheapest to the most expensive.
 #
-# 1. **Batch.** One solve of many samples costs little more than one of one, because each step is paid for once. Each sample
-#    still has its own tolerance, step count and status, and a finished one is frozen.
-# 2. **Encode.** The wider the batch, the more of the time goes into F, and the more is gained.
-# 3. **Solver.** On an ill-conditioned energy this is worth more than all the rest. Start with the default; take `NewtonCG`
-#    where it needs hundreds of steps. On a well-conditioned energy with a known step size `Picard` has the cheapest steps.
-# 4. **Compile.** Last, when the energy stands: it takes seconds at first, and gains most where batches are small.
+# 1. **Batch.** One solve of many samples costs little more than a solve of one, because each step is paid for once. Each
+#    sample still has its own tolerance, step count and status, and a finished sample is frozen.
+# 2. **Encode.** The wider the batch, the larger the share of F in the total time, and the more there is to gain.
+# 3. **Solver.** On an ill-conditioned energy this gains more than everything else. Start with the default, and use `NewtonCG`
+#    where it needs hundreds of steps. On a well-conditioned energy with a known step size, `Picard` has the cheapest steps.
+# 4. **Compile.** Do this last, when the energy no longer changes: the first call takes up to a minute, and the gain is
+#    largest for small batches.
 #
 # ## Do less
 #
-# Two more numbers decide how many steps are taken: the tolerance, and how far away a solve begins. Training seldom needs more
-# than three digits. And where an input changes little, as in the next frame of a video, begin at the last answer.
+# Two more numbers decide how many steps are taken: the tolerance, and the distance from the starting point to the answer.
+# Training seldom needs more than three digits. Where an input changes little, as in the next frame of a video, begin at the
+# last answer.
 
 # %%
 z = contexts[256]
@@ -235,7 +236,7 @@ print(f"z has changed by 1 %: {cold.num_steps.float().mean():.1f} steps from zer
 # %% [markdown]
 # ## What this page claims
 #
-# Speeds are claimed with a wide margin, since machines differ and other programs run beside this one.
+# Speeds are claimed with a wide margin, since machines differ and other programs may run beside this one.
 
 # %%
 largest = BATCHES[-1]

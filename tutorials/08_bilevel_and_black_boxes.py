@@ -14,9 +14,9 @@
 # # 8 · Bilevel problems and black boxes: a toll for a shortcut
 #
 # You will learn
-# - to give a solver that is not ours (SciPy here) exact derivatives, with `implicit`;
-# - to minimize an energy whose value contains another solve: a bilevel problem;
-# - to differentiate the outer answer as well, through both levels.
+# - how to give exact derivatives to an external solver, here SciPy, with `implicit`;
+# - how to minimize an energy whose value contains another solve: a bilevel problem;
+# - how to differentiate the outer answer as well, through both levels.
 
 # %%
 import textwrap
@@ -44,15 +44,16 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 # %% [markdown]
 # ## The problem
 #
-# Travellers go from S to T. Two narrow roads, S–A and B–T, take as many minutes as they carry thousands of cars. Two wide
-# ones, A–T and S–B, take a minute always. Somebody builds a shortcut A–B that takes no time at all, and everybody is late:
-# the shortcut draws all cars on to both narrow roads. This is Braess's paradox (1968). What toll on the shortcut makes
-# the average trip shortest?
+# Travelers go from S to T. Two narrow roads, S–A and B–T, take as many minutes as they carry thousands of cars. Two wide
+# roads, A–T and S–B, always take one minute. Somebody builds a shortcut A–B that takes no time at all, and everybody is late:
+# the shortcut draws all cars onto both narrow roads. This is Braess's paradox (1968). Which toll on the shortcut makes the
+# average trip shortest?
 #
-# *Below*, for a given toll, traffic settles: each traveller takes the route that seems quickest, with a small error of judgment.
-# The two delays x on the narrow roads are then the minimizer of a convex energy (Fisk, 1980; this is its dual form). Its slope is
-# x − cars, so at the minimum each delay is that which its cars cause. *Above*, we choose the toll by the average time of a trip,
-# which depends on where traffic settles. A minimization over the answer of a minimization: a *bilevel* problem.
+# On the *lower level*, for a given toll, traffic settles: each traveler takes the route that seems quickest, with a small
+# error of judgment. The two delays x on the narrow roads are then the minimizer of a convex energy (Fisk, 1980; this is its
+# dual form). Its slope is x − cars, so at the minimum each delay equals the one that its cars cause. On the *upper level*, we
+# choose the toll by the average time of a trip, which depends on where traffic settles. A minimization over the answer of
+# another minimization is called a *bilevel* problem.
 
 
 # %%
@@ -84,10 +85,10 @@ def city(toll, demand):  # (B, 1), (B,) -> (B,): an energy with a solve inside
 # %% [markdown]
 # ## The picture
 #
-# Left and middle: the network for 1,200 travellers, each road as thick as the part of them that takes it, without a toll and with
-# the best one: narrow roads blue, wide ones green, the shortcut orange. Right: the average trip for every demand and toll.
-# The black curve is the best toll, by one call of `minimize` on `city` for all demands at once, and the orange tangents are its
-# derivative in the demand, through both levels.
+# The left and middle panels show the network for 1,200 travelers, without a toll and with the best one. The width of a road
+# is the share of travelers that use it; narrow roads are blue, wide ones green, and the shortcut is orange. The right panel
+# shows the average trip for every demand and toll. The black curve is the best toll, found by one call of `minimize` on
+# `city` for all demands at once, and the orange tangents are its derivative with respect to the demand, through both levels.
 
 # %%
 demand = DEMANDS.clone().requires_grad_()
@@ -140,9 +141,9 @@ plt.show()
 # %% [markdown]
 # ## A black box
 #
-# Traffic models are often somebody else's program. Suppose that ours is: SciPy's `minimize` on a NumPy function, which knows
-# nothing of tensors. `implicit(solve, optimality)` makes it differentiable. It needs two things: the solver, and a condition that
-# its answers meet, written in torch; here: each delay equals the cars that cause it.
+# Traffic models are often somebody else's program. Suppose that ours is SciPy's `minimize` on a NumPy function, which knows
+# nothing of tensors. `implicit(solve, optimality)` makes it differentiable. It needs the solver and a condition, written in
+# torch, that its answers satisfy. Here the condition is that each delay equals the one that the cars cause.
 
 
 # %%
@@ -166,9 +167,10 @@ except ConvergenceError as error:
 print(textwrap.fill(refused, 110))
 
 # %% [markdown]
-# Refused, and rightly: BFGS with difference quotients stops when the slope is below 10⁻⁵, and the gradient at a point that is not
-# the answer is not the gradient of the answer. So hand SciPy the slope and let `root` find its zero, tightly. (`symmetric=True`
-# says that the condition is itself a gradient, so that conjugate gradients may solve the adjoint equation.)
+# The answer is refused, and rightly so: BFGS with difference quotients stops when the slope is below 10⁻⁵, and the gradient
+# at a point that is not the answer is not the gradient of the answer. So we give SciPy the slope and let `root` find its zero
+# to a tight tolerance. (`symmetric=True` says that the condition is itself a gradient, so that conjugate gradients may solve
+# the adjoint equation.)
 
 
 # %%
@@ -200,14 +202,16 @@ for name, function in (("black box", trip_of_black_box), ("minimize", trip_of_mi
     print(f"{name:10}  trip {float(derivatives[name][0]):.8f}   d/dtoll {float(first):.8f}   d²/dtoll² {float(second):.8f}")
 
 # %% [markdown]
-# Derivatives of any order, though SciPy gave none. The black box was called without gradients and only its answer was looked at.
+# We get derivatives of any order, although SciPy provided none. The black box was called without gradients, and only its
+# answer was used.
 #
 # ## An energy that contains a solve
 #
-# `city` calls `minimize` inside, and is an energy like any other: one number a sample. Minimizing it needs its gradient, which is
-# a gradient *through* the inner solve; `NewtonCG` needs second derivatives through it; and the derivative of the best toll in the
-# demand comes from the outer optimality condition, with derivatives of that. Every level is the same rule: differentiate the
-# condition at the answer. We check the outermost one against the best tolls of neighboring demands.
+# `city` calls `minimize` inside, and is an energy like any other: it returns one number per sample. Minimizing it needs its
+# gradient, which is a gradient *through* the inner solve; `NewtonCG` needs second derivatives through it; and the derivative
+# of the best toll with respect to the demand comes from the outer optimality condition, whose derivatives are needed in turn.
+# The rule is the same at every level: differentiate the condition at the answer. We compare the outermost derivative with the
+# best tolls of neighboring demands.
 
 # %%
 with torch.no_grad():
@@ -219,11 +223,11 @@ for k in range(1, len(DEMANDS), 6):
     print(f"demand {DEMANDS[k]:.2f}   toll* {tolls[k]:.4f}   slope {slope[k]:8.5f}   difference quotient {quotient[k]:8.5f}")
 
 # %% [markdown]
-# A note on cost. The inner problem is solved anew each time the outer one looks. That is the price of nesting, in any library;
-# here it is paid once for all demands, since they are one batch at both levels.
+# The inner problem is solved again in each evaluation of the outer one. This is the price of nesting in any library; here it
+# is paid once for all demands, since they are one batch at both levels.
 #
-# What must be true for this to work: the inner answer is unique (the energy of traffic is strictly convex) and tight enough. If
-# an inner solve fails, it raises, inside the outer one, with the numbers of the samples: nothing is lost on the way up.
+# For this to work, the inner answer must be unique (the energy of traffic is strictly convex) and accurate enough. If an
+# inner solve fails, it raises inside the outer one, with the numbers of the samples, so that no failure goes unnoticed.
 #
 # ## What this page claims
 

@@ -14,9 +14,10 @@
 # # 9 · A first image: denoising by an energy with learned filters
 #
 # You will learn
-# - how to write an energy of images in twenty lines: stay near the noisy picture, but answer little to a set of filters;
+# - how to write an energy of images in twenty lines: it keeps the image near the noisy one and penalizes its response to a
+#   set of filters;
 # - how to learn filters and penalties *through* the solver, from a few hundred small crops in less than a minute;
-# - how to build the energy so that it has exactly one minimizer, whatever was learned.
+# - how to build the energy so that it has exactly one minimizer, whatever the learned weights are.
 
 # %%
 import matplotlib.pyplot as plt
@@ -31,7 +32,7 @@ from torch.nn.functional import conv2d, pad
 from energynet import FPI_GD, Energy, ImplicitAdjoint, Termination, diagnostics
 
 # %% [markdown]
-# All numbers that you may want to change:
+# You may want to change these numbers:
 
 # %%
 SIGMA = 25 / 255  # standard deviation of the noise; pictures are in [0, 1]
@@ -46,7 +47,7 @@ generator = np.random.default_rng(0)
 # %% [markdown]
 # ## The pictures
 #
-# scikit-image brings its own pictures. *camera* is the test; the others, at half size, are for training.
+# scikit-image comes with its own images. *camera* is the test image; the others, at half size, are for training.
 
 
 # %%
@@ -77,13 +78,13 @@ def draw_crops():  # -> (B, 1, H, W)
 # $$E(x; y) = \tfrac12 \lVert x - y\rVert^2 + c \sum_k \sum_{\text{pixels}} ψ_k(w_k * x), \qquad
 # ψ_k(r) = s_k \Bigl(\sqrt{r^2 + s_k^2/ρ_k^2} - \sqrt{r^2 + s_k^2}\Bigr).$$
 #
-# Each filter $w_k$ is convolved with the picture, and its answers $r$ are punished by $ψ_k$: steeply when small, since that is
-# noise, and ever less when larger than $s_k$, since that is an edge. Filters, $s_k$ and $ρ_k$ are learned. The filters have
-# mean zero, so that brightness costs nothing, and begin as cosines.
+# Each filter $w_k$ is convolved with the image, and its response $r$ is penalized by $ψ_k$: steeply when it is small, since
+# that is noise, and less and less when it is larger than $s_k$, since that is an edge. The filters, $s_k$ and $ρ_k$ are
+# learned. The filters have mean zero, so that brightness costs nothing, and begin as cosines.
 #
-# **One minimizer.** $ψ_k'' ≥ -1$ for any $s_k$, $ρ_k$. The filters are divided by their largest joint gain over all
-# frequencies, so the second term bends down by at most $c < 1$ where the first bends up by 1. The sum is strongly convex
-# though ψ is not. Such penalties are called *weakly convex*: they keep edges, and the answer is still unique.
+# **There is one minimizer.** $ψ_k'' ≥ -1$ for any $s_k$, $ρ_k$. The filters are divided by their largest joint gain over all
+# frequencies, so the curvature of the second term is at least $-c > -1$ where that of the first is 1. The sum is strongly
+# convex although ψ is not. Such penalties are called *weakly convex*: they keep edges, and the answer is still unique.
 
 
 # %%
@@ -134,8 +135,9 @@ print(sum(p.numel() for p in energy.parameters()), "parameters")
 # %% [markdown]
 # ## Learn it through the solver
 #
-# Each step: add noise to a few crops, *solve*, compare the minimizer with the clean crop, and send the gradient back through
-# the minimizer into filters and penalties. There is nothing special to do for it: the layer is a module like any other.
+# Each training step adds noise to a few crops, *solves*, compares the minimizer with the clean crop, and propagates the
+# gradient back through the minimizer into filters and penalties. Nothing special is needed: the layer is a module like any
+# other.
 
 
 # %%
@@ -177,8 +179,8 @@ for name, level in levels.items():
 # %% [markdown]
 # ## The picture
 #
-# Total variation is the classical energy: one fixed filter pair, one penalty, one weight. We give it the weight that is best
-# on this very picture, which needs the clean one; the learned energy has never seen it.
+# Total variation is the classical energy, with one fixed pair of filters, one penalty and one weight. We give it the weight
+# that is best for this very image, which requires the clean image; the learned energy has never seen it.
 
 # %%
 figure, axes = plt.subplots(2, 4, figsize=(12, 6.4), layout="constrained")
@@ -193,8 +195,8 @@ plt.show()
 # %% [markdown]
 # ## What was learned
 #
-# The cosines have turned into short bars, spots and slanted edges. The penalties, all alike at first, now have a sharp notch
-# at zero and level off, each filter at its own scale: small answers are pressed to zero, large ones are let through.
+# The cosines have turned into short bars, spots and slanted edges. The penalties, which were all alike at first, now have a
+# sharp notch at zero and level off, each filter at its own scale: small responses are suppressed, and large ones remain.
 
 # %%
 scale, steepness = energy.log_scale.exp().detach(), 1 + energy.log_steepness.exp().detach()
@@ -231,8 +233,8 @@ plt.show()
 # %% [markdown]
 # ## Is it really one minimizer?
 #
-# Two checks. The smallest curvature of the energy at the answer (estimated by Lanczos' method) must not lie below 1 − c. And a
-# solve that begins somewhere else entirely must end in the same place.
+# There are two checks. The smallest curvature of the energy at the answer (estimated by Lanczos' method) must not lie below 1
+# − c. And a solve that begins somewhere else entirely must end in the same place.
 
 # %%
 y = torch.from_numpy(noisy[:64, :64])[None, None]
@@ -246,7 +248,8 @@ print(bent)
 print(f"{int(here.num_steps)} steps from the noisy picture, {int(there.num_steps)} from random numbers; apart by {apart:.1e}")
 
 # %% [markdown]
-# To go further: more filters and training steps, several widths, the noise level as context so that one energy serves all.
+# To go further, use more filters and training steps, filters of several widths, or the noise level as context, so that one
+# energy serves all noise levels.
 #
 # ## What this page claims
 
