@@ -23,7 +23,7 @@ from energynet.linear import ConjugateGradient
 from energynet.solution import ConvergenceError, Solution, Status, describe, samples
 from energynet.solve import fixed_point
 from energynet.solvers import Picard, Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 from energynet.solvers.spectrum import arnoldi, normalized, ritz_values, some_direction
 from energynet.step import GradientStep, Kind, Step, as_step, per_sample
 from energynet.termination import Termination, l2_norm
@@ -348,8 +348,10 @@ class Linearized:
             right = self.residual(x)
             v = normalized(right)  # the squares of a tiny F would underflow
             gamma = None if self.step.step_size is None else self.gamma
-            problem = Problem(lambda u: self.product(u) - v, gamma, self.layout.batch_dims, None, lambda _: self.product,
-                              right=v, start=v, symmetric=self.step.symmetric)  # fmt: skip
+            problem = Linear(
+                lambda u: self.product(u) - v, lambda _: self.product, batch_dims=self.layout.batch_dims, step_size=gamma,
+                right=v, start=v, symmetric=self.step.symmetric,
+            )  # fmt: skip
             state = loop(problem, solver, Termination(max_steps=10_000), torch.zeros_like(v))
             return state.x * l2_norm(right).to(v.dtype).unsqueeze(-1), state.status != Status.CONVERGED
 

@@ -31,7 +31,7 @@ from energynet.constraints import L1, Affine, Box, CappedSimplex, GroupL2, L2Bal
 from energynet.linear import GMRES
 from energynet.solution import Status
 from energynet.solvers import Nesterov, Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Map
 from energynet.step import DampedStep, GradientStep, Kind, ProximalStep
 
 B, N = 3, 4
@@ -664,7 +664,7 @@ def test_nesterov_refuses_linear_equations() -> None:
 def test_nesterov_is_fista() -> None:
     """Step by step against the textbook, Beck and Teboulle (2009)."""
     z, step, solver = randn(1, N), ProximalStep(quadratic, 0.25, L1(0.3)), Nesterov(restart=False)
-    problem = Problem(lambda x: step.optimality(x, (), z), step_size=step.step_size)
+    problem = Map(lambda x: step.optimality(x, (), z), step_size=step.step_size)
     x = y = got = torch.zeros(1, N).double()
     state, t = solver.init(problem, got), 1.0
     for _ in range(8):

@@ -31,7 +31,7 @@ from energynet.linear import GMRES, MINRES, BiCGSTAB, Dense
 from energynet.solution import OnFailure
 from energynet.solvers import Solver
 from energynet.solvers.broyden import Broyden
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 
 ANY = [GMRES(40), BiCGSTAB(), Dense()]
 SYMMETRIC = [ConjugateGradient(), MINRES(), *ANY]
@@ -41,7 +41,8 @@ KRYLOV = [MINRES(), GMRES(20), BiCGSTAB()]
 def run(solver: Solver, A: Tensor, v: Tensor, rtol: float = 1e-10, max_steps: int = 2000, symmetric: bool = False,
         observe: Callable[[LoopState], None] | None = None) -> LoopState:  # fmt: skip
     product = lambda u: (A @ u.unsqueeze(-1)).squeeze(-1)  # noqa: E731
-    problem = Problem(lambda u: product(u) - v, 1.0, v.ndim - 1, jacobian=lambda _: product, right=v, symmetric=symmetric)
+    problem = Linear(lambda u: product(u) - v, lambda _: product, batch_dims=v.ndim - 1, step_size=1.0, start=v, right=v,
+                     symmetric=symmetric)  # fmt: skip
     return loop(problem, solver, Termination(rtol=rtol, max_steps=max_steps), torch.zeros_like(v), observe)
 
 
@@ -148,7 +149,7 @@ def test_dense_sees_a_singular_matrix_where_there_is_a_solution_too(symmetric: b
 @pytest.mark.parametrize("solver", [*SYMMETRIC, Broyden()], ids=str)
 def test_an_update_keeps_shapes_and_dtypes(solver: Solver, dtype: torch.dtype) -> None:
     v = normal(2, 3, 4).to(dtype)
-    problem = Problem(lambda u: 2 * u - v, 0.3, jacobian=lambda _: lambda p: 2 * p, right=v, symmetric=True)
+    problem = Linear(lambda u: 2 * u - v, lambda _: lambda p: 2 * p, step_size=0.3, start=v, right=v, symmetric=True)
     before = solver.init(problem, torch.zeros_like(v))
     assert before.residual.dtype == (torch.promote_types(dtype, torch.float32) if solver in KRYLOV else before.residual.dtype)
     x, after = solver.update(problem, torch.zeros_like(v), before)
@@ -290,7 +291,7 @@ def test_sizes_one_and_nought_and_a_right_hand_side_of_zeros(solver: Solver) -> 
     for batch, n in ((3, 0), (0, 3), (0, 0)):
         empty = run(solver, torch.zeros(batch, n, n), torch.zeros(batch, n), symmetric=True)
         assert empty.x.shape == (batch, n) and (empty.status == Status.CONVERGED).all()
-        problem = Problem(lambda u: u, jacobian=lambda _: lambda p: p, right=torch.zeros(batch, n), symmetric=True)
+        problem = Linear(lambda u: u, lambda _: lambda p: p, start=(v := torch.zeros(batch, n)), right=v, symmetric=True)
         x, _ = solver.update(problem, torch.zeros(batch, n), solver.init(problem, torch.zeros(batch, n)))
         assert x.shape == (batch, n)
 
@@ -336,7 +337,7 @@ def test_the_residual_claimed_is_the_true_one(n: int, exponent: float, seed: int
     solver = SYMMETRIC[which] if definite else ANY[which % len(ANY)]
     state = run(solver, A, v, max_steps=300, symmetric=definite)
     if state.status.item() in (Status.CONVERGED, Status.MAX_STEPS):
-        torch.testing.assert_close(state.distance / v.norm(), error(A, state.x, v), rtol=1e-3, atol=1e-14)
+        torch.testing.assert_close(state.error / v.norm(), error(A, state.x, v), rtol=1e-3, atol=1e-14)
     assert state.status.item() != Status.CONVERGED or float(error(A, state.x, v)) <= 1.0001e-10
     if not isinstance(solver, BiCGSTAB):
         assert state.status.item() == Status.CONVERGED

@@ -25,7 +25,7 @@ from energynet import (
 )
 from energynet._torch.autodiff import columns
 from energynet.linear import Dense
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Minimization
 
 ACCURATE = Termination(atol=0.0, rtol=1e-10)
 ACCURATE_AT_ZERO = Termination(atol=1e-10, rtol=0.0)
@@ -227,7 +227,7 @@ def test_columns_are_the_matrix_of_each_sample(shape: tuple[int, ...]) -> None:
     A = torch.randn(*shape, shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     product = lambda p: (A @ p.unsqueeze(-1)).squeeze(-1)  # noqa: E731
     x = A.new_zeros(shape)
-    problem = Problem(lambda x: product(x), jacobian=lambda x: product)
+    problem = Minimization(product, lambda x: product, start=x, value_and_gradient=lambda x: (x.sum(-1), x))
     torch.testing.assert_close(problem.matrix(x), A, rtol=0, atol=0)
     torch.testing.assert_close(columns(product, x).movedim(0, -1), A, rtol=0, atol=0)
 

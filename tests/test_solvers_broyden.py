@@ -7,7 +7,7 @@ from torch import Tensor
 
 from energynet import ImplicitAdjoint, Picard, Status, Termination, UnrolledAdjoint, fixed_point, minimize
 from energynet.solvers.broyden import Broyden, BroydenState
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Map
 
 LIMIT = Termination(atol=1e-10, rtol=1e-10, max_steps=500)
 
@@ -26,7 +26,7 @@ def inverse_jacobian(state: BroydenState) -> Tensor:
 
 def test_first_step_is_the_maps_own_and_every_later_one_obeys_the_secant_condition() -> None:
     R, b = affine(6, 0.9)
-    problem = Problem(lambda x: x - (x @ R).sin() - b)
+    problem = Map(lambda x: x - (x @ R).sin() - b)
     x = torch.zeros(3, 6, dtype=torch.float64)
     solver, state = Broyden(), Broyden().init(problem, x)
     for k in range(5):
@@ -72,7 +72,7 @@ def test_a_step_that_is_not_finite_is_taken_back() -> None:
     x0 = torch.tensor([[8.0], [30.0], [1e-3]], dtype=torch.float64)
     solution = fixed_point(lambda x: 0.9 * x.sqrt() * (1 + 0.05 * (9 * x).sin()), x0, solver=Broyden(), termination=LIMIT)
     assert solution.converged.all()
-    problem = Problem(lambda x: torch.where(x > 4, torch.nan, x - 5).expand_as(x))
+    problem = Map(lambda x: torch.where(x > 4, torch.nan, x - 5).expand_as(x))
     x = torch.tensor([[0.0]], dtype=torch.float64)
     memory = torch.ones(1, 3, 1, dtype=torch.float64)
     state = Broyden(3).init(problem, x)._replace(left=memory, right=memory, filled=torch.tensor([[2]], dtype=torch.int32))

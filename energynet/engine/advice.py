@@ -17,6 +17,7 @@ from energynet.engine.post_mortem import PostMortem
 from energynet.linear import GMRES, ConjugateGradient
 from energynet.solution import Status, first, reached, samples
 from energynet.solvers import Anderson, Broyden, Nesterov, Newton, NewtonCG, Picard
+from energynet.solvers.problem import Descent
 from energynet.step import Kind, OptimalityStep, ProximalStep
 
 MODERATE = 300  # unknowns, up to which a whole matrix is formed without a thought
@@ -124,7 +125,7 @@ class _OfRoot(_Advice):
         if bool(outside.any()):
             numbers = self.case.start[first(outside)].flatten()
             shown = ", ".join(f"{v:.3g}" for v in numbers[:3].tolist()) + (", ..." if len(numbers) > 3 else "")
-            what = "the map" if self.case.problem.value_and_gradient is None else "the energy"
+            what = "the energy" if isinstance(self.case.problem, Descent) else "the map"
             yield Finding(
                 outside,
                 f"{what} is not finite at x0 = ({shown}): x0 or the context lies outside of its domain",

@@ -17,6 +17,7 @@ from energynet._torch.tree import Layout
 from energynet.energy import evaluate
 from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
+from energynet.solvers import problem as problems
 from energynet.solvers.problem import Problem
 from energynet.step import Kind, ProximalStep, Step, per_sample
 
@@ -95,22 +96,30 @@ class Root:
     def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
         """On plain tensors, for a solve that begins at ``start``, ``(*batch, n)``."""
         residual, step = self.function(inputs), self.binding.step
+        step_size, dims = self.step_size(inputs, start), self.batch_dims
+        if step.normalized:
+            return problems.Map(residual, batch_dims=dims, step_size=1.0 if step_size is None else step_size)
         energy = self._mapped(self._energy, inputs)
-        land = self._mapped(self._land, inputs)
 
         def value_and_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
             return value_and_gradient_of_sum(energy, x)
 
-        return Problem(
-            residual,
-            self.step_size(inputs, start),
-            self.batch_dims,
-            value_and_gradient=value_and_gradient if self.kind in (Kind.ENERGY, Kind.BOUNDED) else None,
-            jacobian=None if step.normalized else lambda x: _jacobian(residual, x, self.symmetric),
-            start=start,
-            smooth=value_and_gradient if step.guessed else None,
-            land=(lambda x, gamma: land(torch.cat([x, gamma], -1))) if isinstance(step, ProximalStep) else None,
-        )
+        def jacobian(x: Tensor) -> Callable[[Tensor], Tensor]:
+            return _jacobian(residual, x, self.symmetric)
+
+        if self.kind is Kind.ENERGY:
+            return problems.Minimization(
+                residual, jacobian, batch_dims=dims, step_size=step_size, start=start, guessed=step.guessed,
+                value_and_gradient=value_and_gradient,
+            )  # fmt: skip
+        if isinstance(step, ProximalStep):
+            land = self._mapped(self._land, inputs)
+            return problems.Proximal(
+                residual, jacobian, batch_dims=dims, step_size=step_size, start=start, guessed=step.guessed,
+                value_and_gradient=value_and_gradient, land=lambda x, gamma: land(torch.cat([x, gamma], -1)),
+                bounded=self.kind is Kind.BOUNDED,
+            )  # fmt: skip
+        return problems.Condition(residual, jacobian, batch_dims=dims, step_size=step_size, start=start)
 
     def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor | None:
         """γ as a float or ``(*batch, 1)``, if it is given."""
@@ -223,13 +232,14 @@ class Linear:
             return _or_zero(pullback(function, [x], u)[0], x) - v
         return pushforward(function, [x], [u]) - v
 
-    def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
+    def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> problems.Linear:
         v, x, *rest = inputs
         product = linearize(self.root.function(tuple(rest)), x, transposed=self.transposed or self.symmetric)
         step_size = self.root.step_size(tuple(rest), x)
-        return Problem(
-            lambda u: product(u) - v, step_size, self.batch_dims, None, lambda _: product, v, start, self.symmetric
-        )
+        return problems.Linear(
+            lambda u: product(u) - v, lambda _: product, batch_dims=self.batch_dims, step_size=step_size, start=start, right=v,
+            symmetric=self.symmetric,
+        )  # fmt: skip
 
     def linearization(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
         return self.root, self.transposed, inputs[1:]

@@ -5,28 +5,28 @@ serves, which only decides when to look; what is reported is measured at the ret
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from energynet._torch.autodiff import readable
 from energynet._torch.while_loop import while_loop
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Differentiable, Linear, Problem
 from energynet.termination import Termination
 
 MOST_PRODUCTS = 10
 GROWTH = 1.1  # a Newton step that grows by less in a further product is believed
 
 
-def is_scaled(problem: Problem) -> bool:
+def is_scaled(problem: Problem) -> TypeGuard[Differentiable]:
     """Whether F is divided by a scale: not where it is in units of x, nor in a linear equation, which is judged by v."""
-    return problem.jacobian is not None and problem.right is None
+    return isinstance(problem, Differentiable) and not isinstance(problem, Linear)
 
 
 def error_estimate(problem: Problem, termination: Termination, x: Tensor, size: Tensor, scale: Tensor) -> Tensor:  # -> (*batch)
     """The estimate, from the size of F at x; of a linear equation, that size itself."""
-    if problem.right is not None:
+    if isinstance(problem, Linear):
         return size
     # x itself is only known to its rounding unit: a low-precision step that rounds to no change has not arrived.
     rounding = 0.5 * torch.finfo(x.dtype).eps * termination.size(x)
@@ -45,10 +45,10 @@ def first_scale(problem: Problem, termination: Termination, x: Tensor, residual:
     return one / step_size
 
 
-def scale_at(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
+def scale_at(problem: Differentiable, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
     """‖F‖ / ‖e‖ with e a truncated Newton step. For F = 0 any value serves."""
     product, size, unit, image, curvature = _along(problem, termination, x, residual)
-    if problem.value_and_gradient is None:
+    if not problem.has_newton_step:
         return torch.where(size == 0, 1, curvature)
     # In units of that curvature, since its square, too, may underflow.
     one = torch.where((curvature > 0) & torch.isfinite(curvature), curvature, 1)
@@ -65,8 +65,7 @@ class _Along(NamedTuple):
     curvature: Tensor  # ‖image‖, (*batch)
 
 
-def _along(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> _Along:
-    assert problem.jacobian is not None
+def _along(problem: Differentiable, termination: Termination, x: Tensor, residual: Tensor) -> _Along:
     size = termination.sure_size(residual)
     unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
     product = problem.jacobian(x)

@@ -18,7 +18,7 @@ from energynet._torch.while_loop import while_loop
 from energynet.engine.error_estimate import error_estimate, first_scale, is_scaled, scale_at
 from energynet.solution import Status
 from energynet.solvers.base import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear, Problem
 from energynet.termination import Termination
 
 RUNNING = -1
@@ -81,7 +81,7 @@ def loop(
             which has to stop its work to be looked at.
         batch: where values can be read, the samples, of which the last few may go on alone.
     """
-    if tracing() and not solver.descends and problem.start is not None:
+    if tracing() and not solver.descends:
         _ = problem.gamma  # once, and not in each update
     every = every or (1 if x0.device.type == "cpu" else PATIENCE)
     state = _begin(problem, solver, termination, x0)
@@ -201,7 +201,7 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
         scale = first_scale(problem, termination, x, inner.residual)
         left = termination.size(inner.residual)
         error = error_estimate(problem, termination, x, left, scale)
-        limit = GROWTH * (1 + size + error if problem.right is None else termination.size(problem.right))
+        limit = GROWTH * (termination.size(problem.right) if isinstance(problem, Linear) else 1 + size + error)
         limit = GROWTH * GROWTH * (1 + size) if solver.descends else limit
         steps = torch.zeros_like(size, dtype=torch.int32)
         merit = solver.merit(inner, left)
@@ -230,7 +230,7 @@ def _finite(x: Tensor, residual: Tensor) -> Tensor:  # (*batch, n) twice -> (*ba
 
 
 def _within_tolerance(problem: Problem, termination: Termination, state: LoopState) -> Tensor:
-    if problem.right is None:
+    if not isinstance(problem, Linear):
         return (state.error <= termination.tolerance(state.x)) & torch.isfinite(state.error)
     relative = termination.relative(torch.finfo(state.x.dtype).eps)
     return state.error <= relative * termination.size(problem.right)

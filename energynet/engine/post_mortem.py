@@ -6,6 +6,7 @@ All of it is evaluated after a failure, on plain tensors, so a solve that succee
 import dataclasses
 import itertools
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from energynet.engine.equation import Equation, Linear
 from energynet.engine.loop import loop
 from energynet.engine.tasks import Outcome
 from energynet.solvers import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Descent
 from energynet.solvers.spectrum import arnoldi, ritz_values, some_direction
 from energynet.termination import Termination
 
@@ -36,7 +37,8 @@ class PostMortem:
     inputs: tuple[Tensor, ...]
 
     @cached_property
-    def problem(self) -> Problem:
+    def problem(self) -> Any:
+        """A `Problem`, of the kind that is asked about."""
         return self.equation.problem(self.inputs, self.start)
 
     @property
@@ -71,7 +73,7 @@ class PostMortem:
     @cached_property
     def _first(self) -> tuple[Tensor, Tensor]:
         """The energy, or zero for a map, and the optimality condition at x0."""
-        if self.problem.value_and_gradient is not None:
+        if isinstance(self.problem, Descent):
             return self.problem.value_and_gradient(self.start)
         residual = self.problem.residual(self.start)
         return torch.zeros_like(residual.sum(-1)), residual
@@ -79,7 +81,7 @@ class PostMortem:
     def value_at_start_is_nonfinite(self) -> Tensor:
         """Of a map, g(x0); of an energy, E(x0)."""
         value, residual = self._first
-        return ~torch.isfinite(residual).all(-1) if self.problem.value_and_gradient is None else ~torch.isfinite(value)
+        return ~torch.isfinite(value) if isinstance(self.problem, Descent) else ~torch.isfinite(residual).all(-1)
 
     def slope_at_start_is_nonfinite(self) -> Tensor:
         return ~torch.isfinite(self._first[1]).all(-1)
@@ -88,7 +90,6 @@ class PostMortem:
 
     def falls_for_ever(self) -> Tensor:
         """Whether the energy goes on falling, as far as was looked, in the direction in which the solve went."""
-        assert self.problem.value_and_gradient is not None
         value, slope = self.problem.value_and_gradient(self.end)
         size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
         length = 1 + torch.linalg.vector_norm(self.end, dim=-1, keepdim=True)
@@ -112,7 +113,6 @@ class PostMortem:
     @cached_property
     def _downhill(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """∇E at the end, and energy and ∇E at points that lie ever farther downhill."""
-        assert self.problem.value_and_gradient is not None
         _, slope = self.problem.value_and_gradient(self.end)
         size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
         unit = slope / torch.where(size > 0, size, 1)
@@ -137,7 +137,6 @@ class PostMortem:
 
     def step_size_limit(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
         """2/L for the largest curvature L at a point; infinite where none was found."""
-        assert self.problem.jacobian is not None
         largest = ritz_values(self.problem.jacobian(x), some_direction(torch.zeros_like(x)), PRODUCTS).amax(-1)
         return torch.where(largest > 0, 2 / largest, torch.inf)
 
@@ -153,7 +152,6 @@ class PostMortem:
     def eigenvalues(self) -> Tensor:  # (*batch, m), complex
         """Of ∂g/∂x at the end, or at x0 where the end is too far away; of an adjoint equation, those that its solver meets."""
         if isinstance(self.equation, Linear):
-            assert self.problem.jacobian is not None
             product, like = self.problem.jacobian(self.end), self.end
         else:
             lost = ~torch.isfinite(self.end).all(-1, keepdim=True) | (self.end.abs() > 1e3 * (1 + self.start.abs())).any(-1, True)
@@ -175,7 +173,6 @@ class PostMortem:
 
     def spectrum(self) -> tuple[Tensor, Tensor]:  # (*batch) twice
         """The extreme eigenvalues of a symmetric matrix, as far as they are found."""
-        assert self.problem.jacobian is not None and self.problem.right is not None
         right = self.problem.right
         values = ritz_values(self.problem.jacobian(right), some_direction(right), PRODUCTS)
         return values.amin(-1), values.amax(-1)

@@ -46,7 +46,7 @@ from energynet.engine.post_mortem import PostMortem
 from energynet.engine.tasks import Outcome, Solve, input_gradients
 from energynet.solution import OnFailure, Status, describe, report
 from energynet.solvers import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Descent, Problem
 from energynet.step import Step
 from energynet.termination import Termination
 
@@ -133,7 +133,7 @@ class Recorder:
     def __call__(self, state: LoopState) -> None:
         self.sizes.append(self.termination.size(state.inner.residual))
         self.values.append(state.x.detach())
-        if self.problem.value_and_gradient is not None:
+        if isinstance(self.problem, Descent) and self.problem.has_newton_step:
             self.energies.append(self.problem.energy(state.x))
 
     def tensors(self, state: LoopState) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from energynet.engine.loop import CROWD, LoopState, loop
 from energynet.engine.row_inputs import own_rows
 from energynet.solution import Status
 from energynet.solvers import Solver
+from energynet.solvers import problem as problems
 from energynet.solvers.problem import Problem
 from energynet.solvers.spectrum import ritz_values
 from energynet.step import Kind
@@ -113,12 +114,11 @@ class Samples:
         return Samples(self.equation, self.y0[rows], inputs, own)
 
 
-def _negative_curvature(problem: Problem) -> Tensor:  # -> (*batch) bool
+def _negative_curvature(problem: problems.Linear) -> Tensor:  # -> (*batch) bool
     """Whether the first products of the right-hand side with the Hessian show that the answer is no minimum.
 
     The equation has an answer at a saddle too, but it is the derivative of no argmin.
     """
-    assert problem.jacobian is not None and problem.right is not None
     values = ritz_values(problem.jacobian(problem.right), problem.right, PRODUCTS)
     return values.amin(-1) < -100 * torch.finfo(values.dtype).eps * values.abs().amax(-1)
 

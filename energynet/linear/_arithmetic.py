@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -19,17 +19,16 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
 
 
-def working_residual(problem: Problem, x: Tensor) -> Tensor:
+def working_residual(problem: Linear, x: Tensor) -> Tensor:
     """A x − v, in float32 or better."""
     return problem.residual(x).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def singular(problem: Problem, x: Tensor, norm: Tensor) -> Tensor:
+def singular(problem: Linear, x: Tensor, norm: Tensor) -> Tensor:
     """Whether x grows without bound: ‖A‖‖x‖ / ‖v‖, which the condition number bounds, exceeds what the dtype can resolve.
 
     On a singular A without a solution, a Krylov solver first finds the nearest point to a solution. From then on it moves
     along the null space, driven by rounding errors alone, faster and faster.
     """
-    assert problem.right is not None
     size, right = length(x.to(norm.dtype)), length(problem.right.to(norm.dtype))
     return torch.isfinite(size) & (norm * size * torch.finfo(norm.dtype).eps * 10 > right) & (right > 0)

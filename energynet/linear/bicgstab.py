@@ -8,7 +8,7 @@ from torch import Tensor
 
 from energynet.linear._arithmetic import divide, dot, length, singular, working_residual
 from energynet.solvers.base import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 from energynet.step import Kind
 
 
@@ -47,13 +47,13 @@ class BiCGSTAB(Solver):
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.LINEAR, Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
 
-    def init(self, problem: Problem, x0: Tensor) -> BiCGSTABState:
+    def init(self, problem: Linear, x0: Tensor) -> BiCGSTABState:
         residual = working_residual(problem, x0)
         rho = dot(residual, residual)
         none = torch.zeros_like(rho)
         return BiCGSTABState(residual, residual, residual, rho, none, none.bool(), none.bool())
 
-    def update(self, problem: Problem, x: Tensor, state: BiCGSTABState) -> tuple[Tensor, BiCGSTABState]:
+    def update(self, problem: Linear, x: Tensor, state: BiCGSTABState) -> tuple[Tensor, BiCGSTABState]:
         p, shadow, eps = state.direction, state.shadow, torch.finfo(state.rho.dtype).eps
         ap = problem.hvp(x, p.to(x.dtype)).to(p.dtype)
         norm = torch.maximum(state.norm, divide(length(ap), length(p)))

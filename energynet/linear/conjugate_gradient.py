@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from energynet.solvers.base import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 from energynet.step import Kind
 
 
@@ -41,12 +41,12 @@ class ConjugateGradient(Solver):
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
 
-    def init(self, problem: Problem, x0: Tensor) -> ConjugateGradientState:
+    def init(self, problem: Linear, x0: Tensor) -> ConjugateGradientState:
         residual = problem.residual(x0)
         none = torch.zeros_like(_dot(residual, residual))
         return ConjugateGradientState(residual, -residual, none, none.bool())
 
-    def update(self, problem: Problem, x: Tensor, state: ConjugateGradientState) -> tuple[Tensor, ConjugateGradientState]:
+    def update(self, problem: Linear, x: Tensor, state: ConjugateGradientState) -> tuple[Tensor, ConjugateGradientState]:
         residual, p = state.residual, state.direction
         hp = problem.hvp(x, p)
         before, along, length = _dot(residual, residual), _dot(p, hp), _dot(p, p)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from energynet.solvers.base import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 from energynet.step import Kind
 
 Inverse = Callable[[Tensor], Tensor]  # (*batch, n, 1) -> (*batch, n, 1)
@@ -43,11 +43,11 @@ class Dense(Solver):
     sees_saddles: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.LINEAR, Kind.SYMMETRIC})
 
-    def init(self, problem: Problem, x0: Tensor) -> DenseState:
+    def init(self, problem: Linear, x0: Tensor) -> DenseState:
         residual = problem.residual(x0)
         return DenseState(residual, torch.zeros_like(residual.sum(-1), dtype=torch.bool))
 
-    def update(self, problem: Problem, x: Tensor, state: DenseState) -> tuple[Tensor, DenseState]:
+    def update(self, problem: Linear, x: Tensor, state: DenseState) -> tuple[Tensor, DenseState]:
         matrix, residual = problem.matrix(x), state.residual
         inverse, usable = _cholesky(matrix) if problem.symmetric else _lu(matrix)
         for _ in range(2):  # the second time refines the first

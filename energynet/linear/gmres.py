@@ -8,7 +8,7 @@ from torch import Tensor
 
 from energynet.linear._arithmetic import divide, dot, length, singular, working_residual
 from energynet.solvers.base import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 from energynet.step import Kind
 
 
@@ -66,14 +66,14 @@ class GMRES(Solver):
         if self.restart < 1:
             raise ValueError(f"GMRES needs restart ≥ 1, got {self.restart}.")
 
-    def init(self, problem: Problem, x0: Tensor) -> GMRESState:
+    def init(self, problem: Linear, x0: Tensor) -> GMRESState:
         residual = working_residual(problem, x0)
         size = length(residual)
         empty = torch.zeros_like(residual).unsqueeze(-2).expand(*x0.shape[:-1], self.restart, x0.shape[-1])
         none = torch.zeros_like(size)
         return GMRESState(residual, divide(residual, size), empty, empty, none.int(), size, none, none.bool())
 
-    def update(self, problem: Problem, x: Tensor, state: GMRESState) -> tuple[Tensor, GMRESState]:
+    def update(self, problem: Linear, x: Tensor, state: GMRESState) -> tuple[Tensor, GMRESState]:
         direction = state.direction.to(x.dtype)
         image = problem.hvp(x, direction).to(state.residual.dtype)
         p, q = _orthogonal(direction.to(image.dtype), image, state)

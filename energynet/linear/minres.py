@@ -8,7 +8,7 @@ from torch import Tensor
 
 from energynet.linear._arithmetic import divide, length, singular, working_residual
 from energynet.solvers.base import Solver
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear
 from energynet.step import Kind
 
 
@@ -52,13 +52,13 @@ class MINRES(Solver):
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
 
-    def init(self, problem: Problem, x0: Tensor) -> MINRESState:
+    def init(self, problem: Linear, x0: Tensor) -> MINRESState:
         residual = working_residual(problem, x0)
         size = length(residual)
         q, zero, none = -divide(residual, size), torch.zeros_like(residual), torch.zeros_like(size)
         return MINRESState(residual, q, zero, zero, zero, none, none - 1, none, none, none, size, none, none.bool())
 
-    def update(self, problem: Problem, x: Tensor, state: MINRESState) -> tuple[Tensor, MINRESState]:
+    def update(self, problem: Linear, x: Tensor, state: MINRESState) -> tuple[Tensor, MINRESState]:
         q, c, s = state.lanczos, state.cosine, state.sine
         w = problem.hvp(x, q.to(x.dtype)).to(q.dtype) - state.beta * state.last_lanczos
         alpha = (w * q).sum(-1, keepdim=True)

@@ -10,7 +10,7 @@ from energynet.solvers.nesterov import Nesterov
 from energynet.solvers.newton import Newton
 from energynet.solvers.newton_cg import NewtonCG
 from energynet.solvers.picard import Picard
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Linear, Map, Minimization, Problem, Proximal
 from energynet.solvers.projected_lbfgs import ProjectedLBFGS
 
 __all__ = [
@@ -22,13 +22,17 @@ __all__ = [
     "FixedStep",
     "GradientDescent",
     "LBFGS",
+    "Linear",
     "LineSearch",
+    "Map",
+    "Minimization",
     "Nesterov",
     "Newton",
     "NewtonCG",
     "Picard",
     "Problem",
     "ProjectedLBFGS",
+    "Proximal",
     "Solver",
     "StepRule",
     "StrongWolfe",

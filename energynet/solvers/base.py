@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from energynet.solvers.problem import Problem
 from energynet.step import Kind
 
 _REMEDY = {
@@ -37,11 +36,11 @@ class Solver(ABC):
     """Whether derivatives may be taken through its updates."""
 
     @abstractmethod
-    def init(self, problem: Problem, x0: Tensor) -> Any:
-        """The state at ``x0``, ``(*batch, n)``."""
+    def init(self, problem: Any, x0: Tensor) -> Any:
+        """The state at ``x0``, ``(*batch, n)``; the `Problem` is of a kind that it `solves`."""
 
     @abstractmethod
-    def update(self, problem: Problem, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def update(self, problem: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next point and its state."""
 
     def merit(self, state: Any, size: Tensor) -> Tensor:

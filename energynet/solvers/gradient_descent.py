@@ -9,7 +9,7 @@ from torch import Tensor
 
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import Backtracking, Search, begin
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Minimization
 from energynet.step import Kind
 
 
@@ -157,8 +157,7 @@ class GradientDescent(Solver):
     def breakdown(self, state: GradientDescentState) -> Tensor:
         return state.unbounded
 
-    def init(self, problem: Problem, x0: Tensor) -> GradientDescentState:
-        assert problem.value_and_gradient is not None
+    def init(self, problem: Minimization, x0: Tensor) -> GradientDescentState:
         energy, gradient = problem.value_and_gradient(x0)
         gamma = problem.gamma.squeeze(-1) if isinstance(problem.gamma, Tensor) else problem.gamma
         search = begin(energy, -gradient.square().sum(-1), gamma + torch.zeros_like(energy))
@@ -166,8 +165,7 @@ class GradientDescent(Solver):
         none = torch.zeros_like(search.trials)
         return GradientDescentState(gradient, energies, search, none, none.bool())
 
-    def update(self, problem: Problem, x: Tensor, state: GradientDescentState) -> tuple[Tensor, GradientDescentState]:
-        assert problem.value_and_gradient is not None
+    def update(self, problem: Minimization, x: Tensor, state: GradientDescentState) -> tuple[Tensor, GradientDescentState]:
         trial = x - state.search.length.to(x.dtype).unsqueeze(-1) * state.residual
         energy, gradient = problem.value_and_gradient(trial)
         taken, search = self.rule.judge(state.search, energy, -(gradient * state.residual).sum(-1))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from energynet._torch.autodiff import readable
 from energynet.solvers.line_search import CANCELLED
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Descent
 
 STEEP = 100  # times as curved as was believed, as seen from both ends: such a step is too long
 
@@ -20,13 +20,12 @@ class Guarded(NamedTuple):
     slope: Tensor  # its gradient, (*batch, n)
 
 
-def look(problem: Problem, x: Tensor, gamma: Tensor) -> tuple[Tensor, Guarded]:
+def look(problem: Descent, x: Tensor, gamma: Tensor) -> tuple[Tensor, Guarded]:
     """F(x) for a step size ``(*batch, 1)``, and what the next step is judged by."""
-    assert problem.smooth is not None
-    return _told(problem, x, Guarded(gamma, *problem.smooth(x)))
+    return _told(problem, x, Guarded(gamma, *problem.value_and_gradient(x)))
 
 
-def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tuple[Tensor, Tensor, Tensor, Guarded]:
+def attempt(problem: Descent, x: Tensor, trial: Tensor, guarded: Guarded) -> tuple[Tensor, Tensor, Tensor, Guarded]:
     """The trial point where it may be taken, else x again with half the step size; whether it was, ``(*batch, 1)``, and `look`.
 
     It may where the energy lies below the parabola of curvature 1/γ through x: then prox-gradient steps converge. The slopes at
@@ -35,10 +34,9 @@ def attempt(problem: Problem, x: Tensor, trial: Tensor, guarded: Guarded) -> tup
 
     Source: Beck and Teboulle (2009), FISTA with backtracking.
     """
-    assert problem.smooth is not None
     with torch.no_grad():
         gap = trial - x
-        energy, slope = problem.smooth(trial)
+        energy, slope = problem.value_and_gradient(trial)
         limit = gap.square().sum(-1) / guarded.gamma.squeeze(-1)
         along = (guarded.slope * gap).sum(-1)
         above = 2 * (energy - guarded.energy - along)
@@ -67,7 +65,7 @@ def _noise(x: Tensor, energy: Tensor, guarded: Guarded) -> Tensor:  # -> (*batch
     return max(rounding, CANCELLED) * torch.maximum(energy.abs(), guarded.energy.abs()) + rounding * terms
 
 
-def _told(problem: Problem, x: Tensor, seen: Guarded) -> tuple[Tensor, Guarded]:
+def _told(problem: Descent, x: Tensor, seen: Guarded) -> tuple[Tensor, Guarded]:
     """F(x), from what was seen there."""
     gamma, _, slope = seen
-    return slope if problem.land is None else (x - problem.land(x - gamma * slope, gamma)) / gamma, seen
+    return problem.condition(x, gamma, slope), seen

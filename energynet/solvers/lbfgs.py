@@ -8,7 +8,7 @@ from torch import Tensor
 
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import LineSearch, Search, StrongWolfe, begin
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Minimization
 from energynet.step import Kind
 
 
@@ -70,8 +70,7 @@ class LBFGS(Solver):
     def merit(self, state: LBFGSState, size: Tensor) -> Tensor:
         return state.energy
 
-    def init(self, problem: Problem, x0: Tensor) -> LBFGSState:
-        assert problem.value_and_gradient is not None
+    def init(self, problem: Minimization, x0: Tensor) -> LBFGSState:
         energy, gradient = problem.value_and_gradient(x0)
         search = begin(energy, -_dot(gradient, gradient), first_length(problem, x0, gradient))
         none = torch.zeros_like(search.trials)
@@ -83,8 +82,7 @@ class LBFGS(Solver):
     def breakdown(self, state: LBFGSState) -> Tensor:
         return state.unbounded
 
-    def update(self, problem: Problem, x: Tensor, state: LBFGSState) -> tuple[Tensor, LBFGSState]:
-        assert problem.value_and_gradient is not None
+    def update(self, problem: Minimization, x: Tensor, state: LBFGSState) -> tuple[Tensor, LBFGSState]:
         trial = x + state.search.length.to(x.dtype).unsqueeze(-1) * state.direction
         energy, gradient = problem.value_and_gradient(trial)
         taken, search = self.search.judge(state.search, energy, _dot(gradient, state.direction))
@@ -103,7 +101,7 @@ class LBFGS(Solver):
         return x, LBFGSState(gradient, energy, direction, search, memory, failures, unbounded)
 
 
-def first_length(problem: Problem, x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
+def first_length(problem: Minimization, x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
     """How far to go along −∇E: γ where it is given, else to the minimum of the parabola that the curvature tells."""
     if problem.step_size is not None:
         step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from energynet.solvers.base import Solver
 from energynet.solvers.guard import Guarded, attempt, look
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Descent, Problem
 from energynet.step import Kind
 
 
@@ -51,16 +51,19 @@ class Nesterov(Solver):
 
     def init(self, problem: Problem, x0: Tensor) -> NesterovState | GuardedNesterovState:
         age = torch.ones_like(x0.detach().sum(-1))
-        if problem.smooth is None:
-            return NesterovState(problem.residual(x0), x0, age)
-        residual, guarded = look(problem, x0, problem.each_gamma(x0))
-        return GuardedNesterovState(residual, x0, age, guarded)
+        if isinstance(problem, Descent) and problem.guessed:
+            residual, guarded = look(problem, x0, problem.each_gamma(x0))
+            return GuardedNesterovState(residual, x0, age, guarded)
+        return NesterovState(problem.residual(x0), x0, age)
 
     def update(self, problem: Problem, x: Tensor, state: NesterovState | GuardedNesterovState) -> tuple[Tensor, NamedTuple]:
-        if isinstance(state, NesterovState):
-            moved = problem.move(x, state.residual)
-            y, older = self._extrapolated(x, moved, state.previous, state.age)
-            return y, NesterovState(problem.residual(y), moved, older)
+        if isinstance(state, GuardedNesterovState) and isinstance(problem, Descent):
+            return self._guarded_update(problem, x, state)
+        moved = problem.move(x, state.residual)
+        y, older = self._extrapolated(x, moved, state.previous, state.age)
+        return y, NesterovState(problem.residual(y), moved, older)
+
+    def _guarded_update(self, problem: Descent, x: Tensor, state: GuardedNesterovState) -> tuple[Tensor, GuardedNesterovState]:
         moved = x - state.guarded.gamma * state.residual
         trial, older = self._extrapolated(x, moved, state.previous, state.age)
         x, taken, residual, guarded = attempt(problem, x, trial, state.guarded)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
 
 
@@ -41,7 +41,7 @@ class Newton(TrustRegion):
         if not self.radius > 0:
             raise ValueError(f"Newton needs a positive radius, got {self}.")
 
-    def update(self, problem: Problem, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
+    def update(self, problem: Minimization, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
         hessian = problem.matrix(x)
         finite = torch.isfinite(hessian.mean((-2, -1)))
 

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated_step
 
 
@@ -40,7 +40,6 @@ class NewtonCG(TrustRegion):
         if self.inner < 1 or not 0 < self.radius < float("inf"):
             raise ValueError(f"NewtonCG needs inner ≥ 1 and a positive radius, got {self}.")
 
-    def update(self, problem: Problem, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
-        assert problem.jacobian is not None
+    def update(self, problem: Minimization, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
         inner = truncated_step(problem.jacobian(x), state, self.inner, torch.zeros_like(state.rejected, dtype=torch.bool))
         return attempt(problem, x, state, inner.step, inner.image)

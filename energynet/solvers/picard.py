@@ -7,7 +7,7 @@ from torch import Tensor
 
 from energynet.solvers.base import Solver
 from energynet.solvers.guard import Guarded, attempt, look
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Descent, Problem
 
 
 class PicardState(NamedTuple):
@@ -38,13 +38,13 @@ class Picard(Solver):
     sees_saddles: ClassVar[bool] = True  # it diverges there
 
     def init(self, problem: Problem, x0: Tensor) -> PicardState | GuardedPicardState:
-        if problem.smooth is None:
-            return PicardState(problem.residual(x0))
-        return GuardedPicardState(*look(problem, x0, problem.each_gamma(x0)))
+        if isinstance(problem, Descent) and problem.guessed:
+            return GuardedPicardState(*look(problem, x0, problem.each_gamma(x0)))
+        return PicardState(problem.residual(x0))
 
     def update(self, problem: Problem, x: Tensor, state: PicardState | GuardedPicardState) -> tuple[Tensor, NamedTuple]:
-        if isinstance(state, PicardState):
-            x = problem.move(x, state.residual)
-            return x, PicardState(problem.residual(x))
-        x, _, residual, guarded = attempt(problem, x, x - state.guarded.gamma * state.residual, state.guarded)
-        return x, GuardedPicardState(residual, guarded)
+        if isinstance(state, GuardedPicardState) and isinstance(problem, Descent):
+            x, _, residual, guarded = attempt(problem, x, x - state.guarded.gamma * state.residual, state.guarded)
+            return x, GuardedPicardState(residual, guarded)
+        x = problem.move(x, state.residual)
+        return x, PicardState(problem.residual(x))

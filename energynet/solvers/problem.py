@@ -1,8 +1,10 @@
-"""The problem: a frozen value that says what is being solved, and nothing about how."""
+"""Problems: frozen values that say what is being solved, and nothing about how."""
 
 import dataclasses
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor
@@ -13,38 +15,21 @@ from energynet.solvers.spectrum import ritz_values, some_direction
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """Find x, ``(*batch, n)``, with residual(x) = 0.
-
-    Example:
-        >>> import torch
-        >>> Problem(residual=lambda x: 2 * (x - 3), step_size=0.5).map(torch.zeros(1, 2))
-        tensor([[3., 3.]])
+class Problem(ABC):
+    """Find x, ``(*batch, n)``, with residual(x) = 0, where the map g(x) = x − γ F(x) may lead there.
 
     Args:
         residual: the optimality condition F, ``(*batch, n) -> (*batch, n)``.
-        step_size: γ of the map g(x) = x − γ F(x), a float or ``(*batch, 1)``; None: `gamma` estimates it.
-        batch_dims: number of leading dimensions that count samples.
-        value_and_gradient: of a minimization, within bounds or without, x -> the energy ``(*batch)`` and its gradient, evaluated
-            together.
-        jacobian: x -> (p -> ∂F/∂x p), linearized once and replayed for each p; where F is not in units of x already.
-        right: of a linear problem F(u) = A u − v, the right-hand side v.
-        start: where the solve begins, which is where γ is estimated.
-        symmetric: of a linear problem, whether A is.
-        smooth: where γ is a guess, x -> the energy ``(*batch)`` of the smooth part and its gradient, by which steps are judged.
-        land: of a proximal step, (x − γ ∇E(x), γ) -> where the step lands.
     """
 
     residual: Callable[[Tensor], Tensor]
-    step_size: float | Tensor | None = 1.0
-    batch_dims: int = 1
-    value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    jacobian: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
-    right: Tensor | None = None
-    start: Tensor | None = None
-    symmetric: bool = False
-    smooth: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    land: Callable[[Tensor, Tensor], Tensor] | None = None
+    batch_dims: int = dataclasses.field(default=1, kw_only=True)
+    """How many leading dimensions count samples."""
+
+    @property
+    @abstractmethod
+    def gamma(self) -> float | Tensor:
+        """γ, a float or ``(*batch, 1)``."""
 
     def map(self, x: Tensor) -> Tensor:
         """The fixed-point map g(x) = x − γ F(x)."""
@@ -54,19 +39,55 @@ class Problem:
         """g(x), given F(x)."""
         return x - self.gamma * residual
 
-    def energy(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-        """The energy of a minimization."""
-        assert self.value_and_gradient is not None
-        return self.value_and_gradient(x)[0]
+    def each_gamma(self, x: Tensor) -> Tensor:
+        """γ of each sample, ``(*batch, 1)``."""
+        return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + self.gamma
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Map(Problem):
+    """The fixed point of a map: F is in units of ``x``, as x − g(x) is.
+
+    Example:
+        >>> import torch
+        >>> Map(lambda x: x - (0.5 * x + 1)).map(torch.zeros(1, 2))
+        tensor([[1., 1.]])
+
+    Args:
+        residual: F, ``(*batch, n) -> (*batch, n)``.
+        step_size: γ, such as the damping of a `DampedStep`.
+    """
+
+    step_size: float | Tensor = dataclasses.field(default=1.0, kw_only=True)
+
+    @property
+    def gamma(self) -> float | Tensor:
+        return self.step_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Differentiable(Problem, ABC):
+    """A problem that offers derivatives of F, by which F is brought to units of ``x``."""
+
+    jacobian: Callable[[Tensor], Callable[[Tensor], Tensor]]
+    """x -> (p -> ∂F/∂x p), linearized once and replayed for each p."""
+    step_size: float | Tensor | None = dataclasses.field(default=None, kw_only=True)
+    """γ; None: `gamma` estimates it."""
+    start: Tensor = dataclasses.field(kw_only=True)
+    """Where the solve begins, ``(*batch, n)``, which is where γ is estimated."""
+
+    @property
+    def has_newton_step(self) -> bool:
+        """Whether conjugate gradients find how far the answer is: ∂F/∂x is a Hessian, at least among the free coordinates."""
+        return False
 
     def hvp(self, x: Tensor, p: Tensor) -> Tensor:
         """∂F/∂x p: of a minimization, the Hessian-vector product."""
-        assert self.jacobian is not None
         return self.jacobian(x)(p)
 
     def matrix(self, x: Tensor) -> Tensor:  # -> (*batch, n, n)
         """∂F/∂x itself, in float32 or better: no half-precision factorizations exist."""
-        assert self.jacobian is not None
         working = torch.promote_types(x.dtype, torch.float32)
         return columns(self.jacobian(x), x).movedim(0, -1).to(working)
 
@@ -75,26 +96,97 @@ class Problem:
         """γ as given, or a safe one from the curvature where the solve begins, ``(*batch, 1)``."""
         if self.step_size is not None:
             return self.step_size
-        assert self.start is not None and self.jacobian is not None
         with torch.no_grad():
             return self._guarded(self.start, safe_step_size(self.jacobian(self.start), self.residual(self.start)))
 
-    def each_gamma(self, x: Tensor) -> Tensor:
-        """γ of each sample, ``(*batch, 1)``."""
-        return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + self.gamma
+    def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """The step size, shortened where the first step shows that it is too long."""
+        return gamma
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Condition(Differentiable):
+    """A root of any other optimality condition, such as one that somebody else's solver meets."""
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Linear(Differentiable):
+    """A u = v, so F(u) = A u − v; it is judged relative to v."""
+
+    right: Tensor = dataclasses.field(kw_only=True)  # v, (*batch, n)
+    symmetric: bool = dataclasses.field(default=False, kw_only=True)
+    """Whether A is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent(Differentiable, ABC):
+    """A problem with an energy, whose values can judge a step."""
+
+    guessed: bool = dataclasses.field(default=False, kw_only=True)
+    """Whether γ is a guess that may turn out too long on the way."""
+
+    value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]] = dataclasses.field(kw_only=True)
+    """x -> the smooth part of the energy, ``(*batch)``, and its gradient, evaluated together."""
+
+    def energy(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
+        """The smooth part of the energy."""
+        return self.value_and_gradient(x)[0]
+
+    @abstractmethod
+    def condition(self, x: Tensor, gamma: Tensor, slope: Tensor) -> Tensor:
+        """F(x) for a step size ``(*batch, 1)``, given the gradient of the smooth part."""
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Proximal(Descent):
+    """The minimum of a smooth energy and a term that is not: F is the prox-gradient mapping."""
+
+    land: Callable[[Tensor, Tensor], Tensor] = dataclasses.field(kw_only=True)
+    """(x − γ ∇E(x), γ) -> where the step lands."""
+    bounded: bool = dataclasses.field(default=False, kw_only=True)
+    """Whether the other term is the indicator of a box."""
+
+    @property
+    def has_newton_step(self) -> bool:
+        return self.bounded
 
     @functools.cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:  # (*batch, n) each
-        """Of a minimization within bounds, the lower and upper ones: where steps land that go infinitely far."""
-        assert self.start is not None and self.land is not None
+        """Within bounds, the lower and upper ones: where steps land that go infinitely far."""
         start, gamma = self.start.detach(), self.each_gamma(self.start)
         with torch.no_grad():
             return self.land(torch.full_like(start, -torch.inf), gamma), self.land(torch.full_like(start, torch.inf), gamma)
 
+    def condition(self, x: Tensor, gamma: Tensor, slope: Tensor) -> Tensor:
+        return (x - self.land(x - gamma * slope, gamma)) / gamma
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Minimization(Descent):
+    """The minimum of a smooth energy: F is its gradient.
+
+    Example:
+        >>> import torch
+        >>> square = lambda x: ((x - 3).square().sum(-1), 2 * (x - 3))
+        >>> problem = Minimization(lambda x: square(x)[1], lambda x: lambda p: 2 * p, value_and_gradient=square, step_size=0.5,
+        ...                        start=torch.zeros(1, 2))
+        >>> problem.map(torch.zeros(1, 2))
+        tensor([[3., 3.]])
+    """
+
+    @property
+    def has_newton_step(self) -> bool:
+        return True
+
+    def condition(self, x: Tensor, gamma: Tensor, slope: Tensor) -> Tensor:
+        return slope
+
     def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Backtracking: halve γ until the first step lowers the energy by half of what its slope promises."""
-        if self.value_and_gradient is None:
-            return gamma
         energy, gradient = self.value_and_gradient(x)
         slope = gradient.square().sum(-1)
 

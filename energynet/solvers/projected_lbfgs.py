@@ -24,7 +24,7 @@ from energynet.solvers.bounded_model import (
     remember,
 )
 from energynet.solvers.line_search import Search, StrongWolfe, begin
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Proximal
 from energynet.step import Kind
 
 
@@ -83,8 +83,7 @@ class ProjectedLBFGS(Solver):
     def breakdown(self, state: ProjectedLBFGSState) -> Tensor:
         return state.unbounded
 
-    def init(self, problem: Problem, x0: Tensor) -> ProjectedLBFGSState:
-        assert problem.value_and_gradient is not None
+    def init(self, problem: Proximal, x0: Tensor) -> ProjectedLBFGSState:
         energy, gradient = problem.value_and_gradient(x0)
         target = _downhill(problem, x0, gradient, problem.gamma)
         search = begin(energy, dot(gradient, target - x0), torch.ones_like(energy))
@@ -92,8 +91,7 @@ class ProjectedLBFGS(Solver):
         memory = nothing(x0, self.memory)
         return ProjectedLBFGSState(residual, energy, gradient, target, search, memory, none, none.bool())
 
-    def update(self, problem: Problem, x: Tensor, state: ProjectedLBFGSState) -> tuple[Tensor, ProjectedLBFGSState]:
-        assert problem.value_and_gradient is not None
+    def update(self, problem: Proximal, x: Tensor, state: ProjectedLBFGSState) -> tuple[Tensor, ProjectedLBFGSState]:
         length, direction = state.search.length, state.target - x
         most = torch.clamp(first_bound(x, direction, *problem.bounds)[1], min=1)
         trial = inside(x + length.to(x.dtype).unsqueeze(-1) * direction, *problem.bounds)
@@ -121,17 +119,17 @@ class ProjectedLBFGS(Solver):
 SEARCH = StrongWolfe()
 
 
-def _prox_gradient(problem: Problem, x: Tensor, gradient: Tensor) -> Tensor:  # (*batch, n)
+def _prox_gradient(problem: Proximal, x: Tensor, gradient: Tensor) -> Tensor:  # (*batch, n)
     """(x − P(x − γ ∇E)) / γ, without the rounding of that difference."""
     lower, upper = problem.bounds
     return inside(gradient, (x - upper) / problem.gamma, (x - lower) / problem.gamma)
 
 
-def _downhill(problem: Problem, x: Tensor, gradient: Tensor, length: float | Tensor) -> Tensor:  # (*batch, n)
+def _downhill(problem: Proximal, x: Tensor, gradient: Tensor, length: float | Tensor) -> Tensor:  # (*batch, n)
     return inside(x - length * gradient, *problem.bounds)
 
 
-def _begin_search(problem: Problem, x: Tensor, energy: Tensor, gradient: Tensor, memory: Memory, failed: Tensor
+def _begin_search(problem: Proximal, x: Tensor, energy: Tensor, gradient: Tensor, memory: Memory, failed: Tensor
                   ) -> tuple[Tensor, Search]:  # fmt: skip
     """Toward the minimum of the model; along the projected gradient where a search failed, or the model is of no use."""
     point = Bounded(*(t.to(memory.moves.dtype) for t in (x, gradient, *problem.bounds)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from energynet._torch.while_loop import while_loop
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import CANCELLED
-from energynet.solvers.problem import Problem
+from energynet.solvers.problem import Minimization
 from energynet.step import Kind
 
 MOST_REJECTED = 30  # each shortens the ball at least four times
@@ -37,8 +37,7 @@ class TrustRegion(Solver):
     def merit(self, state: Ball, size: Tensor) -> Tensor:
         return state.energy
 
-    def init(self, problem: Problem, x0: Tensor) -> Ball:
-        assert problem.value_and_gradient is not None
+    def init(self, problem: Minimization, x0: Tensor) -> Ball:
         energy, gradient = problem.value_and_gradient(x0)
         size = norm(gradient)
         return Ball(gradient, energy, self.radius * unit(x0), size, torch.zeros_like(size, dtype=torch.int32))
@@ -47,7 +46,7 @@ class TrustRegion(Solver):
         return state.rejected > MOST_REJECTED
 
 
-def attempt(problem: Problem, x: Tensor, ball: Ball, step: Tensor, image: Tensor) -> tuple[Tensor, Ball]:
+def attempt(problem: Minimization, x: Tensor, ball: Ball, step: Tensor, image: Tensor) -> tuple[Tensor, Ball]:
     """The next x and its ball: the step is taken where the energy falls by some of what the parabola promised.
 
     Args:
@@ -57,7 +56,6 @@ def attempt(problem: Problem, x: Tensor, ball: Ball, step: Tensor, image: Tensor
         step: p in it.
         image: H p.
     """
-    assert problem.value_and_gradient is not None
     promised = -(dot(ball.residual, step) + 0.5 * dot(step, image)).squeeze(-1)
     trial = x + step
     energy, gradient = problem.value_and_gradient(trial)
