@@ -1,4 +1,4 @@
-"""Layers: `FPI_GD` and `FPI_NN` hold configuration and no result of a call."""
+"""Layers: `FPI_GD` and `FPI_NN` store configuration, and no result of a call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class _Layer(nn.Module, ABC):
 
 
 class FPI_GD(_Layer):
-    """The minimizer of an energy as a layer: one gradient step, iterated to its fixed point.
+    """The minimizer of an energy as a layer: a gradient step that is iterated to its fixed point.
 
     Example:
         >>> import torch
@@ -75,11 +75,12 @@ class FPI_GD(_Layer):
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``, an `Energy`, a module or any callable.
-        step_size: γ, a float, a 0-d tensor or one value a sample ``(B,)``; a `torch.nn.Parameter` is registered, a tensor
-            becomes a buffer. None: it is estimated per sample, and halved where it turns out too long.
-        prox: of constraints and terms that are not smooth, as of `minimize`.
-        start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context, such as a network
-            that predicts the answer (it gets no gradient: the answer does not depend on it); default: ``energy.start``.
+        step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``. A `torch.nn.Parameter` is registered, and a
+            tensor becomes a buffer. None: it is estimated per sample, and halved where it turns out to be too large.
+        prox: the proximal map of constraints and nonsmooth terms, as for `minimize`.
+        start: the initial point when a call passes no ``x0``: a tensor, a pytree or a callable of the context, such as a
+            network that predicts the answer (which gets no gradient, since the answer does not depend on it); default:
+            ``energy.start``.
         solver: default `Picard`, which takes gradient steps; `LBFGS` and others need fewer evaluations.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients; ``ImplicitAdjoint(Picard())`` is the paper's backward
@@ -115,11 +116,11 @@ class FPI_GD(_Layer):
         self._configure(solver, termination, adjoint, on_failure, driver)
 
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
-        """The minimizer and how the solve went.
+        """Return the minimizer and how the solve went.
 
         Args:
             context: what the energy takes besides x.
-            x0: where to begin; does not change the answer of an energy with one minimizer.
+            x0: the initial point; it does not change the answer of an energy with one minimizer.
             trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:
@@ -150,7 +151,7 @@ class FPI_NN(_Layer):
 
     Args:
         network: g(x, \\*context) -> like x, a contraction in x; a module, any callable, or a `Step`.
-        start: where to begin when a call gives no ``x0``: a tensor, a pytree or a callable of the context.
+        start: the initial point when a call passes no ``x0``: a tensor, a pytree or a callable of the context.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
         solver: default `Picard`.
         termination: default `Termination`.
@@ -180,11 +181,11 @@ class FPI_NN(_Layer):
         self._configure(solver, termination, adjoint, on_failure, driver)
 
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
-        """The fixed point and how the solve went.
+        """Return the fixed point and how the solve went.
 
         Args:
             context: what the network takes besides x.
-            x0: where to begin; does not change the answer of a contraction.
+            x0: the initial point; it does not change the answer of a contraction.
             trace: keep residuals and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:

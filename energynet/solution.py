@@ -73,9 +73,10 @@ _ADVICE = {  # where nothing but the status is known
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a solve looked like from its start, turn by turn of the loop; a sample that rests repeats its row.
+    """The course of a solve, one row per iteration of the loop; a sample that has stopped repeats its row.
 
-    T is at least the number of updates of the slowest sample, and more where one that had stopped too early went on later.
+    T is at least the number of updates of the slowest sample, and larger if a sample that had stopped too early continued
+    later.
 
     Example:
         >>> import torch
@@ -100,7 +101,7 @@ _tree.register_dataclass(Trace)
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """The answer of a solve and how it went, sample by sample.
+    """The answer of a solve and how it went, for each sample.
 
     Example:
         >>> import torch
@@ -111,10 +112,10 @@ class Solution:
 
     Args:
         value: like ``x0``; carries the gradients.
-        status: ``(B,)`` int8, compare with `Status`.
+        status: ``(B,)`` int8; compare it with `Status`.
         error: ``(B,)``, the estimated distance of ``value`` to the answer, as `Termination` compares it, in units of ``x``.
         num_steps: ``(B,)`` int32, updates until the sample stopped.
-        trace: the steps, if they were asked for by ``trace=True``.
+        trace: the steps, if requested by ``trace=True``.
     """
 
     value: Any

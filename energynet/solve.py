@@ -38,7 +38,7 @@ def fixed_point(
     trace: bool = False,
     driver: Driver | None = None,
 ) -> Solution:
-    """Solve x = g(x, \\*context), differentiably in the context and in the parameters of g.
+    """Solve x = g(x, \\*context), differentiably with respect to the context and the parameters of g.
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ def minimize(
     trace: bool = False,
     driver: Driver | None = None,
 ) -> Solution:
-    """Find x* = argmin E(x, \\*context), differentiably in the context and in the parameters of E.
+    """Find x* = argmin E(x, \\*context), differentiably with respect to the context and the parameters of E.
 
     Example:
         >>> import torch
@@ -102,10 +102,10 @@ def minimize(
         energy: E(x, \\*context) -> ``(B,)``; a 0-d value means one problem without a batch dimension.
         x0: where to start: a tensor ``(B, ...)``, a pytree of such or a `MultiStart`; None asks ``energy.start(*context)``.
         context: tensors, pytrees and anything else that E takes; tensors of floating point are differentiated.
-        step_size: γ of gradient steps, a float, a 0-d tensor or one value per sample ``(B,)``; None: solvers that need one
-            estimate it per sample, from the largest curvature at x0, and shorten it where it turns out too long.
-        prox: of constraints and terms that are not smooth, such as ``energynet.constraints.Box(0.0, 1.0)``; minimizes their
-            sum with E.
+        step_size: γ of gradient steps, a float, a 0-d tensor or one value per sample ``(B,)``. None: solvers that need one
+            estimate it per sample from the largest curvature at x0, and reduce it where it turns out to be too large.
+        prox: the proximal map of constraints and nonsmooth terms, such as ``energynet.constraints.Box(0.0, 1.0)``; their sum
+            with E is minimized.
         solver: default `Picard` with a ``step_size``, else `LBFGS`; within bounds, ``prox=Box(...)`` or ``NonNegative()``,
             `ProjectedLBFGS`; with any other ``prox``, `Nesterov`.
         termination: default `Termination`.
@@ -148,7 +148,7 @@ def _default_solver(step_size: Any, prox: Any) -> Solver:
 
 @dataclasses.dataclass(frozen=True)
 class MultiStart:
-    """Several starting points; `minimize` goes on from the one that leads to the least energy, sample by sample.
+    """Several starting points; `minimize` continues from the one that leads to the lowest energy, for each sample.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The adjoints: how gradients of a solution come back. The derivation stands in `energynet.derivative`."""
+"""The adjoints: how gradients of a solution come back. The derivation stands in `energynet.engine.root_gradient`."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class ImplicitAdjoint(RootAdjoint):
             accelerated forms, `Anderson` and `Broyden`. Default: conjugate gradients for energies, the backward iteration
             for networks, GMRES for proximal steps.
         termination: relative to the incoming gradient; default: the forward solve's.
-        report: collects the status, residual and steps of each backward solve.
+        report: an `AdjointReport` that collects the status, residual and steps of each backward solve.
 
     Source: arXiv 2002.02868, equations of the backward FPI layer; Christianson (1994) for its higher orders.
     """
@@ -107,7 +107,8 @@ class _FirstOrderAdjoint(RootAdjoint):
 class OneStepAdjoint(_FirstOrderAdjoint):
     """Gradient of a single step at the solution, (∂g/∂θ)ᵀ v: cheap, first order only, and *not exact*.
 
-    It is right to a factor of the contraction: exact only where ∂g/∂x = 0. Differentiating it again raises.
+    Its relative error is of the size of the contraction factor; it is exact only where ∂g/∂x = 0. Differentiating it again
+    raises.
 
     Example:
         >>> OneStepAdjoint()
@@ -124,7 +125,7 @@ class OneStepAdjoint(_FirstOrderAdjoint):
 class NeumannAdjoint(_FirstOrderAdjoint):
     """The first terms of the Neumann series of (I − ∂g/∂x)⁻¹, a phantom gradient: first order only, and *not exact*.
 
-    With contraction factor ρ the error is a part ρ^terms of the gradient. Differentiating it again raises.
+    With contraction factor ρ, the relative error is ρ^terms. Differentiating it again raises.
 
     Example:
         >>> import torch
@@ -135,8 +136,8 @@ class NeumannAdjoint(_FirstOrderAdjoint):
         tensor([[1.7500]])
 
     Args:
-        terms: how many; each after the first costs one vector-Jacobian product.
-        damping: of the map that the series belongs to, in (0, 1]; less than 1 where ∂g/∂x does not contract.
+        terms: the number of terms; each one after the first costs one vector-Jacobian product.
+        damping: damping of the map whose series is taken, in (0, 1]; choose less than 1 where ∂g/∂x does not contract.
 
     Raises:
         ValueError: if terms < 1 or damping is out of range.
@@ -154,7 +155,7 @@ class NeumannAdjoint(_FirstOrderAdjoint):
 
 @dataclasses.dataclass(frozen=True)
 class UnrolledAdjoint(Adjoint):
-    """Ordinary backpropagation through the iterations: exact for the iterate that is returned, any order.
+    """Ordinary backpropagation through the iterations: exact for the iterate that is returned, to any order.
 
     Memory grows with the number of iterations. The gradient is that of the truncated iteration, also with respect to
     ``x0`` and the step size; a length that `GradientDescent` finds by backtracking counts as a constant. With ``last`` only
@@ -166,8 +167,9 @@ class UnrolledAdjoint(Adjoint):
         UnrolledAdjoint(last=None, checkpoint=True)
 
     Args:
-        last: how many steps are differentiated; None: all.
-        checkpoint: keep one iterate in 32 and compute the others anew: less memory, twice the time. Not under ``torch.func``.
+        last: the number of steps that are differentiated; None: all.
+        checkpoint: keep one iterate in 32 and recompute the others: less memory, twice the time. It does not work under
+            ``torch.func``.
 
     Raises:
         ValueError: if last < 1.

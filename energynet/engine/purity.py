@@ -1,7 +1,8 @@
-"""One watched evaluation of the user's function before a solve: what it captures, draws, changes and returns.
+"""One observed evaluation of the user's function before a solve: what it captures, draws, changes and returns.
 
 The evaluation runs on detached, unwrapped values, outside all ``torch.func`` transforms. So every tensor in it that carries
-a derivative has come in through a closure (or was made inside, which is told apart): it would be lost without a word.
+a derivative has come in through a closure, or was made inside, which the library can distinguish. The derivative of a
+captured tensor would be lost silently.
 """
 
 import contextlib

@@ -52,7 +52,7 @@ from energynet.termination import Termination
 
 
 class AdjointRecord(NamedTuple):
-    """How one adjoint solve went, sample by sample; refers to no graph.
+    """How one adjoint solve went, for each sample; it refers to no graph.
 
     Example:
         >>> record = AdjointRecord(torch.tensor([0, 1]), torch.tensor([1e-6, 1e-2]), torch.tensor([7, 1000]))
@@ -66,7 +66,7 @@ class AdjointRecord(NamedTuple):
 
 
 class AdjointReport:
-    """Collects one `AdjointRecord` a backward solve; the caller's to keep, read and clear.
+    """Collects one `AdjointRecord` per backward solve; the caller keeps, reads and clears it.
 
     Example:
         >>> import torch
@@ -100,7 +100,7 @@ class Adjoint(ABC):
 
 
 class RootAdjoint(Adjoint):
-    """An adjoint that looks at the solution only, and at nothing of how it was found."""
+    """An adjoint that depends on the solution only, and not on how it was found."""
 
     def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, status, error, steps, _, *trace = solve(method, x0.detach(), *inputs)
