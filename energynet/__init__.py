@@ -8,6 +8,7 @@ from energynet.engine.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdj
 from energynet.engine.driver import Driver, Eager
 from energynet.engine.purity import ImpureFunctionError, LostGradientError
 from energynet.engine.root_gradient import Adjoint, AdjointReport
+from energynet.engine.shared_state import ChangedFunctionError
 from energynet.implicit import implicit
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
@@ -42,6 +43,7 @@ __all__ = [
     "BarzilaiBorwein",
     "BiCGSTAB",
     "Broyden",
+    "ChangedFunctionError",
     "ConjugateGradient",
     "ConvergenceError",
     "ConvergenceWarning",

@@ -65,6 +65,7 @@ def fixed_point(
     Raises:
         ConvergenceError: if a sample fails and ``on_failure="raise"``.
         LostGradientError: if g uses a tensor from outside that carries a derivative.
+        ChangedFunctionError: by the backward, if something that g reads, and that cannot be copied, has changed since.
         ImpureFunctionError: if g is random, keeps batch statistics, or changes its input.
         TypeError, ValueError: if x0 or the result of g has the wrong type or shape.
 
@@ -120,6 +121,7 @@ def minimize(
     Raises:
         ConvergenceError: if a sample fails and ``on_failure="raise"``.
         LostGradientError: if E uses a tensor from outside that carries a derivative.
+        ChangedFunctionError: by the backward, if something that E reads, and that cannot be copied, has changed since.
         ImpureFunctionError: if E is random, keeps batch statistics, or changes its input.
         TypeError, ValueError: if x0 or the result of E has the wrong type or shape.
 
@@ -223,7 +225,7 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         x0 = binding.step.begin(x0, *code)
         looked_at = (x0, code, batch_dims)
         seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))
-        layout = Layout.of(x0, seen.batch_dims)
+        binding, layout = seen.used(binding), Layout.of(x0, seen.batch_dims)
         if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
             binding = options.driver.bind(_with_step_size(binding.step, layout, x0, context))
         root, inputs = _equation(binding, layout, code, context, _device(x0))
@@ -233,6 +235,7 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         method = Method(root, *how, trace=options.trace, driver=options.driver)
         with unwatched(), root.ambient.solving():
             x, status, error, steps, *trace = options.adjoint.run(method, layout.ravel(x0), inputs)
+        binding.shared.settle()
         return Solution(layout.unravel(x), status, error, steps, _trace(layout, trace))
 
 

@@ -73,7 +73,7 @@ class Programs:
         where = (type(step), *((name, v if isinstance(v, NUMBERS) else id(v)) for name, v in named))
         with self.lock:
             if (known := self._bound.get(where)) and known[0].unchanged():
-                return known[1]
+                return known[1].again()
             binding = Binding.of(step)
             seen = Fingerprint(_parts(step), binding.tensors)
             resolved = {id(t) for t in binding.tensors}.difference(map(id, seen.inputs))  # such as parametrized weights

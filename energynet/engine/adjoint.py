@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
@@ -14,6 +15,7 @@ from energynet._torch.autodiff import alive, inside_jvp, readable, transform_act
 from energynet.engine.equation import Equation, Linear
 from energynet.engine.failed_samples import separable
 from energynet.engine.root_gradient import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
+from energynet.engine.shared_state import SharedState
 from energynet.engine.tasks import Outcome, Pull
 from energynet.linear import GMRES, ConjugateGradient
 from energynet.solution import OnFailure, Status, describe, report
@@ -197,8 +199,9 @@ class UnrolledAdjoint(Adjoint):
             )
         if self.last is not None:
             return self._last_steps(self.last, method, x0, inputs)
+        wrap = (lambda f: _checkpointed(f, method.shared)) if self.checkpoint else None
         with twice_differentiable if torch.is_grad_enabled() or transform_active() else contextlib.nullcontext():
-            outcome, trace = method.run(x0, inputs, _checkpointed if self.checkpoint else None)
+            outcome, trace = method.run(x0, inputs, wrap)
         if readable(outcome.status):
             method.tell(Outcome(*(t.detach() for t in outcome)), x0.detach(), tuple(t.detach() for t in inputs))
         else:
@@ -209,21 +212,30 @@ class UnrolledAdjoint(Adjoint):
         start, status, error, steps, _, *trace = solve(method, x0.detach(), *(t.detach() for t in inputs))
         x = start.detach()
         problem = method.equation.problem(inputs, x)
-        step = _checkpointed(problem.map, 1) if self.checkpoint else problem.map
+        step = _checkpointed(problem.map, method.shared, 1) if self.checkpoint else problem.map
         for _ in range(last):
             x = step(x)
         return _Truncated.apply("UnrolledAdjoint(last=...)", x, *inputs), status, error, steps, *trace
 
 
-def _checkpointed(function: Callable[[Any], Any], times: int = 32) -> Callable[[Any], Any]:
-    """The function several times over, of which only the result is kept."""
+def _checkpointed(function: Callable[[Any], Any], shared: SharedState, times: int = 32) -> Callable[[Any], Any]:
+    """The function several times over, of which only the result is kept; what it reads must be the same when it runs again."""
 
-    def repeated(value: Any) -> Any:
+    def run(value: Any) -> Any:
         for _ in range(times):
             value = function(value)
         return value
 
-    return lambda value: torch.utils.checkpoint.checkpoint(repeated, value, use_reentrant=False)
+    def checkpointed(value: Any) -> Any:
+        runs = itertools.count()
+
+        def repeated(value: Any) -> Any:
+            with shared.unchanged() if next(runs) else contextlib.nullcontext():
+                return run(value)
+
+        return torch.utils.checkpoint.checkpoint(repeated, value, use_reentrant=False)
+
+    return checkpointed
 
 
 class _FirstOrderOnly(torch.autograd.Function):

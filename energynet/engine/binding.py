@@ -3,6 +3,10 @@
 `Binding.of(step)` makes a structural copy once: same classes, same attributes, the tensors shared. `Binding.attach` makes
 another with given tensors in their place. Nothing is swapped in and out of a module that others may be using, so threads
 cannot meet, and a gradient cannot be lost on the way.
+
+The copy also fixes what the step is: functions in it are copied with the variables that they capture and the globals that they
+name, so that a gradient which comes back later is that of the problem that was solved. What cannot be copied is watched by
+`SharedState`.
 """
 
 import dataclasses
@@ -15,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from energynet.engine.code import unwrapped
+from energynet.engine.functions import Functions, Memo
+from energynet.engine.shared_state import SharedState, Survey, holds_attributes, refuse_scripted
 from energynet.step import Step
 
 
@@ -25,29 +32,46 @@ class Binding:
     Args:
         step: a structural copy; parametrized weights (spectral norm, ...) stand in it as computed once, here.
         tensors: its distinct parameters, buffers and plain tensor attributes.
+        shared: what else the step reads, as it was when the solve was called.
         mark: a number that a driver gives to steps that read the same.
     """
 
     step: Step
     tensors: tuple[Tensor, ...]
+    shared: SharedState
     mark: int | None = None
 
     @classmethod
     def of(cls, step: Step) -> "Binding":
-        resolved = _copy(step, lambda t: t, {})
+        survey = Survey(step)
+        resolved = _Copy(lambda t: t, Functions(survey.written))(step)
         found: dict[int, Tensor] = {}
-        _copy(resolved, lambda t: found.setdefault(id(t), t), {})
-        return cls(resolved, tuple(found.values()))
+        _Copy(lambda t: found.setdefault(id(t), t))(resolved)
+        tensors = tuple(found.values())
+        return cls(resolved, tensors, SharedState.of(survey, tensors))
 
     def attach(self, tensors: Sequence[Tensor]) -> Step:
-        """The step with these tensors in place of its own."""
+        """The step with these tensors in place of its own; what the step itself has put among its attributes stays."""
         chosen = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
-        return _copy(self.step, lambda t: chosen[id(t)], {})
+        step: Step = _Copy(lambda t: chosen.get(id(t), t))(self.step)
+        return step
+
+    def without(self, tensors: Sequence[Tensor], stand_in: Callable[[Tensor], Tensor]) -> "Binding":
+        """The same with something in the place of tensors that the step does not use."""
+        out = {id(t) for t in tensors}
+        step = _Copy(lambda t: stand_in(t) if id(t) in out else t)(self.step)
+        return dataclasses.replace(self, step=step, tensors=tuple(t for t in self.tensors if id(t) not in out))
+
+    def again(self) -> "Binding":
+        """The same for another solve, if nothing but values of tensors has changed since."""
+        return dataclasses.replace(self, shared=self.shared.again())
 
 
 def with_tensors(value: Any, chosen: Mapping[int, Tensor], shared: Iterable[nn.Module]) -> Any:
     """A structural copy with other tensors in place of those whose ids are given; the modules named stay as they are."""
-    return _copy(value, lambda t: chosen.get(id(t), t), {id(module): (module, module) for module in shared})
+    copy = _Copy(lambda t: chosen.get(id(t), t))
+    copy.memo.update({id(module): (module, module) for module in shared})
+    return copy(value)
 
 
 def parts_of(value: Any) -> dict[str, Any]:
@@ -60,62 +84,65 @@ def parts_of(value: Any) -> dict[str, Any]:
         return {str(k): v for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return {str(k): v for k, v in enumerate(value)}
-    return dict(vars(value)) if _may_hold_tensors(value) else {}
+    return dict(vars(value)) if holds_attributes(value) else {}
 
 
-def _copy(value: Any, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
-    """A structural copy with ``tensor`` applied to each tensor; what holds no tensors is shared."""
-    if id(value) in memo:
-        return memo[id(value)][0]
-    if isinstance(value, Tensor):
-        result: Any = tensor(value)
-    elif isinstance(value, nn.Module):
-        if isinstance(value, torch.jit.ScriptModule):
-            name = getattr(value, "original_name", type(value).__name__)
-            raise TypeError(
-                f"{name} is scripted: its tensors cannot be bound as inputs, and their gradients would be lost. Pass the module "
-                "that torch.jit.script was given."
-            )
-        # What torch.compile wraps around a module holds the original in a closure, out of reach: take that one.
-        return _copy_module(value._modules.get("_orig_mod") or value, tensor, memo)
-    elif isinstance(value, types.MethodType):
-        result = types.MethodType(value.__func__, _copy(value.__self__, tensor, memo))
-    elif isinstance(value, functools.partial):
-        keywords = {k: _copy(v, tensor, memo) for k, v in value.keywords.items()}
-        result = functools.partial(_copy(value.func, tensor, memo), *_copy(value.args, tensor, memo), **keywords)
-    elif isinstance(value, dict) and value:
-        result = type(value)() if type(value).__init__ is dict.__init__ or type(value) is not dict else {}
-        memo[id(value)] = (result, value)
-        result.update({k: _copy(v, tensor, memo) for k, v in value.items()})
-    elif isinstance(value, (list, tuple)) and value:
-        parts = [_copy(v, tensor, memo) for v in value]
-        result = type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    elif _may_hold_tensors(value):
-        return _copy_attributes(value, vars(value), tensor, memo)
-    else:
-        return value
-    memo[id(value)] = (result, value)  # the original is kept alive: ids are unique among the living only
-    return result
+class _Copy:
+    """Makes structural copies with ``tensor`` applied to each tensor; what holds no tensors is shared.
 
+    Args:
+        tensor: what to put in a tensor's place.
+        functions: how functions are copied; None: they are shared.
+    """
 
-def _may_hold_tensors(value: Any) -> bool:
-    """Steps, and instances of the user's own classes that can be called: not functions, classes or libraries' objects."""
-    plain = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType))
-    return isinstance(value, Step) or (not plain and callable(value) and hasattr(value, "__dict__"))
+    def __init__(self, tensor: Callable[[Tensor], Tensor], functions: "Functions | None" = None) -> None:
+        self.tensor, self.functions = tensor, functions
+        self.memo: Memo = {}
 
+    def __call__(self, value: Any) -> Any:
+        if id(value) in self.memo:
+            return self.memo[id(value)][0]
+        if isinstance(value, (nn.Module, types.FunctionType, staticmethod)) and (inner := unwrapped(value)) is not value:
+            return self(inner)
+        if isinstance(value, Tensor):
+            result: Any = self.tensor(value)
+        elif isinstance(value, nn.Module):
+            return self._module(value)
+        elif isinstance(value, types.FunctionType):
+            return value if self.functions is None else self.functions.copy(value, self.memo)
+        elif isinstance(value, types.MethodType):
+            result = types.MethodType(value.__func__, self(value.__self__))
+        elif isinstance(value, functools.partial):
+            keywords = {k: self(v) for k, v in value.keywords.items()}
+            result = functools.partial(self(value.func), *self(value.args), **keywords)
+        elif isinstance(value, dict) and value:
+            result = type(value)() if type(value).__init__ is dict.__init__ or type(value) is not dict else {}
+            self.memo[id(value)] = (result, value)
+            result.update({k: self(v) for k, v in value.items()})
+        elif isinstance(value, (list, tuple)) and value:
+            parts = [self(v) for v in value]
+            result = type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        elif holds_attributes(value):
+            return self._attributes(value)
+        else:
+            return value
+        self.memo[id(value)] = (result, value)
+        return result
 
-def _copy_attributes(value: Any, attributes: dict[str, Any], tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
-    result = object.__new__(type(value))
-    memo[id(value)] = (result, value)
-    object.__setattr__(result, "__dict__", {k: _copy(v, tensor, memo) for k, v in attributes.items()})
-    return result
+    def _attributes(self, value: Any) -> Any:
+        result = object.__new__(type(value))
+        self.memo[id(value)] = (result, value)
+        object.__setattr__(result, "__dict__", {k: self(v) for k, v in vars(value).items()})
+        return result
 
-
-def _copy_module(module: nn.Module, tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> nn.Module:
-    result: nn.Module = _copy_attributes(module, vars(module), tensor, memo)
-    if parametrize.is_parametrized(module):
-        weights = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
-        result.__class__ = type(module).__bases__[0]
-        result._modules.pop("parametrizations")
-        vars(result).update({name: tensor(weight) for name, weight in weights.items()})
-    return result
+    def _module(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            refuse_scripted(module)
+        result: nn.Module = self._attributes(module)
+        if parametrize.is_parametrized(module):
+            weights = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+            result.__class__ = type(module).__bases__[0]
+            result._modules.pop("parametrizations")
+            vars(result).update({name: self.tensor(weight) for name, weight in weights.items()})
+        vars(result)["_compiled_call_impl"] = None  # what module.compile() has put there would call the original
+        return result

@@ -6,7 +6,7 @@ captured tensor would be lost silently.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,29 @@ class LostGradientError(RuntimeError):
     """The energy or map uses a tensor from outside that carries a derivative and is not an input of the solve."""
 
 
+class Untouched(Tensor):
+    """Stands in a step for a tensor with a graph that the energy or map did not use when it was examined.
+
+    As an input of the solve it would have its graph, which may be an old one, walked through at every backward.
+    """
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Untouched":
+        stand_in: Untouched = Tensor._make_subclass(cls, tensor.detach())
+        return stand_in
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in _tree.leaves((args, kwargs)) if isinstance(t, cls)]
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = tuple(tensors[0].shape) if tensors else ()
+        raise LostGradientError(
+            f"A tensor of shape {shape} with a graph is an attribute of the energy or map, which uses it in "
+            f"{getattr(func, '__name__', func)} now, but did not at x0, so that it is not an input of the solve and its gradient "
+            "would be lost. Pass it as context."
+        )
+
+
 class ImpureFunctionError(RuntimeError):
     """The energy or map is no function of its arguments: random, stateful, mixing samples, or changing its input."""
 
@@ -44,14 +67,17 @@ class ImpureFunctionError(RuntimeError):
 class Probed(NamedTuple):
     """One evaluation."""
 
-    own: Any  # the plain values of the function's own tensors,
+    own: list[Tensor]  # the plain values of the function's own tensors,
     arguments: Any  # and of its arguments
     output: Any  # what the function returned for them
     dtypes: frozenset[torch.dtype]  # of the numbers in it that depend on an argument that requires grad
+    unused: tuple[int, ...]  # which of the doubtful tensors no operation was seen to take, and no graph leads to
 
 
-def probe(function: Callable[..., Any], name: str, own: Any, arguments: Any) -> Probed:
-    """Evaluate ``function(own, *arguments)`` once, watched, on plain values; ``own`` are the function's own tensors.
+def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments: Any, doubtful: Sequence[int]) -> Probed:
+    """Evaluate ``function(own, *arguments)`` once, watched, on plain values.
+
+    ``own`` are the function's own tensors; to see whether it uses those at the places ``doubtful``, they require grad.
 
     Raises:
         LostGradientError: on a captured tensor that carries a derivative.
@@ -61,14 +87,18 @@ def probe(function: Callable[..., Any], name: str, own: Any, arguments: Any) -> 
     random_state = torch.get_rng_state()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
         own, arguments = _tree.map_structure(_plain, (own, arguments))
-        with _Watch(name, _tree.leaves(own), _tree.leaves(arguments), grad_enabled, level) as watch:
+        for k in doubtful:
+            own[k].requires_grad_()
+        with _Watch(name, own, _tree.leaves(arguments), grad_enabled, level) as watch:
             output = function(own, *arguments)
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ImpureFunctionError(
             f"{name} draws random numbers, so it is not one function from step to step. Draw them outside and pass them as "
             "context, or draw them in Energy.encode, which runs once a solve."
         )
-    return Probed(own, arguments, output, frozenset(watch.dtypes))
+    reached = {id(v) for t in _tree.leaves(output) if doubtful and isinstance(t, Tensor) for v in leaf_variables(t)}
+    unused = tuple(k for k in doubtful if id(own[k]) not in reached and _storage(own[k]) not in watch.touched)
+    return Probed(own, arguments, output, frozenset(watch.dtypes), unused)
 
 
 def _plain(tensor: Any) -> Any:
@@ -112,38 +142,59 @@ class _Watch(TorchFunctionMode):
         # Tensors made inside that could be mistaken for captures; under a transform, all of them.
         # Memory that was there before, and memory that was allocated inside (as of an nn.Parameter made there).
         self.old, self.fresh = self.own | self.arguments, set[int]()
-        self.made: dict[int, Tensor] = {id(t): t for t in tensors} if level else {}
+        self.touched = set[int]()
+        self.made: dict[int, Tensor] = {id(t): t for t in tensors if level or t.requires_grad}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in _tree.leaves((args, kwargs)) if isinstance(t, Tensor)]
         with torch._C.DisableTorchFunction():
+            captured = self._captured(tensors)
             for tensor in tensors:
-                self._check_capture(tensor, func)
-                if (storage := _storage(tensor)) not in self.fresh:
+                self.touched.add(storage := _storage(tensor))
+                if storage not in self.fresh:
                     self.old.add(storage)
             self._check_purity(func, args, kwargs)
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except Exception as error:  # a tensor of a transform around the solve may fail in many ways
+            if not captured:
+                raise
+            raise self._lost(captured, func) from error
         with torch._C.DisableTorchFunction():
             results = [t for t in _tree.leaves(output) if isinstance(t, Tensor)]
+            if captured and self._carried_on([*results, *_written(func, args, kwargs)]):
+                raise self._lost(captured, func)
             self.fresh.update(storage for storage in map(_storage, results) if storage not in self.old)
             self.dtypes.update(t.dtype for t in results if t.requires_grad)
+            outside = {id(t) for t, _ in captured}
             for tensor in (*tensors, *results):
-                if self.level or tensor.requires_grad:
+                if id(tensor) not in outside and (self.level or tensor.requires_grad):
                     self.made[id(tensor)] = tensor
         return output
 
-    def _check_capture(self, tensor: Tensor, func: Any) -> None:
-        if id(tensor) in self.made:
-            return
-        why = self._derivative_of(tensor)
-        if why is not None:
-            raise LostGradientError(
-                f"{self.name} uses a tensor of shape {tuple(tensor.shape)} from outside that {why}, in "
-                f"{getattr(func, '__name__', func)}. It is not an input of the solve, so its derivative would be lost in "
-                "silence. Pass it as context, or hold it (or its module) as an attribute of an nn.Module that is the energy or "
-                "network; if it is meant as a constant, detach it."
-            )
+    def _captured(self, tensors: list[Tensor]) -> list[tuple[Tensor, str]]:
+        """The tensors from outside that carry a derivative, and how."""
+        found = [(t, self._derivative_of(t)) for t in tensors if id(t) not in self.made]
+        return [(t, why) for t, why in found if why is not None]
+
+    def _carried_on(self, results: list[Tensor]) -> bool:
+        """Whether a derivative goes on from an operation: its shape, a comparison, or ``detach`` lose nothing."""
+        return any(
+            t.requires_grad
+            or 0 < torch._C._functorch.maybe_get_level(t) <= self.level
+            or (self.dual and forward_ad.unpack_dual(t).tangent is not None)
+            for t in results
+        )
+
+    def _lost(self, captured: list[tuple[Tensor, str]], func: Any) -> LostGradientError:
+        tensor, why = captured[0]
+        return LostGradientError(
+            f"{self.name} uses a tensor of shape {tuple(tensor.shape)} from outside that {why}, in "
+            f"{getattr(func, '__name__', func)}. It is not an input of the solve, so its derivative would be lost in "
+            "silence. Pass it as context, or hold it (or its module) as an attribute of an nn.Module that is the energy or "
+            "network; if it is meant as a constant, detach it."
+        )
 
     def _derivative_of(self, tensor: Tensor) -> str | None:
         layers = wrappers(tensor)
@@ -175,9 +226,7 @@ class _Watch(TorchFunctionMode):
                 f"{self.name} {reason}, so it is not one function from step to step. Call .eval() on that part, replace it "
                 "(LayerNorm, GroupNorm), or move it to Energy.encode, which runs once a solve."
             )
-        name = getattr(func, "__name__", "")
-        in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
-        targets = [t for t in (args[0] if in_place and args else None, kwargs.get("out")) if isinstance(t, Tensor)]
+        name, targets = getattr(func, "__name__", ""), _written(func, args, kwargs)
         if any(_storage(t) in self.own for t in targets):
             raise ImpureFunctionError(
                 f"{self.name} changes its own parameter or buffer in place ({name}, shape {tuple(targets[0].shape)}): a running "
@@ -189,6 +238,13 @@ class _Watch(TorchFunctionMode):
                 f"{self.name} changes its input in place ({name}, shape {tuple(targets[0].shape)}). The iteration and the "
                 "caller would see the changed values. Use the out-of-place operation, or clone first."
             )
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """What an operation changes in place."""
+    name = getattr(func, "__name__", "")
+    in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
+    return [t for t in (args[0] if in_place and args else None, kwargs.get("out")) if isinstance(t, Tensor)]
 
 
 def _training(func: Any, args: Any, kwargs: Any) -> bool:

@@ -43,6 +43,7 @@ from energynet.engine.equation import Equation, Linear
 from energynet.engine.failed_samples import Quarantine, separable
 from energynet.engine.loop import LoopState, Wrap, loop
 from energynet.engine.post_mortem import PostMortem
+from energynet.engine.shared_state import SharedState
 from energynet.engine.tasks import Outcome, Solve, input_gradients
 from energynet.solution import OnFailure, Status, describe, report
 from energynet.solvers import Solver
@@ -171,6 +172,11 @@ class Method:
         return Answer(answer, status != Status.CONVERGED, own)
 
     @property
+    def shared(self) -> SharedState:
+        """What the user's function reads besides its inputs."""
+        return self.equation.binding.shared
+
+    @property
     def limits(self) -> Termination:
         """The termination, at the precision of what is solved for."""
         return self.termination.at_precision(self.equation.rounding)
@@ -232,7 +238,8 @@ class _Solve(torch.autograd.Function):
             return (None,) * (len(inputs) + 2)
 
         def gradients(v: Tensor) -> list[Tensor | None]:
-            return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, status, own, tuple(inputs))
+            with ctx.method.shared.unchanged():
+                return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, status, own, tuple(inputs))
 
         with ctx.method.equation.ambient.solving():
             return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
@@ -240,7 +247,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     @opaque
     def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
-        with ctx.method.equation.ambient.solving(), inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs):
+        ambient, shared = ctx.method.equation.ambient, ctx.method.shared
+        with ambient.solving(), inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs), shared.unchanged():
             return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), *[None] * (4 + ctx.traces)
 
     @staticmethod

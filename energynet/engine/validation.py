@@ -11,11 +11,11 @@ from energynet._torch import tree as _tree
 from energynet._torch.attention import twice_differentiable
 from energynet._torch.autodiff import readable
 from energynet.engine.binding import Binding
-from energynet.engine.purity import probe
+from energynet.engine.purity import Untouched, probe
 from energynet.engine.root_gradient import Adjoint
 from energynet.solution import POLICIES, OnFailure
 from energynet.solvers import Solver
-from energynet.step import Step
+from energynet.step import ProximalStep, Step
 
 
 def check_options(step: Step, solver: Solver, adjoint: Adjoint, on_failure: OnFailure) -> None:
@@ -61,6 +61,11 @@ class Examined(NamedTuple):
 
     batch_dims: int
     precision: torch.dtype | None  # of the least precise number on the way from x, where it is coarser than x, as under autocast
+    unused: tuple[int, ...]  # which tensors of the binding, of those with a graph, the function did not use
+
+    def used(self, binding: Binding) -> Binding:
+        """The binding without those."""
+        return binding.without([binding.tensors[k] for k in self.unused], Untouched.of) if self.unused else binding
 
 
 def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Examined:
@@ -73,17 +78,18 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
     step = binding.step
     try:
         with twice_differentiable if step.energy_of is not None else contextlib.nullcontext():
-            tensors, (x, *_), output, dtypes = probe(function, _name(step), list(binding.tensors), (x0, *code))
+            seen = probe(function, _name(step), list(binding.tensors), (x0, *code), _with_graphs(binding))
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # one of our own sentences, or out of memory
             raise
         raise RuntimeError(_unfit(_name(step), x0, code, list(binding.tensors), error)) from error
-    step = binding.attach(tensors)
+    x = seen.arguments[0]
+    step = binding.attach(seen.own)
     if step.energy_of is None:
         batch_dims = 1 if batch_dims is None else batch_dims
-        _check_map_output(_name(step), x, output)
+        _check_map_output(_name(step), x, seen.output)
     else:
-        batch_dims = _check_energy_output(_name(step), x, output, batch_dims)
+        batch_dims = _check_energy_output(_name(step), x, seen.output, batch_dims)
     if batch_dims:
         _check_batch(x, step.step_size)
     elif isinstance(step.step_size, Tensor) and step.step_size.ndim:
@@ -91,13 +97,22 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
             f"step_size has shape {tuple(step.step_size.shape)}, one value a sample, but the energy returns a 0-d value: one "
             "problem without a batch dimension."
         )
-    return Examined(batch_dims, _coarser(dtypes, [t.dtype for t in _tree.leaves(x)]))
+    return Examined(batch_dims, _coarser(seen.dtypes, [t.dtype for t in _tree.leaves(x)]), seen.unused)
 
 
 def _coarser(seen: Iterable[torch.dtype], own: Sequence[torch.dtype]) -> torch.dtype | None:
     """The least precise dtype of those seen, if none of x's own is as coarse; a complex one is as precise as its parts."""
     worst = _tree.least_precise(*(dtype.to_real() if dtype.is_complex else dtype for dtype in seen), *own)
     return None if worst in own else worst
+
+
+def _with_graphs(binding: Binding) -> list[int]:
+    """Which of the step's tensors have a graph: attributes that were computed, perhaps by an earlier call of the module."""
+    if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
+        return []  # its prox is not evaluated yet
+    size = binding.step.step_size
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return [k for k, t in enumerate(binding.tensors) if not wrapped(t) and t.grad_fn is not None and t is not size]
 
 
 def _unfit(name: str, x0: Any, code: tuple[Any, ...], held: list[Tensor], error: RuntimeError) -> str:
