@@ -59,7 +59,7 @@ class WarmStart:
             Like ``default``, on its devices and of its dtypes, without a graph.
 
         Raises:
-            ValueError: if there is not one number a sample, or kept answers have other shapes.
+            ValueError: if there is not one number per sample, or kept answers have other shapes.
         """
         leaves, spec = _tree.flatten(default)
         numbers = _numbers(index, leaves)
@@ -81,7 +81,7 @@ class WarmStart:
             solution: of ``minimize``, ``fixed_point`` or a layer's ``solve``, of one batch.
 
         Raises:
-            ValueError: if there is not one number a sample, or answers kept before have other shapes.
+            ValueError: if there is not one number per sample, or answers kept before have other shapes.
         """
         leaves = _tree.leaves(solution.value)
         numbers = _numbers(index, leaves)
@@ -170,7 +170,7 @@ class WarmStart:
         seen = [tuple(leaf.shape[1:]) for leaf in leaves]
         if kept and kept != seen:
             raise ValueError(
-                f"WarmStart keeps answers of shapes {kept} a sample, and was given {seen}. Likely cause: several image sizes, "
+                f"WarmStart keeps answers of shapes {kept} per sample, and was given {seen}. Likely cause: several image sizes, "
                 "or one cache for two layers. Use a WarmStart for each."
             )
 
@@ -181,7 +181,7 @@ def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
     if not isinstance(numbers, list) or sizes != {len(numbers)} or not all(type(n) is int for n in numbers):
         shape = tuple(index.shape) if isinstance(index, Tensor) else len(numbers)
         raise ValueError(
-            f"WarmStart needs one whole number a sample, got index {shape} for x of shapes {[tuple(t.shape) for t in leaves]}. "
+            f"WarmStart needs one whole number per sample, got index {shape} for x of shapes {[tuple(t.shape) for t in leaves]}. "
             "Let the data set return its index beside each sample."
         )
     return numbers

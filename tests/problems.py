@@ -49,7 +49,7 @@ class LogCosh(Energy):
 
 
 class EncodedLogCosh(LogCosh):
-    """The same energy, its x-independent part computed once a solve."""
+    """The same energy, its x-independent part computed once per solve."""
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         target = z @ self.W.mT

@@ -319,7 +319,7 @@ def test_random_stateful_and_in_place_functions_are_told() -> None:
 @pytest.mark.parametrize("wrong, words", [
     (lambda x: x.square().sum(), None),
     (lambda x: x.square(), r"returned shape \(2, 3\) for x of shape \(2, 3\)"),
-    (lambda x: x.square().sum(-1, keepdim=True), r"one scalar a sample"),
+    (lambda x: x.square().sum(-1, keepdim=True), r"one scalar per sample"),
     (lambda x: x.square().sum(-1).long(), "no gradient"),
     (lambda x: 3.0, "must return a tensor"),
     (lambda x: x.detach().square().sum(-1), "does not depend on x"),

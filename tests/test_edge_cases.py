@@ -169,7 +169,7 @@ def train_once(rank: int, size: int, folder: str) -> None:
     if rank == 0:
         torch.save([p.grad for p in layer.parameters()], f"{folder}/gradients.pt")
     torch.distributed.barrier()  # nobody leaves while the other still talks
-    # The destructor of DDP's reducer joins gloo's thread while it holds the GIL, for which that thread may wait: for ever.
+    # The destructor of DDP's reducer joins gloo's thread while it holds the GIL, for which that thread may wait: forever.
     os._exit(0)
 
 

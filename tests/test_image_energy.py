@@ -242,7 +242,7 @@ def test_what_would_be_broadcast_over_other_samples_is_told() -> None:
             with pytest.raises(ValueError, match=r"images \(B, C, H, W\), got y"):
                 solve(x, wrong)
     for wrong in (mask[:, 0], mask[0, 0], mask[:, 0, 0, 0][:2], mask[:2]):
-        with pytest.raises(ValueError, match=r"one a pixel like y \(3, 1, 3, 8\), got"):
+        with pytest.raises(ValueError, match=r"one per pixel like y \(3, 1, 3, 8\), got"):
             minimize(energy, None, y, wrong)
     same = torch.full((3,), 0.5)
     for right in (0.5, torch.tensor(0.5), same, same[:1], same[:, None, None, None], torch.full((3, 1, 3, 8), 0.5)):

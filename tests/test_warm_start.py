@@ -90,14 +90,14 @@ def test_copies_pickles_and_checkpoints_hold_the_answers() -> None:
 
 @pytest.mark.parametrize("index", [[1], torch.tensor(1), torch.tensor([0.5, 1.5]), torch.zeros(2, 1, dtype=torch.int64)])
 def test_an_index_that_numbers_no_samples_is_told(index: object) -> None:
-    with pytest.raises(ValueError, match="one whole number a sample"):
+    with pytest.raises(ValueError, match="one whole number per sample"):
         WarmStart().start(index, torch.zeros(2, 1))
 
 
 def test_other_shapes_and_no_capacity_are_told() -> None:
     cache = WarmStart()
     cache.store([0], solution(torch.zeros(1, 3)))
-    with pytest.raises(ValueError, match=r"\[\(3,\)\] a sample, and was given \[\(2,\)\]"):
+    with pytest.raises(ValueError, match=r"\[\(3,\)\] per sample, and was given \[\(2,\)\]"):
         cache.start([0], torch.zeros(1, 2))
     with pytest.raises(ValueError, match="capacity"):
         WarmStart(capacity=0)

@@ -111,7 +111,7 @@ class Ridges(Energy):
         square = r.square()
         return scale * ((square + (scale / steepness).square()).sqrt() - (square + scale.square()).sqrt())
 
-    def encode(self, y):  # what does not depend on x, once a solve
+    def encode(self, y):  # what does not depend on x, once per solve
         return y, self.filters(), self.log_scale.exp(), 1 + self.log_steepness.exp()  # ρ > 1
 
     def start(self, y):  # (B, 1, H, W)

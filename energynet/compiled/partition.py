@@ -22,7 +22,7 @@ GOOD = 128, 32_768  # samples and numbers of a part that makes good use of weigh
 class Shards:
     """How the tensors of a function are divided."""
 
-    own: tuple[bool, ...]  # which of them have one row a sample
+    own: tuple[bool, ...]  # which of them have one row per sample
     count: int
 
     def split(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -58,7 +58,7 @@ def how_many(tensors: Sequence[Tensor], batch_dims: int) -> int:
 
 
 def divided(function: Task, tensors: tuple[Tensor, ...]) -> tuple[bool, ...] | None:
-    """Which tensors have one row a sample; None where a part of the batch cannot be computed by itself."""
+    """Which tensors have one row per sample; None where a part of the batch cannot be computed by itself."""
     first = 2 if isinstance(function, Pull) else 1  # after v and the point, or the start
     own = own_rows(function.equation, tensors[first - 1], tensors[first:])
     return None if own is None else (*[True] * first, *own)

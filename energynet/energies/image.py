@@ -134,7 +134,7 @@ def _checked(y: Tensor, precision: Tensor | float) -> Tensor | float:
         return precision[:, None, None, None]
     if precision.ndim != 4 or any(n not in (1, m) for n, m in zip(shape, y.shape)):
         raise ValueError(
-            f"precision must be a number, one value a sample (B,), or one a pixel like y {tuple(y.shape)}, got {shape}. "
+            f"precision must be a number, one value per sample (B,), or one per pixel like y {tuple(y.shape)}, got {shape}. "
             "A mask of gray images has C = 1: precision.unsqueeze(1)."
         )
     return precision

@@ -158,7 +158,7 @@ class _OfEnergy(_OfRoot):
         if not case.solver.descends:
             yield self._too_long(case.start, "at x0")
         yield self._no_minimizer(case.falls_for_ever())
-        if case.solver.descends:  # there is no curvature along the gradient, and yet the energy does not fall for ever
+        if case.solver.descends:  # there is no curvature along the gradient, and yet the energy does not fall forever
             yield Finding(self.everyone, *_KINK)
         yield Finding(
             self.everyone,
@@ -236,10 +236,10 @@ class _OfProx(_OfRoot):
         if not self.case.equation.binding.step.guessed:
             yield Finding(
                 self.everyone,
-                "the step size exceeds 2/L, where L is the largest curvature of the energy, or the energy falls for ever",
+                "the step size exceeds 2/L, where L is the largest curvature of the energy, or the energy falls forever",
                 f"leave out step_size=, and one is chosen; if it still fails, {RIDGE}",
             )
-        yield Finding(self.everyone, "the energy falls for ever where the constraint allows it", RIDGE)
+        yield Finding(self.everyone, "the energy falls forever where the constraint allows it", RIDGE)
 
     def exhausted(self) -> Iterator[Finding]:
         faster = "" if isinstance(self.case.solver, Nesterov) else "Nesterov(), or "

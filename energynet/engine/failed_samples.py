@@ -16,7 +16,7 @@ from energynet.solution import Status
 
 
 def separable(equation: Equation, state: Outcome, inputs: tuple[Tensor, ...]) -> Tensor:
-    """``(2, len(inputs))`` bool: which inputs hold one row a sample to replace, and to mark with NaN.
+    """``(2, len(inputs))`` bool: which inputs hold one row per sample to replace, and to mark with NaN.
 
     Looked at only where a sample failed; without columns otherwise. Shapes do not tell (a matrix shared by all may have as
     many rows as there are samples), so it is tried: replacing the failed samples' rows leaves the others' residuals as they are.

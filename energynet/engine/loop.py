@@ -257,7 +257,7 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         error = torch.where(measured, error_estimate(problem, termination, state.x, size, scale), state.error)
         arrived = _within_tolerance(problem, termination, state._replace(error=error))
         reopened = claimed & ~arrived & (state.steps < termination.max_steps)
-        # A gradient without any curvature along it, to the last: the energy falls for ever in this direction.
+        # A gradient without any curvature along it, to the last: the energy falls forever in this direction.
         ended = torch.where(exhausted, state.status, Status.MAX_STEPS)
         ended = torch.where(torch.isinf(error), Status.DIVERGED, ended)
         ended = torch.where(arrived, Status.CONVERGED, torch.where(reopened, RUNNING, ended))

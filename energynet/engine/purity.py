@@ -94,7 +94,7 @@ def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments:
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ImpureFunctionError(
             f"{name} draws random numbers, so it is not one function from step to step. Draw them outside and pass them as "
-            "context, or draw them in Energy.encode, which runs once a solve."
+            "context, or draw them in Energy.encode, which runs once per solve."
         )
     reached = {id(v) for t in _tree.leaves(output) if doubtful and isinstance(t, Tensor) for v in leaf_variables(t)}
     unused = tuple(k for k in doubtful if id(own[k]) not in reached and _storage(own[k]) not in watch.touched)
@@ -224,14 +224,14 @@ class _Watch(TorchFunctionMode):
         if reason is not None and _training(func, args, kwargs):
             raise ImpureFunctionError(
                 f"{self.name} {reason}, so it is not one function from step to step. Call .eval() on that part, replace it "
-                "(LayerNorm, GroupNorm), or move it to Energy.encode, which runs once a solve."
+                "(LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
             )
         name, targets = getattr(func, "__name__", ""), _written(func, args, kwargs)
         if any(_storage(t) in self.own for t in targets):
             raise ImpureFunctionError(
                 f"{self.name} changes its own parameter or buffer in place ({name}, shape {tuple(targets[0].shape)}): a running "
                 "statistic, as of BatchNorm in training mode. So it is not one function from step to step. Call .eval() on that "
-                "part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once a solve."
+                "part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
             )
         if any(_storage(t) in self.arguments for t in targets):
             raise ImpureFunctionError(

@@ -100,7 +100,7 @@ class Samples:
     equation: Equation
     y0: Tensor
     inputs: tuple[Tensor, ...]
-    own: tuple[bool, ...] | None = None  # which inputs have one row a sample; None: not looked at yet
+    own: tuple[bool, ...] | None = None  # which inputs have one row per sample; None: not looked at yet
 
     @property
     def problem(self) -> Problem:

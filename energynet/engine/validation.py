@@ -94,7 +94,7 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
         _check_batch(x, step.step_size)
     elif isinstance(step.step_size, Tensor) and step.step_size.ndim:
         raise ValueError(
-            f"step_size has shape {tuple(step.step_size.shape)}, one value a sample, but the energy returns a 0-d value: one "
+            f"step_size has shape {tuple(step.step_size.shape)}, one value per sample, but the energy returns a 0-d value: one "
             "problem without a batch dimension."
         )
     return Examined(batch_dims, _coarser(seen.dtypes, [t.dtype for t in _tree.leaves(x)]), seen.unused)
@@ -154,7 +154,7 @@ def _check_map_output(name: str, x: Any, output: Any) -> None:
 
 def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None) -> int:
     if not isinstance(output, Tensor):
-        raise TypeError(f"{name} must return a tensor (B,), one scalar a sample, but returned {type(output).__name__}.")
+        raise TypeError(f"{name} must return a tensor (B,), one scalar per sample, but returned {type(output).__name__}.")
     if not output.is_floating_point():
         raise TypeError(f"{name} returned {output.dtype}, which has no gradient; it must be floating point.")
     if not output.requires_grad:
@@ -166,7 +166,7 @@ def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None)
     sizes = {leaf.shape[:1] for leaf in _tree.leaves(x)}
     if (batch_dims is not None and batch_dims != expected) or (expected and sizes != {output.shape}):
         raise ValueError(
-            f"{name} returned shape {tuple(output.shape)} for x of shape {_shapes(x)}; it must return one scalar a sample, "
+            f"{name} returned shape {tuple(output.shape)} for x of shape {_shapes(x)}; it must return one scalar per sample, "
             "(B,) with B the leading dimension of x, or a 0-d tensor for one problem without a batch dimension. Sum over all "
             "dimensions but the first, as in .flatten(1).sum(-1)."
         )

@@ -14,7 +14,7 @@ _COLOURS = {"fpi-gd": "#0b6e99", "fpi-nn": "#d9730d", "mlp": "#6b7280", "logisti
 
 
 def plot_curves(runs: Mapping[tuple[str, int], list[Epoch]], title: str, path: Path) -> None:
-    """Draw loss, held-out example-F1, steps and fraction converged against epochs, one line a run.
+    """Draw loss, held-out example-F1, steps and fraction converged against epochs, one line per run.
 
     Args:
         runs: the epochs of each (method, seed).

@@ -17,7 +17,7 @@ _FIGURES = {"example_f1": "ex-F1", "micro_f1": "mi-F1", "macro_f1": "ma-F1", "ex
 
 
 class Display:
-    """A progress bar on a terminal, one line an epoch elsewhere; a context manager.
+    """A progress bar on a terminal, one line per epoch elsewhere; a context manager.
 
     Args:
         console: where to write.

@@ -1,4 +1,4 @@
-"""BiCGSTAB for A u = v, batched sample by sample."""
+"""BiCGSTAB for A u = v, batched per sample."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple

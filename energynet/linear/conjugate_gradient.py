@@ -1,4 +1,4 @@
-"""Conjugate gradients for H u = v, batched sample by sample."""
+"""Conjugate gradients for H u = v, batched per sample."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple

@@ -1,4 +1,4 @@
-"""A dense factorization for A u = v, for small problems, batched sample by sample."""
+"""A dense factorization for A u = v, for small problems, batched per sample."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Restarted GMRES for A u = v, batched sample by sample."""
+"""Restarted GMRES for A u = v, batched per sample."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple

@@ -1,4 +1,4 @@
-"""MINRES for H u = v with a symmetric H, definite or not, batched sample by sample."""
+"""MINRES for H u = v with a symmetric H, definite or not, batched per sample."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple

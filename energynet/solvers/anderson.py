@@ -1,4 +1,4 @@
-"""Anderson acceleration (type II), batched sample by sample."""
+"""Anderson acceleration (type II), batched per sample."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Limited-memory Broyden, batched sample by sample."""
+"""Limited-memory Broyden, batched per sample."""
 
 import dataclasses
 from typing import NamedTuple

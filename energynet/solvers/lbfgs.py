@@ -1,4 +1,4 @@
-"""Limited-memory BFGS, batched sample by sample."""
+"""Limited-memory BFGS, batched per sample."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple

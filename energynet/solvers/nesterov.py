@@ -29,7 +29,7 @@ class GuardedNesterovState(NamedTuple):
 class Nesterov(Solver):
     """Accelerated descent, x ← g(y) with y ← x + β (x − x_before), restarted for each sample whose momentum points uphill.
 
-    One evaluation a step; on a `ProximalStep` it is FISTA. What it returns is y, where F is known. Bounds and zeros that
+    One evaluation per step; on a `ProximalStep` it is FISTA. What it returns is y, where F is known. Bounds and zeros that
     have held for two steps hold there as they do at x; another constraint may be exceeded by the tolerance. Where γ is not
     given, one that turns out too long on the way is halved.
 

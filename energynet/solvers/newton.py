@@ -1,4 +1,4 @@
-"""Newton's method with the whole Hessian, batched sample by sample."""
+"""Newton's method with the whole Hessian, batched per sample."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ class Newton(TrustRegion):
 
     Where the Hessian is not positive definite, or the step leads out of the ball in which such steps were of use, it makes the
     step of `NewtonCG`. One step costs n Hessian-vector products, taken at once, a factorization and one evaluation. Memory: n²
-    numbers a sample, and n times that of one product; for up to some hundred unknowns.
+    numbers per sample, and n times that of one product; for up to some hundred unknowns.
 
     Example:
         >>> import torch

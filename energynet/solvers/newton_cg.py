@@ -1,4 +1,4 @@
-"""Newton's method with truncated conjugate gradients inside a trust region, batched sample by sample."""
+"""Newton's method with truncated conjugate gradients inside a trust region, batched per sample."""
 
 import dataclasses
 

@@ -23,7 +23,7 @@ class GuardedPicardState(NamedTuple):
 class Picard(Solver):
     """The plain fixed-point iteration x ← g(x); for a gradient step, this is gradient descent.
 
-    Converges linearly at the contraction factor of g, one evaluation a step. Where γ is not given, one that turns out too
+    Converges linearly at the contraction factor of g, one evaluation per step. Where γ is not given, one that turns out too
     long on the way is halved.
 
     Example:

@@ -53,7 +53,7 @@ def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
     ==============================================================  ==================================================
     checked                                                         what it says on failure
     ==============================================================  ==================================================
-    one floating scalar a sample, ``(B,)`` or 0-d                   the shape or dtype returned
+    one floating scalar per sample, ``(B,)`` or 0-d                 the shape or dtype returned
     no tensor with a derivative in a closure                        its shape and the operation that used it
     no BatchNorm in training mode, dropout or other random numbers  which of them
     x and context unchanged, values finite                          what was changed, which samples
@@ -67,7 +67,7 @@ def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
     ==============================================================  ==================================================
 
     Derivatives are measured on a float64 copy; nothing of the caller's is changed, the random generators included.
-    Random numbers and batch statistics in `Energy.encode` are in order: it runs once a solve. Not checked: whether E has a
+    Random numbers and batch statistics in `Energy.encode` are in order: it runs once per solve. Not checked: whether E has a
     minimum, and whether a step size converges (see `check_layer`).
 
     Example:

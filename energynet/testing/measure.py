@@ -118,7 +118,7 @@ def check_independent(function: Callable[[Any], Tensor], inputs: Any, batch: int
             raise CheckError(
                 f"{what} of sample {_some(seen)} changes by {float(change.max()):.2g} (relative) when {action}. Likely cause: a "
                 "mean, sum, norm or softmax over the batch dimension, or BatchNorm. Reduce over all dimensions but the first, as "
-                f"in .flatten(1).sum(-1). (Every tensor with leading dimension {batch} was taken to hold one row a sample; if "
+                f"in .flatten(1).sum(-1). (Every tensor with leading dimension {batch} was taken to hold one row per sample; if "
                 "one is shared by all samples, repeat the check with another batch size.)"
             )
         worst = max(worst, float(change.max()))

@@ -112,7 +112,7 @@ def check_repeatable(subject: Subject) -> None:
         raise CheckError(
             f"Two evaluations of {subject.name} at the same point differ by {change:.2g}. Likely cause: it draws random numbers "
             "or keeps state between calls (a counter, a cache). Draw and keep outside and pass as context, or in Energy.encode, "
-            "which runs once a solve."
+            "which runs once per solve."
         )
 
 

@@ -49,7 +49,7 @@ def shifts_at_once(x: Tensor, weight: Tensor) -> Tensor:
     return (weight.permute(0, 2, 3, 1).flatten(1) @ windows.flatten(2)).unflatten(2, (rows, columns))
 
 
-def windows_last(x: Tensor, weight: Tensor) -> Tensor:  # one row a pixel
+def windows_last(x: Tensor, weight: Tensor) -> Tensor:  # one row per pixel
     windows = x.unfold(2, weight.shape[-1], 1).unfold(3, weight.shape[-1], 1)
     rows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
     return (rows @ weight.flatten(1).T).permute(0, 3, 1, 2)

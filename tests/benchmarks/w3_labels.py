@@ -18,7 +18,7 @@ class LabelCost(Formula):
     """mean_k relu(W [z; sigmoid(x)] + b)² + ½ ridge ‖x‖²: x are logits of labels, z features.
 
     ``energy`` is the formula as it stands, or, where it is not joined, with a weight for each part. `encode`, which energynet
-    calls once a solve, takes out what does not depend on x in both.
+    calls once per solve, takes out what does not depend on x in both.
     """
 
     ridge: float
