@@ -49,8 +49,8 @@ def implicit(
         symmetric: whether ∂F/∂x is symmetric, as that of a gradient is.
         batch_dims: 1 if the leading dimension of x counts samples that do not depend on one another; 0 is always correct.
         termination: how accurately x must satisfy the condition, and how accurately the adjoint equation is solved; default
-            `Termination`.
-        adjoint: default `ImplicitAdjoint`, by conjugate gradients where symmetric, else by GMRES.
+            `Termination`. With a ``budget`` x need not satisfy it, and is differentiated as if it did.
+        adjoint: default `ImplicitAdjoint`, by MINRES where symmetric, whatever the signs, else by GMRES.
         on_failure: what to do if x does not meet the condition: "raise", "warn" or "ignore".
 
     Returns:
@@ -63,7 +63,7 @@ def implicit(
     Source: Christianson (1994); Blondel et al. (2022), Efficient and modular implicit differentiation.
     """
     termination = termination or Termination()
-    adjoint = adjoint or ImplicitAdjoint(termination=termination)
+    adjoint = adjoint or ImplicitAdjoint()
     step = OptimalityStep(optimality, symmetric)
 
     def solved(*context: Any) -> Any:

@@ -38,6 +38,7 @@ class Status(enum.IntEnum):
     NONFINITE = 2
     DIVERGED = 3
     STALLED = 4
+    BUDGET = 5
 
     @property
     def sentence(self) -> str:
@@ -45,12 +46,23 @@ class Status(enum.IntEnum):
         return _SENTENCES[self]
 
 
+def failed(status: Tensor) -> Tensor:
+    """``(*batch)`` bool: samples without an answer, and so without a derivative."""
+    return (status != Status.CONVERGED) & (status != Status.BUDGET)
+
+
+UNSEPARATED = (
+    "Samples failed, and cannot be kept away from the others, so every gradient is NaN. Likely cause: samples depend on one "
+    "another, as through a mean over the batch, or on their number, or the energy or map has no value but at the points that "
+    "were met. Let each sample depend on its own rows, mend the failed samples, or solve without them."
+)
 _SENTENCES = {
     Status.CONVERGED: "converged.",
     Status.MAX_STEPS: "took all of the steps that Termination allows and did not arrive.",
     Status.NONFINITE: "met NaN or Inf.",
     Status.DIVERGED: "diverged.",
     Status.STALLED: "stopped, since no step improved it further.",
+    Status.BUDGET: "took the steps of its budget, which is no failure.",
 }
 _ADVICE = {  # where nothing but the status is known
     Status.MAX_STEPS: (
@@ -126,16 +138,21 @@ class Solution:
 
     @property
     def converged(self) -> Tensor:
-        """``(B,)`` bool."""
+        """``(B,)`` bool: whether the error is within the tolerance."""
         return self.status == Status.CONVERGED
 
+    @property
+    def failed(self) -> Tensor:
+        """``(B,)`` bool: whether there is no answer; a sample that has used a stated budget has not failed."""
+        return failed(self.status)
+
     def raise_for_status(self) -> "Solution":
-        """Return the solution if every sample converged.
+        """Return the solution if no sample failed.
 
         Raises:
-            ConvergenceError: naming the samples that did not, the likely cause and what to try.
+            ConvergenceError: naming the samples that did, the likely cause and what to try.
         """
-        if not bool(self.converged.all()):
+        if bool(self.failed.any()):
             report(describe(self.status, self.error, self.num_steps), "raise")
         return self
 
@@ -151,23 +168,30 @@ class Solution:
 _tree.register_dataclass(Solution)
 
 
-def report(message: str, on_failure: OnFailure) -> None:
-    """Raise, or warn, that samples did not converge."""
+def report(message: str, on_failure: OnFailure, consequence: str = "") -> None:
+    """Raise, or warn, that samples failed, and say what follows if the solve goes on."""
     if on_failure == "raise":
         raise ConvergenceError(message + ' (on_failure="warn" or "ignore" goes on without these samples.)')
-    warnings.warn(message + " These samples add nothing to shared gradients; their own context gets NaN.",
-                  ConvergenceWarning, stacklevel=2)  # fmt: skip
+    warnings.warn(f"{message} {consequence}", ConvergenceWarning, stacklevel=2)
+
+
+LEFT_OUT = (
+    "These samples add nothing to shared gradients; the gradient of their own context is NaN, and with it that of every weight "
+    "in front of the solve."
+)
+NONE_LEFT = "No sample is left, so every gradient is NaN."
+UNROLLED = "Their gradients are those of the iterates that were reached."
 
 
 def describe(status: Tensor, error: Tensor, steps: Tensor) -> str:
     """A failed solve in words, where nothing but its outcome is known. All tensors are ``(*batch)`` and readable."""
     parts = []
     for kind in (s for s in Status if s != Status.CONVERGED):
-        failed = status == kind
-        if bool(failed.any()):
-            seen = f"Seen: {reached(error, steps, failed)}."
-            parts.append(f"{kind.name}: {samples(failed)} {kind.sentence} {_ADVICE[kind]} {seen}")
-    return "The solve failed. " + " ".join(parts)
+        ended = status == kind
+        if bool(ended.any()):
+            seen = f"Seen: {reached(error, steps, ended)}."
+            parts.append(" ".join((f"{kind.name}: {samples(ended)} {kind.sentence}", *filter(None, [_ADVICE.get(kind)]), seen)))
+    return " ".join(["The solve failed.", *parts] if bool(failed(status).any()) else parts)
 
 
 def reached(error: Tensor, steps: Tensor, mask: Tensor, what: str = "estimated distance to the answer") -> str:

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from energynet._torch import tree as _tree
-from energynet._torch.autodiff import opaque, readable, recording, tracing
+from energynet._torch.autodiff import opaque, readable, recording, tracing, transform_active
 from energynet._torch.tree import Layout
 from energynet.energy import Energy, EnergyLike
 from energynet.engine.adjoint import ImplicitAdjoint
 from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
 from energynet.engine.driver import Driver, Eager
-from energynet.engine.equation import Constant, Root
-from energynet.engine.failed_samples import replaced_by_good
+from energynet.engine.equation import Arguments, Root
+from energynet.engine.failed_samples import encoded_apart
 from energynet.engine.purity import unwatched
 from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
 from energynet.engine.validation import check_options, check_start, examine
-from energynet.solution import OnFailure, Solution, Status, Trace
+from energynet.solution import OnFailure, Solution, Trace, failed
 from energynet.solvers import LBFGS, Nesterov, Picard, ProjectedLBFGS, Solver
 from energynet.step import GradientStep, Prox, ProximalStep, Step, as_step
 from energynet.termination import Termination
@@ -189,7 +189,7 @@ def _from_best(x0: MultiStart, energy: EnergyLike, context: Any, step_size: Any,
         found = _solve(GradientStep, (energy, step_size), start, context, None, scout)
         value = energy(found.value, *context)
         # One that failed counts only where all failed.
-        rank = torch.where(found.status == Status.CONVERGED, 0.0, torch.where(torch.isfinite(value), 1.0, 2.0))
+        rank = torch.where(~found.failed, 0.0, torch.where(torch.isfinite(value), 1.0, 2.0))
         return found.value, torch.stack([rank.to(value.dtype), value]), found.num_steps
 
     with torch.no_grad():
@@ -220,8 +220,6 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         check_start(x0)
         binding = options.driver.bind(step)
         code = binding.step.encode(*context)
-        if options.on_failure != "raise":
-            x0, code = _without_nonfinite(binding.step, x0, context, code)
         x0 = binding.step.begin(x0, *code)
         looked_at = (x0, code, batch_dims)
         seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))
@@ -233,8 +231,11 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         adjoint = options.adjoint if isinstance(options.adjoint, RootAdjoint) else None
         how = options.solver, options.termination, options.on_failure, adjoint
         method = Method(root, *how, trace=options.trace, driver=options.driver)
+        start = layout.ravel(x0)
         with unwatched(), root.ambient.solving():
-            x, status, error, steps, *trace = options.adjoint.run(method, layout.ravel(x0), inputs)
+            if options.on_failure != "raise":
+                inputs = _with_code_apart(method, root, start, inputs)
+            x, status, error, steps, *trace = options.adjoint.run(method, start, inputs)
         binding.shared.settle()
         return Solution(layout.unravel(x), status, error, steps, _trace(layout, trace))
 
@@ -257,28 +258,19 @@ def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, context: Any) -
     return dataclasses.replace(step, step_size=gamma.squeeze(-1), guessed=True)
 
 
-def _without_nonfinite(step: Step, x0: Any, context: Any, code: Any) -> tuple[Any, Any]:
-    """Keep a sample whose context is not finite from the weights of an encoder, where 0 · NaN = NaN.
-
-    It is encoded as if it were the first good sample, and starts at NaN, so that it fails. Only where the other samples'
-    code is finite: elsewhere the NaN was in something shared.
-    """
-    rows = {leaf.shape[:1] for leaf in _tree.leaves(x0)}
-    leaves, spec = _tree.flatten(context)
-    size = next(iter(rows))
-    own = [
-        isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 0 and t.shape[:1] == size and t.numel() > 0 for t in leaves
-    ]
-    if len(rows) != 1 or not any(own) or not all(readable(t) for t in _tree.leaves((x0, context)) if isinstance(t, Tensor)):
-        return x0, code
-    bad = torch.stack([~torch.isfinite(t).reshape(len(t), -1).all(1) for t, yes in zip(leaves, own) if yes]).any(0)
-    given = {id(leaf) for leaf in leaves}
-    made = [t for t in _tree.leaves(code) if isinstance(t, Tensor) and t.shape[:1] == size and id(t) not in given]
-    if not bad.any() or bad.all() or not made or not all(torch.isfinite(t[~bad]).all() for t in made):
-        return x0, code
-    replaced = [replaced_by_good(t, bad) if yes else t for t, yes in zip(leaves, own)]
-    started = _tree.map_structure(lambda t: torch.where(bad.reshape(-1, *[1] * (t.ndim - 1)), torch.nan, t), x0)
-    return started, step.encode(*_tree.unflatten(replaced, spec))
+def _with_code_apart(method: Method, root: Root, start: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs, where a sample fails by a code that is not finite, with that kept from the encoder's weights."""
+    code = [t for t in inputs[root.num_shared :][: root.num_code] if t.is_floating_point()]
+    followed = torch.is_grad_enabled() or transform_active()
+    if not root.num_context or not followed or not all(map(readable, (start, *inputs))):
+        return inputs
+    if all(bool(torch.isfinite(t).all()) for t in code):
+        return inputs
+    with torch.no_grad():
+        outcome, _ = dataclasses.replace(method, on_failure="ignore", trace=False).run(start, inputs)
+    bad = failed(outcome.status)
+    some = bool(bad.any()) and not bool(bad.all())
+    return encoded_apart(root, outcome.value, inputs, bad) if some and root.batch_dims else inputs
 
 
 def _device(x0: Any) -> str:
@@ -288,9 +280,8 @@ def _device(x0: Any) -> str:
 
 def _equation(binding: Binding, layout: Layout, code: Any, context: Any, device: str) -> tuple[Root, tuple[Tensor, ...]]:
     """What is to be solved, and the tensors that it depends on."""
-    leaves, spec = _tree.flatten(code)
-    given = _tree.leaves(context)
+    leaves, given = _tree.leaves(code), _tree.leaves(context)
     encoded = [id(leaf) for leaf in given] != [id(leaf) for leaf in leaves]
-    constants = tuple(None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves)
     inputs = (t for t in (*leaves, *(given if encoded else ())) if isinstance(t, Tensor))
-    return Root(binding, layout, spec, constants, encoded, Ambient.now(device)), (*binding.tensors, *inputs)
+    root = Root(binding, layout, Arguments.of(code), Arguments.of(context) if encoded else None, Ambient.now(device))
+    return root, (*binding.tensors, *inputs)

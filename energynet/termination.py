@@ -43,7 +43,11 @@ class Termination:
         atol: absolute tolerance, in units of ``x``; default ε^¾ of the dtype (float32 6e-6, float64 2e-12), of a pytree of
             several dtypes that of the least precise.
         rtol: relative tolerance; default √ε of the dtype (float32 3e-4, float64 1.5e-8).
-        max_steps: updates a sample may take.
+        max_steps: updates a sample may take; one that needs more has failed.
+        budget: updates that a sample is given on purpose, in place of ``max_steps``. One that has not converged by then has not
+            failed: its status is ``BUDGET``, its value the last iterate, its error is reported, and it is differentiated as
+            if it had converged, or, by `UnrolledAdjoint`, as the iterate that it is. Of an adjoint, the truncated gradient is
+            taken as it is.
         norm: a norm over the last dimension, ``(*batch, n) -> (*batch)``.
 
     Raises:
@@ -53,6 +57,7 @@ class Termination:
     atol: float | None = None
     rtol: float | None = None
     max_steps: int = 1000
+    budget: int | None = dataclasses.field(default=None, kw_only=True)
     norm: Norm = dataclasses.field(default=l2_norm, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +67,13 @@ class Termination:
                 raise ValueError(f"{name} must be a finite number ≥ 0 or None, got {value}.")
         if self.max_steps < 0:
             raise ValueError(f"max_steps must be ≥ 0, got {self.max_steps}.")
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"budget must be ≥ 0 or None, got {self.budget}.")
+
+    @property
+    def limit(self) -> int:
+        """The number of updates after which a sample stops."""
+        return self.max_steps if self.budget is None else self.budget
 
     def size(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
         """The norm of each sample, in float32 or better."""

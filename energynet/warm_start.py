@@ -73,7 +73,7 @@ class WarmStart:
         return _tree.unflatten(result, spec)
 
     def store(self, index: Tensor | Sequence[int], solution: Solution) -> None:
-        """Keep the answers of the samples that converged, without their graph; answers of several precisions are kept in the
+        """Keep the answers of the samples that did not fail, without their graph; answers of several precisions are kept in the
         finest.
 
         Args:
@@ -85,7 +85,7 @@ class WarmStart:
         """
         leaves = _tree.leaves(solution.value)
         numbers = _numbers(index, leaves)
-        positions = {n: k for k, (n, good) in enumerate(zip(numbers, solution.converged.tolist())) if good}
+        positions = {n: k for k, (n, failed) in enumerate(zip(numbers, solution.failed.tolist())) if not failed}
         kept = list(positions.items())[-self.capacity :] if self.capacity else list(positions.items())
         if not kept:
             return

@@ -145,7 +145,8 @@ class Tanh(nn.Module):
 
 
 def layer_gd(network: nn.Module, z: Tensor, **options: Any) -> Tensor:
-    return FPI_GD(network, start=lambda z: z.new_zeros(len(z), 4), **options)(z)
+    unrolled = isinstance(options.get("adjoint"), UnrolledAdjoint)  # which does not differentiate a guess
+    return FPI_GD(network, 0.2 if unrolled else None, start=lambda z: z.new_zeros(len(z), 4), **options)(z)
 
 
 def layer_nn(network: nn.Module, z: Tensor, **options: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """The minimizers, on the classic test functions and where they could go wrong."""
 
 import math
+from typing import Any
 
 import pytest
 import scipy.optimize
@@ -126,7 +127,8 @@ def test_a_guessed_step_size_changes_no_derivative() -> None:
         inside = z.log() < 2
         torch.testing.assert_close(first, torch.where(inside, 1 / z, 0), rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(second, torch.where(inside, -1 / z**2, 0), rtol=1e-7, atol=1e-12)
-        unrolled = minimize(energy, torch.zeros_like(z), z, solver=solver, termination=TIGHT, adjoint=UnrolledAdjoint()).value
+        steps: dict[str, Any] = {"solver": solver, "step_size": 0.04, "termination": TIGHT}  # a guess has no derivative
+        unrolled = minimize(energy, torch.zeros_like(z), z, adjoint=UnrolledAdjoint(), **steps).value
         torch.testing.assert_close(torch.autograd.grad(unrolled.sum(), z)[0], 1 / z, rtol=1e-6, atol=0)
         rows = torch.stack([z.detach(), 2 * z.detach()])
         torch.testing.assert_close(torch.func.vmap(solve)(rows), rows.log().clamp(max=2), rtol=0, atol=1e-9)

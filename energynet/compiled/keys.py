@@ -19,5 +19,6 @@ def equation_key(equation: Equation) -> Hashable:
     if isinstance(equation, Linear):
         return equation_key(equation.root), equation.transposed
     assert isinstance(equation, Root)
-    constants = tuple(None if leaf is None else Fingerprint(leaf.value).key for leaf in equation.code_leaves)
-    return equation.layout, equation.code_spec, constants, equation.encoded, equation.ambient, equation.precision, equation.vmaps
+    constants = tuple(None if leaf is None else Fingerprint(leaf.value).key for leaf in equation.code.leaves)
+    encoded = equation.context is not None
+    return equation.layout, equation.code.spec, constants, encoded, equation.ambient, equation.precision, equation.vmaps

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from energynet._torch.attention import twice_differentiable
 from energynet._torch.autodiff import alive, inside_jvp, readable, transform_active
-from energynet.engine.equation import Equation, Linear
-from energynet.engine.failed_samples import separable
+from energynet.engine.equation import Linear
 from energynet.engine.root_gradient import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
 from energynet.engine.shared_state import SharedState
 from energynet.engine.tasks import Outcome, Pull
-from energynet.linear import GMRES, ConjugateGradient
-from energynet.solution import OnFailure, Status, describe, report
+from energynet.linear import GMRES, MINRES, ConjugateGradient
+from energynet.solution import UNROLLED, OnFailure, describe, failed, report
 from energynet.solvers import Picard, Solver
 from energynet.step import Kind, Step
 from energynet.termination import Termination
@@ -36,8 +35,10 @@ class ImplicitAdjoint(RootAdjoint):
         solver: of the adjoint equation. `ConjugateGradient` and `MINRES` need an energy; `GMRES`, `BiCGSTAB` and, for small
             problems, `Dense` take any map, and so do the paper's backward fixed-point iteration, `Picard`, and its
             accelerated forms, `Anderson` and `Broyden`. Default: conjugate gradients for energies, the backward iteration
-            for networks, GMRES for proximal steps.
-        termination: relative to the incoming gradient; default: the forward solve's.
+            for networks that the forward solve has seen to contract, by `Picard` or `Nesterov` and without a budget, and
+            GMRES for other networks and for proximal steps.
+        termination: relative to the incoming gradient; default: the forward solve's, without its budget. With a ``budget``
+            of its own the gradient is what so many steps give.
         report: an `AdjointReport` that collects the status, residual and steps of each backward solve.
 
     Source: arXiv 2002.02868, equations of the backward FPI layer; Christianson (1994) for its higher orders.
@@ -61,25 +62,29 @@ class ImplicitAdjoint(RootAdjoint):
         value, status, error, steps, *found = linear.driver.call(function, (v, y, *inputs))
         outcome = Outcome(value, status, error, steps)
         equation, arguments = function.linear(y, inputs)
-        if dataclasses.replace(linear, equation=equation).tell(outcome, torch.zeros_like(v), (v, *arguments)):
+        linear = dataclasses.replace(linear, equation=equation)
+        if linear.tell(outcome, torch.zeros_like(v), (v, *arguments)):
             return Answer(value, status, status), function.gradients(tuple(found), inputs)
-        return Answer(value, status != Status.CONVERGED, separable(equation, outcome, (v, *arguments))), None
+        return Answer(value, failed(status), linear.kinds(outcome, (v, *arguments))), None
 
     def _linear(self, method: Method) -> Method:
-        solver = self.solver or _default_solver(method.equation)
-        return dataclasses.replace(
-            method, solver=solver, termination=self.termination or method.termination, report=self.report
-        )
+        # A budget of the forward solve is none of this one, which makes a gradient exact.
+        termination = self.termination or dataclasses.replace(method.termination, budget=None)
+        solver = self.solver or _default_solver(method)
+        return dataclasses.replace(method, solver=solver, termination=termination, report=self.report)
 
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
         return derivatives
 
 
-def _default_solver(equation: Equation) -> Solver:
-    """Conjugate gradients for energies, the paper's iteration for maps that contract, GMRES for all else."""
+def _default_solver(method: Method) -> Solver:
+    """Conjugate gradients for energies, the paper's iteration for maps that have been seen to contract, GMRES for all else."""
+    equation = method.equation
     if equation.symmetric:
-        return ConjugateGradient()
-    return Picard() if equation.normalized else GMRES()
+        minimum = equation.linearized.kind is Kind.ENERGY  # where the matrix is positive
+        return ConjugateGradient() if minimum else MINRES()
+    contracts = equation.normalized and method.solver.contracts and method.termination.budget is None
+    return Picard() if contracts else GMRES()
 
 
 class _FirstOrderAdjoint(RootAdjoint):
@@ -97,7 +102,7 @@ class _FirstOrderAdjoint(RootAdjoint):
             term = term - gamma * equation.residual(term, zero, *arguments)
             total = total + term
         none = torch.zeros_like(right.sum(-1), dtype=torch.bool)
-        return Answer(total, none, none.new_zeros(2, len(arguments) + 1))
+        return Answer(total, none, none.new_zeros(0, dtype=torch.int8))
 
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
         present = [d for d in derivatives if d is not None]
@@ -160,9 +165,9 @@ class UnrolledAdjoint(Adjoint):
     """Ordinary backpropagation through the iterations: exact for the iterate that is returned, to any order.
 
     Memory grows with the number of iterations. The gradient is that of the truncated iteration, also with respect to
-    ``x0`` and the step size; a length that `GradientDescent` finds by backtracking counts as a constant. With ``last`` only
-    that many steps of the map, taken after the solve, are differentiated: *not exact*, first order only, and differentiating
-    it again raises.
+    ``x0`` and the step size, and through the lengths that a line search finds. A step size that is estimated, where none is
+    given, has no derivative, so it is refused; `LBFGS` needs none. With ``last`` only that many steps of the map, taken after
+    the solve, are differentiated: *not exact*, first order only, and differentiating it again raises.
 
     Example:
         >>> UnrolledAdjoint(checkpoint=True)
@@ -174,7 +179,7 @@ class UnrolledAdjoint(Adjoint):
             ``torch.func``.
 
     Raises:
-        ValueError: if last < 1.
+        ValueError: if last < 1, or at a solve whose solver would take an estimated step size.
 
     Source: Shaban et al. (2019), Truncated back-propagation for bilevel optimization; Griewank and Walther (2000).
     """
@@ -194,8 +199,16 @@ class UnrolledAdjoint(Adjoint):
             )
         if self.last is None and not method.solver.unrollable:
             raise TypeError(
-                f"UnrolledAdjoint cannot differentiate the updates of {type(method.solver).__name__}: second derivatives would "
-                "be wrong. Use ImplicitAdjoint(), or another solver, such as LBFGS()."
+                f"UnrolledAdjoint cannot differentiate the updates of {type(method.solver).__name__}: their derivatives would be "
+                "wrong, or grow without bound. Use ImplicitAdjoint(), or another solver, such as LBFGS(), or FixedStep() as the "
+                "rule of GradientDescent."
+            )
+        if self.last is None and method.equation.binding.step.guessed and not method.solver.measures_first:
+            other = ", or use LBFGS(), which needs none" if method.equation.kind is Kind.ENERGY else ""
+            raise ValueError(
+                f"UnrolledAdjoint differentiates every update of {type(method.solver).__name__}, but not the step size that is "
+                f"estimated where none is given, so the gradient of the iterate would be wrong. Pass step_size=...{other}, or "
+                "use ImplicitAdjoint()."
             )
         if self.last is not None:
             return self._last_steps(self.last, method, x0, inputs)
@@ -301,8 +314,8 @@ class _Judge(torch.autograd.Function):
 
     @staticmethod
     def forward(on_failure: OnFailure, status: Tensor, error: Tensor, steps: Tensor) -> Tensor:
-        if on_failure != "ignore" and bool(status.any()):
-            report(describe(status, error, steps), on_failure)
+        if on_failure != "ignore" and bool(failed(status).any()):
+            report(describe(status, error, steps), on_failure, UNROLLED)
         return status.clone()
 
     @staticmethod

@@ -39,7 +39,7 @@ def explained(case: PostMortem) -> str:
     parts = []
     for status in Status:
         left = case.outcome.status == status
-        if status is Status.CONVERGED or not bool(left.any()):
+        if status in (Status.CONVERGED, Status.BUDGET) or not bool(left.any()):
             continue
         for finding in _advice(case, left).findings(status):
             told = left & finding.where
@@ -56,7 +56,7 @@ def _head(case: PostMortem, status: Status, told: Tensor) -> str:
 
 def _seen(case: PostMortem, told: Tensor) -> str:
     what = ("relative residual",) if isinstance(case.equation, Linear) else ()
-    return f"Seen: {reached(case.outcome.error, case.outcome.steps, told, *what)} of {case.termination.max_steps} allowed."
+    return f"Seen: {reached(case.outcome.error, case.outcome.steps, told, *what)} of {case.termination.limit} allowed."
 
 
 class _Advice(ABC):
@@ -98,7 +98,8 @@ class _Advice(ABC):
 
     @property
     def more(self) -> str:
-        return f"a larger max_steps than {self.case.termination.max_steps}"
+        most = self.case.termination.max_steps
+        return f"a larger max_steps than {most}, or Termination(budget={most}) to take what so many steps give as the answer"
 
 
 class _OfRoot(_Advice):
@@ -331,7 +332,11 @@ class _OfLinear(_Advice):
 
     @property
     def more(self) -> str:
-        return f"more steps than {self.case.termination.max_steps}: ImplicitAdjoint(termination=Termination(max_steps=...))"
+        most = self.case.termination.max_steps
+        return (
+            f"more steps than {most}: ImplicitAdjoint(termination=Termination(max_steps=...)), or budget={most} in its place to "
+            "take the truncated gradient as it is"
+        )
 
 
 class _OfHessian(_OfLinear):

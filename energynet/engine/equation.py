@@ -5,7 +5,7 @@ be differentiated to any order.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,33 @@ from energynet.step import Kind, ProximalStep, Step, per_sample
 
 
 class Constant(NamedTuple):
-    """A leaf of the code that is no tensor."""
+    """A leaf of a pytree that is no tensor."""
 
     value: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arguments:
+    """A pytree of arguments without its tensors."""
+
+    spec: Any
+    leaves: tuple[Constant | None, ...]  # None where a tensor goes
+
+    @classmethod
+    def of(cls, tree: Any) -> "Arguments":
+        leaves, spec = _tree.flatten(tree)
+        return cls(spec, tuple(None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves))
+
+    @property
+    def count(self) -> int:
+        """How many tensors it takes."""
+        return sum(leaf is None for leaf in self.leaves)
+
+    def filled(self, tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+        """The arguments with these tensors."""
+        given = iter(tensors)
+        arguments: tuple[Any, ...] = _tree.unflatten([next(given) if c is None else c.value for c in self.leaves], self.spec)
+        return arguments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,9 +62,8 @@ class Root:
 
     binding: Binding
     layout: Layout
-    code_spec: Any
-    code_leaves: tuple[Constant | None, ...]  # None where a tensor goes
-    encoded: bool
+    code: Arguments
+    context: Arguments | None  # where the code is another
     ambient: Ambient
     precision: torch.dtype | None = None
     """To which F is evaluated where it is coarser than x, as under autocast."""
@@ -76,11 +99,28 @@ class Root:
     @property
     def num_code(self) -> int:
         """How many inputs after those are tensors of the code."""
-        return sum(leaf is None for leaf in self.code_leaves)
+        return self.code.count
+
+    @property
+    def num_context(self) -> int:
+        """How many inputs after those are tensors of the context that has been encoded."""
+        return 0 if self.context is None else self.context.count
+
+    def reads(self, k: int) -> bool:
+        """Whether F may depend on an input; it does not on the context that has been encoded."""
+        return k < self.num_shared + self.num_code
+
+    def ends(self, k: int) -> bool:
+        """Whether the gradient of an input is the user's to see, and does not go on to what an encoder shares."""
+        return k < self.num_shared or self.context is None or not self.reads(k)
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Root":
         """The same equation for every index of a new leading dimension of x and of the inputs with in_dim 0."""
         return dataclasses.replace(self, vmaps=(*self.vmaps, (in_dims, randomness)))
+
+    def unmapped(self) -> "Root":
+        """The equation of one index of every vmap."""
+        return dataclasses.replace(self, vmaps=())
 
     def lacking(self, k: int) -> tuple[int, ...]:
         """Which of the batch dimensions an input does not have, since a vmap around did not map it."""
@@ -126,6 +166,11 @@ class Root:
         step_size = self.binding.step.step_size
         return self._mapped(self._step_size, inputs)(like) if isinstance(step_size, Tensor) else step_size
 
+    @property
+    def linearized(self) -> "Root":
+        """Whose Jacobian is that of its linear equations."""
+        return self
+
     def linearization(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple["Root", bool, tuple[Tensor, ...]]:
         """What the tangent equation at the answer x is made of: a root, whether its Jacobian is transposed, and inputs."""
         return self, False, (x, *inputs)
@@ -148,9 +193,7 @@ class Root:
 
     def _attach(self, inputs: tuple[Tensor, ...]) -> tuple[Step, tuple[Any, ...]]:
         step = self.binding.attach(inputs[: self.num_shared])
-        tensors = iter(inputs[self.num_shared :])
-        leaves = [next(tensors) if leaf is None else leaf.value for leaf in self.code_leaves]
-        return step, _tree.unflatten(leaves, self.code_spec)
+        return step, self.code.filled(inputs[self.num_shared :])
 
     def _optimality(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         return self.layout.ravel(step.optimality(self.layout.unravel(x), *code)).to(x.dtype)
@@ -209,16 +252,14 @@ class Linear:
         return self.root.ambient
 
     @property
-    def num_shared(self) -> int:
-        return self.root.num_shared + 2
+    def layout(self) -> Layout:
+        return self.root.layout
 
-    @property
-    def num_code(self) -> int:
-        return self.root.num_code
+    def reads(self, k: int) -> bool:
+        return k < 2 or self.root.reads(k - 2)
 
-    @property
-    def encoded(self) -> bool:
-        return self.root.encoded
+    def ends(self, k: int) -> bool:
+        return k >= 2 and self.root.ends(k - 2)
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Linear":
         return Linear(self.root.mapped(in_dims[2:], randomness), self.transposed)
@@ -241,18 +282,21 @@ class Linear:
             symmetric=self.symmetric,
         )  # fmt: skip
 
+    @property
+    def linearized(self) -> Root:
+        return self.root
+
     def linearization(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
         return self.root, self.transposed, inputs[1:]
 
 
 def _jacobian(residual: Callable[[Tensor], Tensor], x: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
     """p -> ∂F/∂x p. That of a gradient is symmetric, so one vector-Jacobian product serves."""
-    if not transform_active():
+    if not transform_active() and not torch.is_grad_enabled():
         return linearize(residual, x, transposed=symmetric)
 
     def product(p: Tensor) -> Tensor:
-        with torch.no_grad():
-            return _or_zero(pullback(residual, [x], p)[0], x) if symmetric else pushforward(residual, [x], [p])
+        return _or_zero(pullback(residual, [x], p)[0], x) if symmetric else pushforward(residual, [x], [p])
 
     return product
 

@@ -1,120 +1,206 @@
 """Failed samples, kept away from what samples share.
 
 A sample that failed has no derivative. Before F is differentiated it is replaced by a good one, because its NaN would reach
-shared gradients even with a zero cotangent (0 · NaN = NaN). Its own context then gets NaN.
+shared gradients even with a zero cotangent (0 · NaN = NaN). So it adds nothing to them, and its own context gets NaN. What is
+its own is a matter of definition, not of values: `row_inputs`. Where no sample is left that did not fail, or samples depend on
+one another, no derivative exists, and every gradient is NaN.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from energynet._torch import tree as _tree
 from energynet._torch.autodiff import readable
-from energynet.engine.equation import Equation
+from energynet.engine.equation import Equation, Linear, Root
+from energynet.engine.row_inputs import roles, root_roles
 from energynet.engine.tasks import Outcome
-from energynet.solution import Status
+from energynet.solution import failed
+from energynet.step import Step
+
+SHARED, OWN, UNKNOWN, MIXED = range(4)
+"""What an input is to a sample: everyone's, a row of its own, one or the other, or tied to those of the other samples."""
 
 
-def separable(equation: Equation, state: Outcome, inputs: tuple[Tensor, ...]) -> Tensor:
-    """``(2, len(inputs))`` bool: which inputs hold one row per sample to replace, and to mark with NaN.
+def input_kinds(equation: Equation, outcome: Outcome, inputs: tuple[Tensor, ...]) -> Tensor:
+    """``(len(inputs),)`` int8; looked for only where a sample failed, and without elements elsewhere."""
+    bad = failed(outcome.status)
+    kinds = _kinds(equation, outcome.value, inputs, bad) if bool(bad.any()) else []
+    return torch.tensor(kinds, dtype=torch.int8, device=bad.device)
 
-    Looked at only where a sample failed; without columns otherwise. Shapes do not tell (a matrix shared by all may have as
-    many rows as there are samples), so it is tried: replacing the failed samples' rows leaves the others' residuals as they are.
+
+def _kinds(equation: Equation, x: Tensor, inputs: Sequence[Tensor], bad: Tensor) -> list[int]:
+    if isinstance(equation, Linear):  # its own inputs are v and the point
+        return [OWN, OWN, *_kinds(equation.root, inputs[1], inputs[2:], bad)]
+    if bool(bad.all()) or not equation.layout.batch_dims:
+        return [SHARED] * len(inputs)
+    root, x, inputs, bad = _of_one_index(equation, x, inputs, bad)
+    found = root_roles(root, x, inputs, ~bad)
+    if found is None:
+        return [MIXED] * len(inputs)
+    kinds = [OWN if role else SHARED for role in found]
+    read = root.num_shared + root.num_code
+    return [*kinds[:read], *_context_kinds(root, inputs, found[root.num_shared : read], ~bad)]
+
+
+def _of_one_index(root: Root, x: Tensor, inputs: Sequence[Tensor], bad: Tensor) -> tuple[Root, Tensor, list[Tensor], Tensor]:
+    """The problem of one index of each vmap: that with the fewest failed samples."""
+    inputs = list(inputs)
+    for in_dims, _ in reversed(root.vmaps):
+        index = int(bad.flatten(1).sum(1).argmin())
+        x, bad = x[index], bad[index]
+        inputs = [t if dim is None else t[index] for t, dim in zip(inputs, in_dims, strict=True)]
+    return root.unmapped(), x, inputs, bad
+
+
+def _context_kinds(root: Root, inputs: Sequence[Tensor], code: Sequence[bool | None], good: Tensor) -> list[int]:
+    """Of the context where the code is another: which of it the code has its rows of."""
+    if not root.num_context:
+        return []
+    held, context = inputs[: root.num_shared], inputs[-root.num_context :]
+    found = encoder_roles(root, held, context, code, good)
+    return [UNKNOWN] * len(context) if found is None else [OWN if role else SHARED for role in found]
+
+
+def encoder_roles(root: Root, held: Sequence[Tensor], context: Sequence[Tensor], code: Sequence[bool | None], good: Tensor
+                  ) -> list[bool | None] | None:  # fmt: skip
+    """The roles of the context in ``encode``; None where it mixes samples, as BatchNorm does, or is random, as dropout is."""
+
+    def encode(context: Sequence[Tensor]) -> list[Tensor]:
+        step = root.binding.attach([t.detach().clone() for t in held])  # whose running statistics stay as they are
+        return _encoded(root, step, context)
+
+    with torch.random.fork_rng([good.device] if good.device.type == "cuda" else []):
+        return roles(encode, context, code, good)
+
+
+def _encoded(root: Root, step: Step, context: Sequence[Tensor]) -> list[Tensor]:
+    assert root.context is not None
+    return [leaf for leaf in _tree.leaves(step.encode(*root.context.filled(context))) if isinstance(leaf, Tensor)]
+
+
+def encoded_apart(root: Root, x: Tensor, inputs: tuple[Tensor, ...], bad: Tensor) -> tuple[Tensor, ...]:
+    """The same inputs, of which the failed samples' code has no way back to the encoder, where 0 · NaN = NaN.
+
+    Args:
+        root: without vmaps, whose code is not the context itself.
+        x: the answers, ``(B, n)``.
+        inputs: of the root.
+        bad: ``(B,)`` bool, the failed samples: some, but not all.
     """
-    own = torch.zeros(2, len(inputs), dtype=torch.bool, device=state.value.device)
-    failed = state.status != Status.CONVERGED
-    if not bool(failed.any()):
-        return own
-    x = _replaced(state.value, failed, _donor(failed))
-    expected = equation.residual(x, *inputs)
-    for k in range(equation.num_shared, len(inputs)):
-        lacking = equation.lacking(k)
-        rows, good = _somewhere(failed, lacking), ~_somewhere(failed, lacking, keepdim=True).expand_as(failed)
-        if not _is_per_sample(inputs[k], rows) or (lacking and not bool(good.any())):
-            continue
-        trial = [_replaced(t, rows, _donor(rows)) if j == k else t for j, t in enumerate(inputs)]
-        is_code = k < equation.num_shared + equation.num_code
-        alike = torch.equal(equation.residual(x, *trial)[good], expected[good])
-        own[0, k] = is_code and alike
-        own[1, k] = alike and is_code != equation.encoded
-    return own
+    held, code, context = inputs[: root.num_shared], inputs[root.num_shared :][: root.num_code], inputs[-root.num_context :]
+    found = root_roles(root, x, inputs, ~bad)
+    rows = None if found is None else found[root.num_shared :][: root.num_code]
+    own = None if rows is None else encoder_roles(root, held, context, rows, ~bad)
+    if rows is None or own is None:
+        return inputs
+    share = bad.float()
+    safe = [_replaced(t, bad, share) if role else t for t, role in zip(context, own, strict=True)]
+    made = _encoded(root, root.binding.step, safe)
+
+    def apart(value: Tensor, new: Tensor) -> Tensor:
+        return torch.where(bad.reshape(_aligned(bad, new)), value.detach(), new)
+
+    return *held, *(apart(t, new) if role else new for t, new, role in zip(code, made, rows, strict=True)), *context
 
 
-def replaced_by_good(tensor: Tensor, failed: Tensor) -> Tensor:
-    """The tensor ``(*batch, ...)`` with the row of a good sample in place of the failed ones'."""
-    return _replaced(tensor, failed, _donor(failed))
-
-
-def _somewhere(failed: Tensor, lacking: tuple[int, ...], keepdim: bool = False) -> Tensor:
-    """Whether a row of an input that lacks these dimensions belongs to a sample that failed."""
-    return failed.any(lacking, keepdim) if lacking else failed
-
-
-def _everywhere(failed: Tensor, lacking: tuple[int, ...]) -> Tensor:
-    """Whether it belongs to samples that all failed."""
-    return failed.all(lacking) if lacking else failed
-
-
-def _is_per_sample(tensor: Tensor, rows: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.shape[: rows.ndim] == rows.shape
-
-
-def _donor(failed: Tensor) -> Tensor:
-    """The flat index ``(1,)`` of the first sample that did not fail."""
-    return (~failed).reshape(-1).to(torch.int8).argmax().reshape(1)
-
-
-def _replaced(tensor: Tensor, failed: Tensor, donor: Tensor) -> Tensor:
-    """The tensor ``(*batch, ...)`` with the donor's row in place of the failed ones."""
-    rows = tensor.reshape((failed.numel(), *tensor.shape[failed.ndim :]))
-    mask = failed.reshape((*failed.shape, *[1] * (tensor.ndim - failed.ndim)))
-    return torch.where(mask, rows.index_select(0, donor)[0], tensor)
-
-
-class Quarantine(NamedTuple):
+class FailedSamples(NamedTuple):
     """Keeps failed samples away from what samples share; does nothing where none failed."""
 
-    failed: Tensor  # (*batch) bool
-    own: Tensor  # of `separable`
-    values: tuple[Tensor, ...]
-    lacking: tuple[tuple[int, ...], ...]  # of each value, the dimensions of failed that it does not have
+    equation: Equation
+    bad: Tensor  # (*batch) bool
+    kinds: list[int]  # of `input_kinds`
+    values: tuple[Tensor, ...]  # the inputs
+
+    @classmethod
+    def of(cls, equation: Equation, status: Tensor, kinds: Tensor, values: tuple[Tensor, ...]) -> "FailedSamples":
+        return cls(equation, failed(status), [], values).joined(failed(status), kinds)
+
+    def joined(self, bad: Tensor, kinds: Tensor) -> "FailedSamples":
+        """With the samples that failed in the adjoint as well, whose last inputs are these."""
+        if not len(kinds):
+            return self
+        found = kinds.tolist()[len(kinds) - len(self.values) :]
+        bad = torch.ones_like(bad) if MIXED in found else self.bad | bad
+        return self._replace(bad=bad, kinds=found)
+
+    @property
+    def all(self) -> bool:
+        """Whether it is known that no sample is left."""
+        return bool(self.kinds) and readable(self.bad) and bool(self.bad.all())
 
     @property
     def active(self) -> bool:
-        return self.own.shape[1] > 0 and (not readable(self.failed) or bool(self.failed.any()))
-
-    def joined(self, failed: Tensor, own: Tensor) -> "Quarantine":
-        """With the samples that failed in the adjoint as well, whose last inputs are these."""
-        if not own.shape[1]:
-            return self
-        own = own[:, own.shape[1] - len(self.values) :]
-        return self._replace(failed=self.failed | failed, own=self.own | own if self.own.shape[1] else own)
+        return bool(self.kinds) and (not readable(self.bad) or bool(self.bad.any()))
 
     def answer(self, y: Tensor) -> Tensor:
-        return _replaced(y, self.failed, _donor(self.failed)) if self.active else y
+        """The answer with those of good samples in place of the failed ones'."""
+        return _replaced(y, self.bad, self.bad.float()) if self.active and self.bad.ndim else y
 
     def silence(self, u: Tensor) -> Tensor:
-        return torch.where(self.failed.unsqueeze(-1), 0, u) if self.active else u
+        return torch.where(self.bad.unsqueeze(-1), 0, u) if self.active else u
 
     def inputs(self) -> tuple[Tensor, ...]:
+        """The inputs with rows of good samples in place of those that only failed ones read."""
         if not self.active:
             return self.values
         return tuple(self._safe(k, t) for k, t in enumerate(self.values))
 
     def _safe(self, k: int, value: Tensor) -> Tensor:
-        # A row that a good sample reads as well, under another index of a vmap, is no cause of NaN.
-        rows = _everywhere(self.failed, self.lacking[k])
-        if not _is_per_sample(value, rows):
+        absent = self._absent(k)
+        if len(absent) == self.bad.ndim or not self.equation.reads(k):
             return value
-        return torch.where(self.own[0, k], _replaced(value, rows, _donor(_somewhere(self.failed, self.lacking[k]))), value)
+        rows = self.bad.all(absent) if absent else self.bad
+        share = self.bad.float().mean(absent) if absent else self.bad.float()  # of the samples that read a row and failed
+        return _replaced(value, rows, share)
 
     def mark(self, k: int, gradient: Tensor | None, wanted: bool) -> Tensor | None:
-        """NaN in the failed samples' own rows; nothing from them elsewhere."""
+        """NaN in the failed samples' own rows, and wherever every sample failed; nothing from them elsewhere."""
         if not self.active or not wanted:
             return gradient
-        gradient = torch.zeros_like(self.values[k]) if gradient is None else torch.where(self.failed.all(), 0, gradient)
-        rows = _somewhere(self.failed, self.lacking[k])
-        if not _is_per_sample(gradient, rows):
-            return gradient
-        mask = rows.reshape((*rows.shape, *[1] * (gradient.ndim - rows.ndim)))
-        return torch.where(mask & self.own[1, k], torch.nan, gradient)
+        gradient = torch.zeros_like(self.values[k]) if gradient is None else gradient
+        rows = self.bad.all() | self._ill(k)
+        return torch.where(rows.reshape(_aligned(rows, gradient)), torch.nan, gradient)
+
+    def _ill(self, k: int) -> Tensor:
+        """The rows of an input without a derivative."""
+        absent = self._absent(k)
+        if self.kinds[k] == SHARED:
+            return self.bad.all(absent) if absent else self.bad
+        if not self.equation.ends(k):  # NaN would reach the encoder's weights, which samples share; the context gets it instead
+            return self.bad.new_zeros(())
+        return self.bad.any(absent) if absent else self.bad
+
+    def nothing(self, wanted: Sequence[bool], v: Tensor) -> list[Tensor | None]:
+        """Gradients where no sample is left; of theirs and those of v further ones can be asked for."""
+        gone = torch.nan * v.sum()
+        return [t + gone.to(t) if want else None for t, want in zip(self.values, wanted, strict=True)]
+
+    def _absent(self, k: int) -> tuple[int, ...]:
+        """The batch dimensions that an input does not have."""
+        last = (self.bad.ndim - 1,) if self.equation.layout.batch_dims and self.kinds[k] != OWN else ()
+        return (*self.equation.lacking(k), *last)
+
+
+def _aligned(rows: Tensor, tensor: Tensor) -> tuple[int, ...]:
+    return (*rows.shape, *[1] * (tensor.ndim - rows.ndim))
+
+
+def _replaced(tensor: Tensor, rows: Tensor, share: Tensor) -> Tensor:
+    """The tensor ``(*batch, ...)`` with rows of good samples in place of these, of the same index of each vmap if there are any.
+
+    Args:
+        tensor: of which rows are replaced.
+        rows: ``(*batch)`` bool.
+        share: ``(*batch)``, of the samples that read a row and failed, between 0 and 1.
+    """
+    flat = share.flatten()
+    anywhere = flat.argmin()
+    number = torch.arange(flat.numel(), device=flat.device).reshape(share.shape)
+    nearest = number.gather(-1, share.argmin(-1, keepdim=True))
+    donors = torch.where(share.amin(-1, keepdim=True) < 1, nearest, anywhere).expand(share.shape)
+    rest = tensor.shape[rows.ndim :]
+    good = tensor.reshape(flat.numel(), *rest).index_select(0, donors.flatten()).reshape(tensor.shape)
+    return torch.where(rows.reshape(_aligned(rows, tensor)), good, tensor)

@@ -88,7 +88,8 @@ def loop(
     if observe is not None:
         observe(state)
     look = torch.full((), LOOK, dtype=torch.int64, device=x0.device)
-    return _stop(_go_on(problem, solver, termination, state, look, observe=observe, wrap=wrap, every=every, batch=batch))
+    return _stop(_go_on(problem, solver, termination, state, look, observe=observe, wrap=wrap, every=every, batch=batch),
+                 termination)
 
 
 def _go_on(problem: Problem, solver: Solver, termination: Termination, state: LoopState, look: Tensor, *,
@@ -115,7 +116,7 @@ def _go_on(problem: Problem, solver: Solver, termination: Termination, state: Lo
 
     def rounds(carry: tuple[Tensor, LoopState]) -> tuple[Tensor, LoopState]:
         look, state = carry
-        state = while_loop(any_running, observed, state, look if scaled or batch else termination.max_steps, every)
+        state = while_loop(any_running, observed, state, look if scaled or batch else termination.limit, every)
         state = _verify(problem, solver, termination, state, state.status == RUNNING if scaled else None)
         rows = _few(state.status) if batch else None
         some = batch.some(rows) if batch and rows is not None else None
@@ -130,7 +131,7 @@ def _go_on(problem: Problem, solver: Solver, termination: Termination, state: Lo
     def unfinished(carry: tuple[Tensor, LoopState]) -> Tensor:  # a claim made at the start is looked at as well
         return (carry[0] == first) | _any_running(carry[1])
 
-    return while_loop(unfinished, rounds, (look, state), termination.max_steps + 1 if seen else 1)[1]
+    return while_loop(unfinished, rounds, (look, state), termination.limit + 1 if seen else 1)[1]
 
 
 def _few(status: Tensor) -> Tensor | None:
@@ -187,7 +188,7 @@ def body(problem: Problem, solver: Solver, termination: Termination, state: Loop
 def _all_go_on(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> bool:
     """Whether there is nothing to judge: a short form of `_judge` for the usual case."""
     far = termination.size(state.x) if solver.descends else state.error
-    goes_on = ~_within_tolerance(problem, termination, state) & (far <= state.limit) & (state.steps < termination.max_steps)
+    goes_on = ~_within_tolerance(problem, termination, state) & (far <= state.limit) & (state.steps < termination.limit)
     for stopped in (solver.stalled(state.inner), solver.breakdown(state.inner)):
         goes_on = goes_on if stopped is None else goes_on & ~stopped
     return bool((goes_on & torch.isfinite(state.error)).all())
@@ -213,7 +214,7 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
 
 def _judge(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Tensor:
     finite = _finite(state.x, state.inner.residual)
-    ended = state.steps >= termination.max_steps
+    ended = state.steps >= termination.limit
     stalled, broken = solver.stalled(state.inner), solver.breakdown(state.inner)
     status = torch.where(ended, Status.MAX_STEPS, RUNNING)
     status = status if stalled is None else torch.where(stalled, Status.STALLED, status)
@@ -243,8 +244,10 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
     Suspects are running samples, ``(*batch)`` bool, which are measured as well.
     """
     exhausted = (state.status == Status.MAX_STEPS) | (state.status == Status.STALLED)
+    budgeted = termination.budget is not None
     if not readable(exhausted) or bool(exhausted.any()):
-        state = state._replace(x=torch.where(exhausted.unsqueeze(-1), state.best, state.x))
+        # Of a budget, the last iterate is what was asked for.
+        state = state if budgeted else state._replace(x=torch.where(exhausted.unsqueeze(-1), state.best, state.x))
     elif not is_scaled(problem) and solver.exact_residual:
         return state
     with torch.no_grad():
@@ -256,10 +259,10 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         scale = scale_at(problem, termination, state.x, residual) if is_scaled(problem) else state.scale
         error = torch.where(measured, error_estimate(problem, termination, state.x, size, scale), state.error)
         arrived = _within_tolerance(problem, termination, state._replace(error=error))
-        reopened = claimed & ~arrived & (state.steps < termination.max_steps)
+        reopened = claimed & ~arrived & (state.steps < termination.limit)
         # A gradient without any curvature along it, to the last: the energy falls forever in this direction.
         ended = torch.where(exhausted, state.status, Status.MAX_STEPS)
-        ended = torch.where(torch.isinf(error), Status.DIVERGED, ended)
+        ended = torch.where(torch.isinf(error) & (not budgeted), Status.DIVERGED, ended)
         ended = torch.where(arrived, Status.CONVERGED, torch.where(reopened, RUNNING, ended))
         status = torch.where(measured, ended, state.status).to(torch.int8)
         # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.
@@ -281,7 +284,10 @@ def _any_running(state: LoopState) -> Tensor:
     return (state.status == RUNNING).any()
 
 
-def _stop(state: LoopState) -> LoopState:
+def _stop(state: LoopState, termination: Termination) -> LoopState:
     """Under ``vmap`` no value can be read, so what still runs after the last step has run out of them."""
-    status = torch.where(state.status == RUNNING, Status.MAX_STEPS, state.status).to(torch.int8)
-    return state._replace(status=status)
+    status = torch.where(state.status == RUNNING, Status.MAX_STEPS, state.status)
+    if termination.budget is not None:
+        exhausted = (status == Status.MAX_STEPS) | (status == Status.STALLED)
+        status = torch.where(exhausted, Status.BUDGET, status)
+    return state._replace(status=status.to(torch.int8))

@@ -104,7 +104,7 @@ class PostMortem:
 
     def fall_per_step(self) -> tuple[Tensor, Tensor]:  # (*batch) twice
         """By how much the solver lowers the energy in each of some more steps, and what of that may be rounding."""
-        limits = dataclasses.replace(self.termination, atol=0.0, rtol=0.0, max_steps=MORE_STEPS)
+        limits = dataclasses.replace(self.termination, atol=0.0, rtol=0.0, max_steps=MORE_STEPS, budget=None)
         state = loop(self.problem, self.solver, limits, self.end)
         before = self.problem.energy(self.end)
         noise = 8 * torch.finfo(before.dtype).eps * before.abs()

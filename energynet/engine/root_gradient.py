@@ -15,12 +15,12 @@ derivative is then a chain of such calls. Nothing is detached.
 The rule for ``vmap`` re-enters with the mapped equation; the rule for ``jvp`` solves A dx = b with b by two
 vector-Jacobian products.
 
-A sample that failed has no derivative. It is replaced by a good one before F is differentiated, so that its NaN cannot
-reach what samples share (0 · NaN = NaN), and its own context gets NaN.
+A sample that failed has no derivative, and is kept away from what samples share: `failed_samples`.
 """
 
 import dataclasses
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -33,19 +33,18 @@ from energynet._torch.autodiff import (
     is_grads_batched,
     opaque,
     pushforward,
-    readable,
     transform_active,
     with_grads_batched,
 )
 from energynet.engine.advice import explained
 from energynet.engine.driver import Driver, Eager
 from energynet.engine.equation import Equation, Linear
-from energynet.engine.failed_samples import Quarantine, separable
+from energynet.engine.failed_samples import MIXED, FailedSamples, input_kinds
 from energynet.engine.loop import LoopState, Wrap, loop
 from energynet.engine.post_mortem import PostMortem
 from energynet.engine.shared_state import SharedState
 from energynet.engine.tasks import Outcome, Solve, input_gradients
-from energynet.solution import OnFailure, Status, describe, report
+from energynet.solution import LEFT_OUT, NONE_LEFT, UNSEPARATED, ConvergenceWarning, OnFailure, describe, failed, report
 from energynet.solvers import Solver
 from energynet.solvers.problem import Descent, Problem
 from energynet.step import Step
@@ -148,7 +147,7 @@ class Answer(NamedTuple):
 
     value: Tensor  # (*batch, n)
     failed: Tensor  # (*batch) bool
-    own: Tensor  # of `separable`
+    kinds: Tensor  # of `input_kinds`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,8 +167,8 @@ class Method:
         """Solve, by this method, the linear equation that another's Jacobian makes: itself differentiable again."""
         root, flipped, arguments = self.equation.linearization(y, inputs)
         method = dataclasses.replace(self, equation=Linear(root, transposed != flipped), trace=False)
-        answer, status, _, _, own, *_ = solve(method, torch.zeros_like(right), right, *arguments)
-        return Answer(answer, status != Status.CONVERGED, own)
+        answer, status, _, _, kinds, *_ = solve(method, torch.zeros_like(right), right, *arguments)
+        return Answer(answer, failed(status), kinds)
 
     @property
     def shared(self) -> SharedState:
@@ -192,15 +191,24 @@ class Method:
         return Outcome(state.x, state.status, state.error, state.steps), trace
 
     def tell(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> bool:
-        """Apply the failure policy to how a solve from ``start`` ended; whether every sample converged."""
+        """Apply the failure policy to how a solve from ``start`` ended; whether no sample failed."""
         adjoint = isinstance(self.equation, Linear)
         if adjoint and self.report is not None:
             told = (outcome.status, outcome.error, outcome.steps)
             self.report.records.append(AdjointRecord(*(t.detach() for t in told)))
-        converged = not bool(outcome.status.any())
-        if not converged and self.on_failure != "ignore":
-            report(self._explained(outcome, start, inputs), self.on_failure)
-        return converged
+        bad = failed(outcome.status)
+        if not bool(bad.any()):
+            return True
+        if self.on_failure != "ignore":
+            report(self._explained(outcome, start, inputs), self.on_failure, NONE_LEFT if bool(bad.all()) else LEFT_OUT)
+        return False
+
+    def kinds(self, outcome: Outcome, inputs: tuple[Tensor, ...]) -> Tensor:
+        """What the inputs are to samples of which some failed."""
+        kinds = input_kinds(self.equation, outcome, inputs)
+        if self.on_failure == "warn" and MIXED in kinds.tolist():
+            warnings.warn(UNSEPARATED, ConvergenceWarning, stacklevel=2)
+        return kinds
 
     def _explained(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> str:
         try:
@@ -215,31 +223,32 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         outcome, trace = method.run(y0, inputs)
-        converged = method.tell(outcome, y0, inputs)
-        own = y0.new_zeros((2, 0), dtype=torch.bool) if converged else separable(method.equation, outcome, inputs)
-        return *outcome, own, *trace
+        alright = method.tell(outcome, y0, inputs)
+        kinds = y0.new_zeros(0, dtype=torch.int8) if alright else method.kinds(outcome, inputs)
+        return *outcome, kinds, *trace
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         method, _, *tensors = inputs
-        y, status, error, steps, own, *trace = output
+        y, status, error, steps, kinds, *trace = output
         ctx.method = method
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(status, error, steps, own, *trace)
+        ctx.mark_non_differentiable(status, error, steps, kinds, *trace)
         ctx.traces = len(trace)
-        ctx.save_for_backward(y, status, own, *tensors)
-        ctx.save_for_forward(y, status, own, *tensors)
+        ctx.save_for_backward(y, status, kinds, *tensors)
+        ctx.save_for_forward(y, status, kinds, *tensors)
 
     @staticmethod
     @opaque  # a compiled training step calls this from outside its graphs, where Dynamo listens still
     def backward(ctx: Any, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        y, status, own, *inputs = alive(ctx.saved_tensors)
+        y, status, kinds, *inputs = alive(ctx.saved_tensors)
         if v is None:
             return (None,) * (len(inputs) + 2)
 
         def gradients(v: Tensor) -> list[Tensor | None]:
+            samples = FailedSamples.of(ctx.method.equation, status, kinds, tuple(inputs))
             with ctx.method.shared.unchanged():
-                return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, status, own, tuple(inputs))
+                return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, samples)
 
         with ctx.method.equation.ambient.solving():
             return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
@@ -248,8 +257,9 @@ class _Solve(torch.autograd.Function):
     @opaque
     def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         ambient, shared = ctx.method.equation.ambient, ctx.method.shared
-        with ambient.solving(), inside_jvp(ctx.saved_tensors) as (y, status, own, *inputs), shared.unchanged():
-            return _jvp(ctx.method, tangents, y, status, own, tuple(inputs)), *[None] * (4 + ctx.traces)
+        with ambient.solving(), inside_jvp(ctx.saved_tensors) as (y, status, kinds, *inputs), shared.unchanged():
+            samples = FailedSamples.of(ctx.method.equation, status, kinds, tuple(inputs))
+            return _jvp(ctx.method, tangents, y, samples), *[None] * (4 + ctx.traces)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
@@ -271,53 +281,51 @@ _Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore
 
 
 def solve(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The answer y, its status, error and steps, what `separable` found, and the trace, if it was asked for."""
+    """The answer y, its status, error and steps, what `input_kinds` found, and the trace, if it was asked for."""
     outputs: tuple[Tensor, ...] = _Solve.apply(method, y0, *inputs)
     return outputs
 
 
-def _quarantine(method: Method, failed: Tensor, own: Tensor, inputs: tuple[Tensor, ...]) -> Quarantine:
-    return Quarantine(failed, own, inputs, tuple(method.equation.lacking(k) for k in range(len(inputs))))
-
-
-def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, status: Tensor, own: Tensor,
-              inputs: tuple[Tensor, ...]) -> list[Tensor | None]:  # fmt: skip
+def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, samples: FailedSamples) -> list[Tensor | None]:
     """Equation (1)."""
     adjoint = method.adjoint
     assert adjoint is not None
-    quarantine = _quarantine(method, status != Status.CONVERGED, own, inputs)
-    y, v, safe = quarantine.answer(y), quarantine.silence(v), quarantine.inputs()
-    if own.shape[1] or torch.is_grad_enabled() or transform_active():
-        answer = adjoint.linear_solve(method, True, v, y, safe)
+    if samples.all:
+        return samples.nothing(wanted, v)
+    v, at, inputs = samples.silence(v), samples.answer(y), samples.inputs()
+    if samples.kinds or torch.is_grad_enabled() or transform_active():
+        answer = adjoint.linear_solve(method, True, v, at, inputs)
     else:
-        answer, gradients = adjoint.pull(method, wanted, v, y, safe)
-        if gradients is not None:
-            return gradients
-    quarantine = quarantine.joined(answer.failed, answer.own)
-    gradients = input_gradients(method.equation, wanted, quarantine.silence(answer.value), y, safe)
-    gradients = adjoint.guard(gradients, (y, *safe))
-    return [quarantine.mark(k, g, want) for k, (g, want) in enumerate(zip(gradients, wanted, strict=True))]
+        answer, found = adjoint.pull(method, wanted, v, at, inputs)
+        if found is not None:
+            return found
+    samples = samples.joined(answer.failed, answer.kinds)
+    if samples.all:
+        return samples.nothing(wanted, v)
+    at, inputs = samples.answer(y), samples.inputs()
+    gradients = input_gradients(method.equation, wanted, samples.silence(answer.value), at, inputs)
+    gradients = adjoint.guard(gradients, (at, *inputs))
+    return [samples.mark(k, g, want) for k, (g, want) in enumerate(zip(gradients, wanted, strict=True))]
 
 
-def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, status: Tensor, own: Tensor,
-         inputs: tuple[Tensor, ...]) -> Tensor:  # fmt: skip
+def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, samples: FailedSamples) -> Tensor:
     """dx = −A⁻¹ (∂F/∂inputs) dinputs."""
     adjoint = method.adjoint
     assert adjoint is not None
-    failed = status != Status.CONVERGED
-    quarantine = _quarantine(method, failed, own, inputs)
-    y, safe = quarantine.answer(y), quarantine.inputs()
+    if samples.all:
+        return torch.nan * y
+    y, inputs = samples.answer(y), samples.inputs()
     chosen = [k for k, t in enumerate(tangents) if t is not None]
 
     def residual(*values: Tensor) -> Tensor:
-        full = list(safe)
+        full = list(inputs)
         for k, value in zip(chosen, values, strict=True):
             full[k] = value
         return method.equation.residual(y, *full)
 
-    right = -pushforward(residual, [safe[k] for k in chosen], [t for t in tangents if t is not None])
-    dy, adjoint_failed, _ = adjoint.linear_solve(method, False, quarantine.silence(right), y, safe)
-    ill = failed | adjoint_failed
-    (guarded,) = adjoint.guard([dy], (y, *safe))
+    right = -pushforward(residual, [inputs[k] for k in chosen], [t for t in tangents if t is not None])
+    answer = adjoint.linear_solve(method, False, samples.silence(right), y, inputs)
+    samples = samples.joined(answer.failed, answer.kinds)
+    (guarded,) = adjoint.guard([answer.value], (y, *inputs))
     assert guarded is not None
-    return guarded if readable(ill) and not bool(ill.any()) else torch.where(ill.unsqueeze(-1), torch.nan, guarded)
+    return torch.where(samples.bad.unsqueeze(-1), torch.nan, guarded) if samples.active else guarded

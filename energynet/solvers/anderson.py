@@ -29,7 +29,7 @@ class Anderson(Solver):
         2
 
     Args:
-        memory: m, the number of differences that are kept.
+        memory: m, the number of differences that are kept, at most as many as there are unknowns.
         mixing: β in (0, 1], the fraction of the combined move that is taken.
         regularization: ridge of the least-squares problem, relative to its unit-length columns; default 10 ε of the
             dtype. A singular system falls back to the map's own step.
@@ -51,7 +51,8 @@ class Anderson(Solver):
     def init(self, problem: Problem, x0: Tensor) -> AndersonState:
         residual = problem.residual(x0)
         move = problem.move(x0, residual) - x0
-        empty = torch.zeros_like(x0).unsqueeze(-2).expand(*x0.shape[:-1], self.memory, x0.shape[-1])
+        rows = min(self.memory, max(1, x0.shape[-1]))  # more differences than unknowns depend on one another
+        empty = torch.zeros_like(x0).unsqueeze(-2).expand(*x0.shape[:-1], rows, x0.shape[-1])
         return AndersonState(residual, move, empty, empty)
 
     def update(self, problem: Problem, x: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
@@ -74,7 +75,7 @@ class Anderson(Solver):
         """Least squares min ‖move − Σ w_i dmove_i‖ by normal equations on unit-length columns; empty rows get weight 0."""
         working = torch.promote_types(move.dtype, torch.float32)  # no half-precision factorizations exist
         dmove, move = dmove.to(working), move.to(working)
-        length = dmove.detach().square().sum(-1).sqrt()
+        length = torch.linalg.vector_norm(dmove, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
         empty = length == 0
         inverse_length = torch.where(empty, 0, 1 / torch.where(empty, 1, length))
         unit = dmove * inverse_length.unsqueeze(-1)
@@ -82,7 +83,7 @@ class Anderson(Solver):
         gram = unit @ unit.mT + torch.diag_embed(ridge + empty.to(working))
         factor, info = torch.linalg.cholesky_ex(gram)
         singular = (info != 0).unsqueeze(-1)
-        factor = torch.where(singular.unsqueeze(-1), torch.eye(self.memory, dtype=working, device=move.device), factor)
+        factor = torch.where(singular.unsqueeze(-1), torch.eye(gram.shape[-1], dtype=working, device=move.device), factor)
         weights = torch.cholesky_solve(unit @ move.unsqueeze(-1), factor).squeeze(-1) * inverse_length
         return torch.where(singular, 0, weights)
 

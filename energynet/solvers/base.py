@@ -32,6 +32,12 @@ class Solver(ABC):
     sees_saddles: ClassVar[bool] = False
     """Whether, of a symmetric linear equation, it fails where it meets a direction of negative curvature."""
 
+    contracts: ClassVar[bool] = False
+    """Whether, of a map, it converges only where that contracts."""
+
+    measures_first: ClassVar[bool] = False
+    """Whether it finds the length of its first step by itself, so that no step size is estimated where none is given."""
+
     unrollable: ClassVar[bool] = True
     """Whether derivatives may be taken through its updates."""
 

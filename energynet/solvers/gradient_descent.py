@@ -36,11 +36,12 @@ class StepRule(ABC):
     memory: int = 1
     """How many energies are remembered; a step must lie below the largest."""
 
+    unrollable: ClassVar[bool] = True
+    """Whether derivatives may be taken through the lengths."""
+
     def judge(self, search: Search, energy: Tensor, slope: Tensor) -> tuple[Tensor, Search]:
         """Which samples take their trial point, and the search of the others; by default every step must descend."""
-        taken, search = Backtracking().judge(search, energy, slope)
-        # Each length follows from the last: a derivative through hundreds of them would grow without bound.
-        return taken, search._replace(length=search.length.detach())
+        return Backtracking().judge(search, energy, slope)
 
     @abstractmethod
     def next_length(self, progress: Progress) -> Tensor:
@@ -81,6 +82,7 @@ class BacktrackingStep(StepRule):
     """
 
     growth: float = 2.0
+    unrollable: ClassVar[bool] = False  # each length follows from the last, by a derivative that grows without bound
 
     def __post_init__(self) -> None:
         if not 1 <= self.growth < float("inf"):
@@ -147,6 +149,10 @@ class GradientDescent(Solver):
     def __post_init__(self) -> None:
         if not isinstance(self.rule, StepRule):
             raise TypeError(f"GradientDescent needs FixedStep(), BacktrackingStep() or BarzilaiBorwein(), got {self.rule!r}.")
+
+    @property
+    def unrollable(self) -> bool:  # type: ignore[override]
+        return self.rule.unrollable
 
     def merit(self, state: GradientDescentState, size: Tensor) -> Tensor:
         return state.energies[..., -1]

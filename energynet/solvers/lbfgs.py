@@ -58,6 +58,7 @@ class LBFGS(Solver):
 
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
     descends: ClassVar[bool] = True
+    measures_first: ClassVar[bool] = True
     memory: int = 10
     search: LineSearch = dataclasses.field(default_factory=StrongWolfe)
 
@@ -106,12 +107,14 @@ def first_length(problem: Minimization, x: Tensor, gradient: Tensor) -> Tensor: 
     if problem.step_size is not None:
         step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
         return torch.zeros_like(gradient.sum(-1)) + step_size
-    with torch.no_grad():
-        squared = _dot(gradient, gradient)
-        parabola = squared / _dot(gradient, problem.hvp(x, gradient))
-        unit = 1 / torch.clamp(squared.sqrt(), min=1)
-        far = 10 * (1 + _dot(x, x).sqrt()) / squared.sqrt()  # a parabola of little curvature would lead to another country
-        return torch.where((parabola > 0) & torch.isfinite(parabola), torch.minimum(parabola, far), unit)
+    size = torch.linalg.vector_norm(gradient, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
+    curvature = _dot(gradient, problem.hvp(x, gradient))
+    bends = curvature > 0
+    parabola = size.square() / torch.where(bends, curvature, 1)
+    # A parabola of little curvature would lead to another country.
+    far = 10 * (1 + torch.linalg.vector_norm(x, dim=-1)) / torch.where(size > 0, size, 1)
+    usable = bends & (parabola > 0) & torch.isfinite(parabola)
+    return torch.where(usable, torch.minimum(parabola, far), 1 / torch.clamp(size, min=1))
 
 
 def nothing(x: Tensor, m: int) -> Memory:

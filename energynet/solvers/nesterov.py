@@ -47,6 +47,7 @@ class Nesterov(Solver):
     """
 
     restart: bool = True
+    contracts: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.MAP, Kind.ENERGY, Kind.BOUNDED})
 
     def init(self, problem: Problem, x0: Tensor) -> NesterovState | GuardedNesterovState:

@@ -36,6 +36,7 @@ class Picard(Solver):
     """
 
     sees_saddles: ClassVar[bool] = True  # it diverges there
+    contracts: ClassVar[bool] = True
 
     def init(self, problem: Problem, x0: Tensor) -> PicardState | GuardedPicardState:
         if isinstance(problem, Descent) and problem.guessed:
