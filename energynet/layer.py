@@ -10,6 +10,7 @@ from energynet._torch import tree as _tree
 from energynet.energy import Energy, EnergyLike
 from energynet.engine.driver import Driver
 from energynet.engine.held import Held
+from energynet.engine.purity import unchanged
 from energynet.engine.root_gradient import Adjoint
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
@@ -250,8 +251,9 @@ def _start(start: Start | None, default: _Starts | None, context: tuple[Any, ...
         )
     if start is None:
         assert default is not None
-        return default(*context)
-    return start(*context) if callable(start) else start
+        start = default
+    with unchanged(f"start of {type(layer).__name__}", context):
+        return start(*context) if callable(start) else start
 
 
 def _value(value: Any) -> str:

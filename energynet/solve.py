@@ -17,7 +17,7 @@ from energynet.engine.binding import Binding
 from energynet.engine.driver import Driver, Eager
 from energynet.engine.equation import Arguments, Root
 from energynet.engine.failed_samples import encoded_apart
-from energynet.engine.purity import unwatched
+from energynet.engine.purity import unchanged, unwatched
 from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
 from energynet.engine.validation import check_options, check_start, examine
 from energynet.solution import OnFailure, Solution, Trace, failed
@@ -128,7 +128,8 @@ def minimize(
     Source: arXiv 2002.02868, FPI_GD.
     """
     if x0 is None and isinstance(energy, Energy):
-        x0 = energy.start(*context)
+        with unchanged(f"{type(energy).__name__}.start", context):
+            x0 = energy.start(*context)
     solver = solver or _default_solver(step_size, prox)
     termination, adjoint = termination or Termination(), adjoint or ImplicitAdjoint()
     options = _Options(solver, termination, adjoint, on_failure, trace, driver or Eager())
@@ -219,7 +220,8 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         check_options(step, options.solver, options.adjoint, options.on_failure)
         check_start(x0)
         binding = options.driver.bind(step)
-        code = binding.step.encode(*context)
+        with unchanged("The encoder of the context", context):
+            code = binding.step.encode(*context)
         x0 = binding.step.begin(x0, *code)
         looked_at = (x0, code, batch_dims)
         seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))

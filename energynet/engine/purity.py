@@ -6,6 +6,8 @@ captured tensor would be lost silently.
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,8 +91,9 @@ def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments:
         own, arguments = _tree.map_structure(_plain, (own, arguments))
         for k in doubtful:
             own[k].requires_grad_()
-        with _Watch(name, own, _tree.leaves(arguments), grad_enabled, level) as watch:
-            output = function(own, *arguments)
+        copies = _tree.map_structure(lambda t: t.clone() if isinstance(t, Tensor) else t, arguments)
+        with unchanged(name, (own, copies)), _Watch(name, own, (arguments, copies), grad_enabled, level) as watch:
+            output = function(own, *copies)
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ImpureFunctionError(
             f"{name} draws random numbers, so it is not one function from step to step. Draw them outside and pass them as "
@@ -99,6 +102,23 @@ def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments:
     reached = {id(v) for t in _tree.leaves(output) if doubtful and isinstance(t, Tensor) for v in leaf_variables(t)}
     unused = tuple(k for k in doubtful if id(own[k]) not in reached and _storage(own[k]) not in watch.touched)
     return Probed(own, arguments, output, frozenset(watch.dtypes), unused)
+
+
+@contextlib.contextmanager
+def unchanged(name: str, tree: Any) -> Iterator[None]:
+    """Raise ImpureFunctionError where a tensor of the tree is changed in here, by whatever operation: its version tells."""
+    tensors = [wrappers(t)[-1] for t in _tree.leaves(tree) if isinstance(t, Tensor)]
+    before = [None if t.is_inference() else t._version for t in tensors]
+    yield
+    for tensor, version in zip(tensors, before, strict=True):
+        if version is not None and tensor._version != version:
+            raise ImpureFunctionError(_CHANGED.format(name=name, what="its input", how=f"shape {tuple(tensor.shape)}"))
+
+
+_CHANGED = (
+    "{name} changes {what} in place ({how}). The iteration and the caller would see the changed values. Use the out-of-place "
+    "operation (of an activation inplace=False), or clone first."
+)
 
 
 def _plain(tensor: Any) -> Any:
@@ -131,13 +151,13 @@ def unwatched() -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, name: str, own: list[Any], arguments: list[Any], grad_enabled: bool, level: int) -> None:
+    def __init__(self, name: str, own: Any, arguments: Any, grad_enabled: bool, level: int) -> None:
         super().__init__()
         self.dtypes = set[torch.dtype]()
         self.name, self.grad_enabled, self.level = name, grad_enabled, level
-        tensors = [t for t in (*own, *arguments) if isinstance(t, Tensor)]
-        self.own = {_storage(t) for t in own}
-        self.arguments = {_storage(t) for t in arguments if isinstance(t, Tensor)}
+        tensors = [t for t in _tree.leaves((own, arguments)) if isinstance(t, Tensor)]
+        self.own = {_storage(t) for t in _tree.leaves(own)}
+        self.arguments = {_storage(t) for t in _tree.leaves(arguments) if isinstance(t, Tensor)}
         self.dual = forward_ad._current_level >= 0
         # Tensors made inside that could be mistaken for captures; under a transform, all of them.
         # Memory that was there before, and memory that was allocated inside (as of an nn.Parameter made there).
@@ -233,18 +253,35 @@ class _Watch(TorchFunctionMode):
                 "statistic, as of BatchNorm in training mode. So it is not one function from step to step. Call .eval() on that "
                 "part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
             )
-        if any(_storage(t) in self.arguments for t in targets):
-            raise ImpureFunctionError(
-                f"{self.name} changes its input in place ({name}, shape {tuple(targets[0].shape)}). The iteration and the "
-                "caller would see the changed values. Use the out-of-place operation, or clone first."
-            )
+        foreign = [t for t in targets if _storage(t) not in self.fresh]
+        if foreign:
+            what = "its input" if any(_storage(t) in self.arguments for t in foreign) else "a tensor from outside"
+            how = f"{name}, shape {tuple(foreign[0].shape)}"
+            raise ImpureFunctionError(_CHANGED.format(name=self.name, what=what, how=how))
+
+
+def _changes_its_argument(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes into its first argument, by its name or by its argument ``inplace``."""
+    base = name.partition(".")[0]  # of an overload, as add_.Tensor
+    if base in _SETTERS or (base.endswith("_") and not base.endswith("__") and base not in _HARMLESS):
+        return True
+    position = _place_of_inplace(func)
+    return position is not None and bool(kwargs.get("inplace", args[position] if len(args) > position else False))
+
+
+@functools.cache
+def _place_of_inplace(func: Any) -> int | None:
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # of a function in C++
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """What an operation changes in place."""
-    name = getattr(func, "__name__", "")
-    in_place = name in _SETTERS or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
-    return [t for t in (args[0] if in_place and args else None, kwargs.get("out")) if isinstance(t, Tensor)]
+    changed = args[:1] if _changes_its_argument(func, getattr(func, "__name__", ""), args, kwargs) else ()
+    return [t for t in _tree.leaves((changed, kwargs.get("out"))) if isinstance(t, Tensor)]
 
 
 def _training(func: Any, args: Any, kwargs: Any) -> bool:

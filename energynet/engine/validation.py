@@ -11,7 +11,7 @@ from energynet._torch import tree as _tree
 from energynet._torch.attention import twice_differentiable
 from energynet._torch.autodiff import readable
 from energynet.engine.binding import Binding
-from energynet.engine.purity import Untouched, probe
+from energynet.engine.purity import ImpureFunctionError, Untouched, probe
 from energynet.engine.root_gradient import Adjoint
 from energynet.solution import POLICIES, OnFailure
 from energynet.solvers import Solver
@@ -82,6 +82,8 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # one of our own sentences, or out of memory
             raise
+        if "in-place operation" in str(error):
+            raise ImpureFunctionError(f"{_name(step)} changes x in place: {error} Use the out-of-place operation.") from error
         raise RuntimeError(_unfit(_name(step), x0, code, list(binding.tensors), error)) from error
     x = seen.arguments[0]
     step = binding.attach(seen.own)
