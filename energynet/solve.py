@@ -227,7 +227,7 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))
         binding, layout = seen.used(binding), Layout.of(x0, seen.batch_dims)
         if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
-            binding = options.driver.bind(_with_step_size(binding.step, layout, x0, context))
+            binding = options.driver.bind(_with_step_size(binding.step, layout, x0, code[1:], context))
         root, inputs = _equation(binding, layout, code, context, _device(x0))
         root = dataclasses.replace(root, precision=seen.precision)
         adjoint = options.adjoint if isinstance(options.adjoint, RootAdjoint) else None
@@ -250,10 +250,13 @@ def _trace(layout: Layout, tensors: list[Tensor]) -> Trace | None:
 
 
 @torch.no_grad()
-def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, context: Any) -> ProximalStep:
-    """The step with γ from the largest curvature of its smooth part at x0: its optimality condition contains γ."""
+def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, code: Any, context: Any) -> ProximalStep:
+    """The step with γ from the largest curvature of its smooth part at x0: its optimality condition contains γ.
+
+    The code is that of the energy, which is encoded once per solve.
+    """
     binding = Binding.of(GradientStep(step.energy))
-    root, inputs = _equation(binding, layout, binding.step.encode(*context), context, _device(x0))
+    root, inputs = _equation(binding, layout, code, context, _device(x0))
     with unwatched(), root.ambient.solving():
         gamma = root.problem(inputs, layout.ravel(x0)).gamma
     assert isinstance(gamma, Tensor)

@@ -18,6 +18,7 @@ from energynet import (
     Anderson,
     ConvergenceError,
     ConvergenceWarning,
+    Energy,
     ImplicitAdjoint,
     LostGradientError,
     Picard,
@@ -673,3 +674,22 @@ def test_nesterov_is_fista() -> None:
         y, t = x + (t - 1) / following * (x - before), following
         got, state = solver.update(problem, got, state)
         close(got, y, 1e-14)
+
+
+class Printing(Energy):
+    """Says when it encodes."""
+
+    def encode(self, z: Tensor) -> Tensor:
+        print("encoded")
+        return 2 * z
+
+    def evaluate(self, x: Tensor, code: Tensor) -> Tensor:
+        return (x - code).square().sum(-1)
+
+
+@pytest.mark.parametrize("solver", [None, Nesterov(), Picard()], ids=repr)
+def test_the_energy_is_encoded_once_per_solve(solver: Solver | None, capsys: pytest.CaptureFixture[str]) -> None:
+    z = torch.tensor([[0.1, 3.0]], dtype=torch.float64)
+    x = minimize(Printing(), torch.zeros_like(z), z, prox=Box(0.0, 1.0), solver=solver).value
+    torch.testing.assert_close(x, torch.tensor([[0.2, 1.0]], dtype=torch.float64))
+    assert capsys.readouterr().out.count("encoded") == 1
