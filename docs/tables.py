@@ -49,8 +49,8 @@ def compile_times(path: Path, command: str) -> str:
     seconds = [row["first_seconds"] for row in rows if "compiled" in row["contender"] and row["first_seconds"]]
     if not seconds:
         return ""
-    return (f"In the [benchmarks](benchmarks.md), the first call of a compiled solve took {min(seconds):.0f} to "
-            f"{max(seconds):.0f} s longer than the later ones.\n")  # fmt: skip
+    return (f"In the recorded measurements, the first call of a compiled solve took {min(seconds):.0f} to {max(seconds):.0f} s "
+            "longer than the later ones.\n")  # fmt: skip
 
 
 SCALING = "W6"

@@ -1,4 +1,4 @@
-"""The figures of multi-label classification, and the one decision threshold that a method is allowed."""
+"""The metrics of multi-label classification, and the one decision threshold that a method is allowed."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ THRESHOLDS = torch.arange(1, 100, dtype=torch.float64) / 100  # of the probabili
 
 @dataclass(frozen=True)
 class Figures:
-    """Four figures of one set of predictions, each between 0 and 1."""
+    """Four metrics of one set of predictions, each between 0 and 1."""
 
     example_f1: float
     micro_f1: float
@@ -19,7 +19,7 @@ class Figures:
 
 
 def figures(predicted: Tensor, labels: Tensor) -> Figures:
-    """Compute all four figures.
+    """Compute all four metrics.
 
     Args:
         predicted: 0/1 or boolean decisions, shape (N, L).
@@ -63,7 +63,7 @@ def example_f1(predicted: Tensor, labels: Tensor) -> float:
 
 
 def micro_f1(predicted: Tensor, labels: Tensor) -> float:
-    """The F1 of all decisions pooled.
+    """The F1 of all decisions together.
 
     Args:
         predicted: 0/1 or boolean decisions, shape (N, L).
@@ -103,7 +103,7 @@ def macro_f1(predicted: Tensor, labels: Tensor) -> float:
 
 
 def exact_match(predicted: Tensor, labels: Tensor) -> float:
-    """The share of rows whose labels are all right.
+    """The fraction of rows whose labels are all correct.
 
     Args:
         predicted: 0/1 or boolean decisions, shape (N, L).
@@ -123,7 +123,7 @@ def exact_match(predicted: Tensor, labels: Tensor) -> float:
 
 
 def best_threshold(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Choose the one threshold of the probability that maximizes example-F1; the lowest of equals.
+    """Choose the threshold of the probability that maximizes example-F1; among equals, the lowest.
 
     Args:
         logits: scores of held-out rows, shape (N, L).

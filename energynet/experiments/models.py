@@ -1,4 +1,4 @@
-"""The four rivals: an energy, a contracting network, a perceptron and a linear model, behind one interface."""
+"""The four methods to compare: an energy, a contracting network, a perceptron and a linear model, with one interface."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class MethodName(StrEnum):
 
 @dataclass(frozen=True)
 class SolveCount:
-    """What one batch cost: mean forward steps and share of samples that converged."""
+    """What one batch cost: the mean number of forward steps and the fraction of samples that converged."""
 
     steps: float
     converged: float
@@ -59,12 +59,12 @@ class Classifier(nn.Module, ABC):
         """Score each label of each row."""
 
     def adjoint_steps(self) -> float | None:
-        """Mean steps of the adjoint solves since the last call; None without any."""
+        """Mean steps of the adjoint solves since the last call; None if there were none."""
         return None
 
 
 class Logistic(Classifier):
-    """One linear score a label."""
+    """One linear score per label."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -75,7 +75,9 @@ class Logistic(Classifier):
 
 
 class Perceptron(Classifier):
-    """One hidden layer of 512 units with dropout, or the mean of several: the features of the implicit models alone."""
+    """One hidden layer of 512 units with dropout, or the mean of several: the features of the implicit models without the
+    solve.
+    """
 
     def __init__(self, size: Size) -> None:
         super().__init__()

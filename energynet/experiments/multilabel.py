@@ -1,4 +1,4 @@
-"""The multi-label experiment: each method with each seed, its figures on held-out and, once, on test rows."""
+"""The multi-label experiment: each method with each seed, its metrics on held-out rows and, once, on test rows."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told about progress: at the start of a run, after each batch and after each epoch."""
+    """The callbacks for progress: at the start of a run, after each batch and after each epoch."""
 
     on_run: Callable[[Recipe, int, int], None]  # recipe, epochs done, batches an epoch
     on_batch: Callable[[], None]
@@ -57,13 +57,13 @@ class Watcher:
 
 
 def run_one(data: MultiLabelData, plan: Plan, recipe: Recipe, watcher: Watcher) -> dict[str, Any]:
-    """Train one method with one seed, or go on where an earlier call stopped, and write its folder.
+    """Train one method with one seed, or continue where an earlier call stopped, and write its folder.
 
     Args:
         data: the data set.
         plan: where results go, and whether test rows are used.
         recipe: what to train.
-        watcher: who is told.
+        watcher: the callbacks for progress.
 
     Returns:
         The contents of the run's `metrics.json`.
@@ -105,7 +105,7 @@ def publish(folder: RunFolder, trainer: Trainer, name: str) -> None:
 
 
 def evaluate(trainer: Trainer, data: MultiLabelData, plan: Plan) -> dict[str, Any]:
-    """The figures of a finished run; this is the one place where test rows are looked at."""
+    """The metrics of a finished run; this is the only place where test rows are used."""
     recipe, best, model = trainer.recipe, trainer.best, trainer.best_model()
     assert best is not None
     held_out = trainer.split.held_out

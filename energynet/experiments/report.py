@@ -1,4 +1,4 @@
-"""What a person sees: the progress bar, the table of results, and lines in place of both where nobody watches."""
+"""What a person sees: the progress bar, the table of results, and plain lines where the output is not a terminal."""
 
 from types import TracebackType
 from typing import Any, Self
@@ -75,7 +75,7 @@ def describe(epoch: Epoch) -> str:
 
 
 def result_table(plan: Plan, name: str, metrics: list[dict[str, Any]], logged: int | None) -> Table:
-    """The figures of all methods, mean ± standard deviation over seeds, in percent.
+    """The metrics of all methods, mean ± standard deviation over seeds, in percent.
 
     Args:
         plan: what was asked for.
@@ -100,7 +100,7 @@ def result_table(plan: Plan, name: str, metrics: list[dict[str, Any]], logged: i
 
 
 def show(console: Console, table: Table) -> None:
-    """A table where it fits, else a line for each figure: a narrow table would cut them short."""
+    """A table where it fits, and otherwise one line per number: a narrow table would truncate them."""
     if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
         console.print(table)
         return

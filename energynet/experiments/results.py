@@ -1,4 +1,4 @@
-"""The results folder: config, history, figures and weights, without pickle and never half written."""
+"""The results folder: configuration, history, metrics and weights, without pickle and never half written."""
 
 import csv
 import io

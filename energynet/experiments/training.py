@@ -36,7 +36,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave; `loss` and step counts are means over its training batches, None without a solve."""
+    """The results of one epoch; `loss` and step counts are means over its training batches, None without a solve."""
 
     epoch: int
     loss: float
@@ -163,7 +163,7 @@ class Trainer:
 
     @property
     def num_batches(self) -> int:
-        """Batches an epoch."""
+        """The number of batches per epoch."""
         return -(-len(self.split.fit) // self.recipe.batch_size)
 
     def _train(self, on_batch: Callable[[], None]) -> "_Tally":

@@ -43,7 +43,7 @@ class Solver(ABC):
 
     @abstractmethod
     def init(self, problem: Any, x0: Tensor) -> Any:
-        """The state at ``x0``, ``(*batch, n)``; the `Problem` is of a kind that it `solves`."""
+        """The state at ``x0``, ``(*batch, n)``; the `Problem` is of a kind in ``solves``."""
 
     @abstractmethod
     def update(self, problem: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""`check_energy`: is this a function the solvers can minimize, and differentiate?"""
+"""`check_energy`: can the solvers minimize this function, and differentiate its minimizer?"""
 
 import dataclasses
 from typing import Any
@@ -30,9 +30,9 @@ class EnergyReport(Report):
 
     Args:
         samples: B, or 0 for one problem without a batch dimension.
-        batch_leak: largest relative change of a value when batch-mates change; None if there is but one sample.
-        gradient_error: relative, of ∇E against central differences.
-        second_derivative_error: relative, of the derivatives of ∇E in x, the context and the parameters.
+        batch_leak: largest relative change of a value when the other samples change; None if there is only one sample.
+        gradient_error: relative error of ∇E compared with central differences.
+        second_derivative_error: relative error of the derivatives of ∇E with respect to x, the context and the parameters.
         asymmetry: largest ``|⟨u, Hv⟩ − ⟨Hu, v⟩|`` for unit vectors, relative to H.
         curvature: estimates of the smallest and largest eigenvalue of the Hessian at x, over all samples.
         step_size: 2/(μ + L) for that curvature, a first guess of γ; None where E is not strictly convex at x.
@@ -66,9 +66,7 @@ def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
     `Energy.evaluate` after `Energy.encode` is `Energy.forward`     by how much they differ
     ==============================================================  ==================================================
 
-    Derivatives are measured on a float64 copy; nothing of the caller's is changed, the random generators included.
-    Random numbers and batch statistics in `Energy.encode` are in order: it runs once per solve. Not checked: whether E has a
-    minimum, and whether a step size converges (see `check_layer`).
+    Derivatives are measured on a float64 copy; nothing of the caller's is changed, including the random generators.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""`check_layer`: is the answer of a layer well defined, and are its gradients right?"""
+"""`check_layer`: is the answer of a layer well defined, and are its gradients correct?"""
 
 import contextlib
 import copy
@@ -41,14 +41,15 @@ class LayerReport(Report):
 
     Args:
         samples: B, or 0 for one problem without a batch dimension.
-        steps: most updates a sample took, as the layer is configured.
-        start_change: of the answer, when the solve begins elsewhere.
-        batch_leak: of the answer, when batch-mates change; None if there is but one sample.
-        gradient_error: against central differences.
-        second_derivative_error: of the gradient's derivatives against central differences.
-        adjoint_change: of the gradient by the backward fixed-point iteration; None where that does not converge.
-        vmap_change: of the answer under ``torch.func.vmap``; None where each sample has its own step size.
-        float32_error: of a float32 solve.
+        steps: the largest number of updates of a sample with the layer's configuration.
+        start_change: change of the answer if the solve begins elsewhere.
+        batch_leak: change of the answer if the other samples change; None if there is only one sample.
+        gradient_error: error of the gradient compared with central differences.
+        second_derivative_error: error of the gradient's derivatives compared with central differences.
+        adjoint_change: change of the gradient if the backward fixed-point iteration computes it; None where that does not
+            converge.
+        vmap_change: change of the answer under ``torch.func.vmap``; None where each sample has its own step size.
+        float32_error: error of a float32 solve.
         pickles: whether the layer can be pickled; one with a lambda cannot.
     """
 
@@ -65,7 +66,7 @@ class LayerReport(Report):
 
 
 def check_layer(layer: Layer, *context: Any, x0: Any = None) -> LayerReport:
-    """Check that a layer has one answer for each sample, and the right gradients of it.
+    """Check that a layer has one answer for each sample, and correct gradients.
 
     ============================================================  =====================================================
     checked                                                       what it says on failure
@@ -83,8 +84,8 @@ def check_layer(layer: Layer, *context: Any, x0: Any = None) -> LayerReport:
     float32 is within √ε of float64                               the error
     ============================================================  =====================================================
 
-    Accuracy is measured on a float64 copy at relative tolerance 1e-12. An adjoint that is inexact by design, such as
-    `OneStepAdjoint`, fails. Put a layer with dropout in `Energy.encode` in ``eval()`` mode first.
+    Accuracy is measured on a float64 copy at a relative tolerance of 1e-12. An adjoint that is inexact by design, such as
+    `OneStepAdjoint`, fails. If `Energy.encode` contains dropout, call ``eval()`` first.
 
     Example:
         >>> import torch
@@ -96,7 +97,7 @@ def check_layer(layer: Layer, *context: Any, x0: Any = None) -> LayerReport:
     Args:
         layer: an `FPI_GD` or `FPI_NN`.
         context: what the layer is called with; take B ≥ 3, and not the size of another dimension.
-        x0: where to begin; default: the layer's own start.
+        x0: the initial point; default: the layer's own start.
 
     Returns:
         `LayerReport`.
@@ -149,7 +150,7 @@ def _check_repeatable(layer: Layer, context: tuple[Any, ...], x0: Any) -> Soluti
 
 
 def _check_copies(layer: Layer, context: tuple[Any, ...], x0: Any, value: Any) -> bool:
-    """Copies answer the same; whether it can be pickled."""
+    """Check that copies give the same answers, and whether the layer can be pickled."""
     copies = {"deepcopy": copy.deepcopy(layer)}
     with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):  # a lambda: Python's limit, not the layer's
         copies["pickle"] = pickle.loads(pickle.dumps(layer))
@@ -307,7 +308,7 @@ class Trial:
         return change
 
     def check_float32(self) -> float:
-        """Solved as far as float32 goes; whether it says CONVERGED at this tolerance does not matter."""
+        """Solve as far as float32 goes; whether it is CONVERGED at this tolerance does not matter."""
         layer = _tightened(self.layer, torch.float32, 2 * self.layer.termination.max_steps)  # type: ignore[union-attr]
         layer.termination, layer.on_failure = Termination(atol=0.0, rtol=1e-6, max_steps=_budget(self)), "ignore"
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What all checks measure with: finite differences, maps of the batch's rows, power iterations."""
+"""The measurements that all checks share: finite differences, maps of the batch's rows, power iterations."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ class CheckError(AssertionError):
 
 
 class Report:
-    """What a check measured: one line a figure."""
+    """What a check measured, one number per line."""
 
     def __repr__(self) -> str:
         assert dataclasses.is_dataclass(self)
@@ -53,7 +53,7 @@ def copied(tree: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def floating(named: dict[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of floating point in the named pytrees, under a name that tells where it was."""
+    """Every floating-point tensor in the named pytrees, under a name that says where it was."""
     found = {}
     for name, tree in named.items():
         leaves = _tree.leaves(tree)
@@ -96,7 +96,7 @@ def check_independent(function: Callable[[Any], Tensor], inputs: Any, batch: int
         function: pytree with tensors ``(B, ...)`` -> ``(B, n)``.
 
     Returns:
-        The largest change seen, relative to the size of the values; None if there is but one sample.
+        The largest change, relative to the size of the values; None if there is only one sample.
     """
     if batch < 2:
         return None
@@ -147,13 +147,13 @@ def _some(samples: list[int]) -> str:
 
 def check_derivatives(function: Callable[[list[Tensor]], Tensor], tensors: dict[str, Tensor], limit: float, noise: float,
                       what: str) -> float:  # fmt: skip
-    """Hold the derivative of a scalar in each tensor, along a random direction, against central differences.
+    """Compare the derivative of a scalar with respect to each tensor, along a random direction, with central differences.
 
     Args:
         noise: the relative accuracy to which the function is evaluated.
 
     Returns:
-        The largest relative error seen.
+        The largest relative error.
     """
     names, values = list(tensors), [t.detach().requires_grad_() for t in tensors.values()]
     output = function(values)
@@ -211,7 +211,7 @@ def dominant(product: Product, like: Tensor, steps: int = 60) -> Tensor:  # -> (
 
 
 def extreme_eigenvalues(product: Product, like: Tensor) -> tuple[Tensor, Tensor]:  # -> (*batch), (*batch)
-    """Estimates of the smallest and the largest eigenvalue of a symmetric matrix, sample by sample."""
+    """Estimates of the smallest and the largest eigenvalue of a symmetric matrix, for each sample."""
     one = dominant(product, like)
     other = one + dominant(lambda v: product(v) - one.unsqueeze(-1) * v, like)
     return torch.minimum(one, other), torch.maximum(one, other)

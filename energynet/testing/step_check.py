@@ -1,4 +1,4 @@
-"""`check_step`: is this a map the solvers can iterate, and differentiate?"""
+"""`check_step`: can the solvers iterate this map, and differentiate its fixed point?"""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class StepReport(Report):
 
     Args:
         samples: B, or 0 for one problem without a batch dimension.
-        batch_leak: largest relative change of a value when batch-mates change; None if there is but one sample.
-        derivative_error: relative, of the derivatives of F in x, the context and the parameters.
+        batch_leak: largest relative change of a value when the other samples change; None if there is only one sample.
+        derivative_error: relative error of the derivatives of F with respect to x, the context and the parameters.
         asymmetry: largest ``|⟨u, Jv⟩ − ⟨Ju, v⟩|`` for unit vectors, relative to J = ∂F/∂x.
         norm: largest singular value of ∂g/∂x at x over all samples; below 1 the map contracts there.
         rate: spectral radius of ∂g/∂x at x; below 1, at the fixed point, `Picard` converges in the end.
@@ -66,8 +66,8 @@ def check_step(step: Step | Callable[..., Any], x: Any, *context: Any, batch_dim
     a step that claims a symmetric ∂F/∂x has one                       the asymmetry
     =================================================================  ===============================================
 
-    Whether g contracts is reported and is no failure: x is not the fixed point, and `Anderson` and `DampedStep` solve maps
-    that do not contract.
+    Whether g contracts is reported and is not a failure: x is not the fixed point, and `Anderson` and `DampedStep` solve
+    maps that do not contract.
 
     Example:
         >>> import torch
