@@ -8,7 +8,9 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet.engine.adjoint import ImplicitAdjoint
+from energynet.engine.options import check_batch_dims, check_flag, check_function
 from energynet.engine.root_gradient import Adjoint
+from energynet.engine.validation import check_options
 from energynet.solution import ConvergenceError, OnFailure
 from energynet.solve import fixed_point
 from energynet.solvers import Solver
@@ -62,6 +64,11 @@ def implicit(
 
     Source: Christianson (1994); Blondel et al. (2022), Efficient and modular implicit differentiation.
     """
+    check_function(solve, "solve")
+    check_function(optimality, "optimality")
+    check_batch_dims(batch_dims)
+    check_flag(symmetric, "symmetric")
+    check_options(None, termination, adjoint, on_failure, None)
     termination = termination or Termination()
     adjoint = adjoint or ImplicitAdjoint()
     step = OptimalityStep(optimality, symmetric)

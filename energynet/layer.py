@@ -10,8 +10,10 @@ from energynet._torch import tree as _tree
 from energynet.energy import Energy, EnergyLike
 from energynet.engine.driver import Driver
 from energynet.engine.held import Held
+from energynet.engine.options import check_batch_dims, check_function, check_start, check_step_size
 from energynet.engine.purity import unchanged
 from energynet.engine.root_gradient import Adjoint
+from energynet.engine.validation import check_options
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
 from energynet.solvers import Picard, Solver
@@ -29,7 +31,9 @@ class _Layer(nn.Module, ABC):
 
     def _configure(self, solver: Solver | None, termination: Termination | None, adjoint: Adjoint | None,
                    on_failure: OnFailure, driver: Driver | None) -> None:  # fmt: skip
-        self.solver, self.termination, self.adjoint, self.on_failure = solver, termination, adjoint, on_failure
+        check_options(solver, termination, adjoint, on_failure, driver)
+        self.solver: Solver = Picard() if solver is None else solver
+        self.termination, self.adjoint, self.on_failure = termination, adjoint, on_failure
         self.driver = driver
 
     def _register(self, name: str, value: Any) -> None:
@@ -57,12 +61,12 @@ class _Layer(nn.Module, ABC):
         return self.solve(*context, x0=x0).value
 
     def _typed(self, *arguments: str) -> str:
-        """The call that makes this layer, as far as it can be printed."""
+        """The call that makes this layer, with its solver, as far as it can be printed."""
         options = {name: getattr(self, name) for name in ("start", "solver", "termination", "adjoint", "driver")}
-        parts = [*arguments, *(f"{name}={_value(v)}" for name, v in options.items() if v is not None)]
+        shown = {name: _value(value) for name, value in options.items() if value is not None}
         if self.on_failure != "raise":
-            parts.append(f"on_failure={self.on_failure!r}")
-        return f"{type(self).__name__}({', '.join(parts)})"
+            shown["on_failure"] = repr(self.on_failure)
+        return f"{type(self).__name__}({', '.join([*arguments, *(f'{name}={value}' for name, value in shown.items())])})"
 
 
 class FPI_GD(_Layer):
@@ -88,6 +92,10 @@ class FPI_GD(_Layer):
             fixed-point iteration.
         on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
         driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; None follows the energy.
+
+    Raises:
+        TypeError, ValueError: if an option is not what it must be.
 
     Source: arXiv 2002.02868, FPI_GD.
     """
@@ -106,8 +114,14 @@ class FPI_GD(_Layer):
         adjoint: Adjoint | None = None,
         on_failure: OnFailure = "raise",
         driver: Driver | None = None,
+        batch_dims: int | None = None,
     ) -> None:
         super().__init__()
+        check_function(energy, "energy")
+        check_step_size(step_size)
+        check_start(start)
+        check_batch_dims(batch_dims, optional=True)
+        self.batch_dims = batch_dims
         if prox is not None:
             check_prox(prox)
         self._register("energy", energy)
@@ -128,13 +142,13 @@ class FPI_GD(_Layer):
             default = self.energy.start if isinstance(self.energy, Energy) else None
             x0 = _start(self._now("start"), default, context, self)
         return minimize(
-            self._now("energy"), x0, *context, step_size=self.step_size, prox=self._now("prox"), solver=self.solver or Picard(),
+            self._now("energy"), x0, *context, step_size=self.step_size, prox=self._now("prox"), solver=self.solver,
             termination=self.termination, adjoint=self.adjoint, on_failure=self.on_failure, trace=trace,
-            driver=self.driver,
+            driver=self.driver, batch_dims=self.batch_dims,
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        given = {"step_size": self.step_size, "prox": self.prox}
+        given = {"step_size": self.step_size, "prox": self.prox, "batch_dims": self.batch_dims}
         return self._typed(_value(self.energy), *(f"{name}={_value(v)}" for name, v in given.items() if v is not None))
 
 
@@ -160,6 +174,9 @@ class FPI_NN(_Layer):
         on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
         driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
 
+    Raises:
+        TypeError, ValueError: if an option is not what it must be.
+
     Source: arXiv 2002.02868, FPI_NN.
     """
 
@@ -176,6 +193,9 @@ class FPI_NN(_Layer):
         driver: Driver | None = None,
     ) -> None:
         super().__init__()
+        check_function(network, "network")
+        check_start(start)
+        check_batch_dims(batch_dims)
         self._register("network", network)
         _hold(self, "start", start)
         self.batch_dims = batch_dims

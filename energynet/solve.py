@@ -17,9 +17,10 @@ from energynet.engine.binding import Binding
 from energynet.engine.driver import Driver, Eager
 from energynet.engine.equation import Arguments, Root
 from energynet.engine.failed_samples import encoded_apart
+from energynet.engine.options import check_batch_dims, check_flag, check_function
 from energynet.engine.purity import unchanged, unwatched
 from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
-from energynet.engine.validation import check_options, check_start, examine
+from energynet.engine.validation import check_fit, check_options, check_start, examine
 from energynet.solution import OnFailure, Solution, Trace, failed
 from energynet.solvers import LBFGS, Nesterov, Picard, ProjectedLBFGS, Solver
 from energynet.step import GradientStep, Prox, ProximalStep, Step, as_step
@@ -71,9 +72,11 @@ def fixed_point(
 
     Source: arXiv 2002.02868.
     """
-    solver, termination, adjoint = solver or Picard(), termination or Termination(), adjoint or ImplicitAdjoint()
-    options = _Options(solver, termination, adjoint, on_failure, trace, driver or Eager())
-    return _solve(as_step, (step,), x0, context, batch_dims, options)
+    check_function(step, "step")
+    check_batch_dims(batch_dims, optional=isinstance(step, Step))
+    options = _Options.of(Picard(), batch_dims, solver=solver, termination=termination, adjoint=adjoint,
+                          on_failure=on_failure, trace=trace, driver=driver)  # fmt: skip
+    return _solve(as_step, (step,), x0, context, options)
 
 
 def minimize(
@@ -88,6 +91,7 @@ def minimize(
     on_failure: OnFailure = "raise",
     trace: bool = False,
     driver: Driver | None = None,
+    batch_dims: int | None = None,
 ) -> Solution:
     """Find x* = argmin E(x, \\*context), differentiably with respect to the context and the parameters of E.
 
@@ -114,6 +118,8 @@ def minimize(
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
         trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
         driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
+        batch_dims: 1 if the leading dimension of x counts samples and E returns ``(B,)``, 0 if there is one problem and E returns
+            a 0-d value; None follows what E returns, and warns where a 0-d value loses the batch of x.
 
     Returns:
         `Solution`, with ``value`` like ``x0``. A sample that ran out of steps returns the best of its iterates.
@@ -130,14 +136,15 @@ def minimize(
     if x0 is None and isinstance(energy, Energy):
         with unchanged(f"{type(energy).__name__}.start", context):
             x0 = energy.start(*context)
-    solver = solver or _default_solver(step_size, prox)
-    termination, adjoint = termination or Termination(), adjoint or ImplicitAdjoint()
-    options = _Options(solver, termination, adjoint, on_failure, trace, driver or Eager())
+    check_function(energy, "energy")
+    check_batch_dims(batch_dims, optional=True)
+    options = _Options.of(_default_solver(step_size, prox), batch_dims, solver=solver, termination=termination, adjoint=adjoint,
+                          on_failure=on_failure, trace=trace, driver=driver)  # fmt: skip
     if isinstance(x0, MultiStart):
         return _from_best(x0, energy, context, step_size, prox, options)
     if prox is None:
-        return _solve(GradientStep, (energy, step_size), x0, context, None, options)
-    return _solve(ProximalStep, (energy, step_size, prox), x0, context, None, options)
+        return _solve(GradientStep, (energy, step_size), x0, context, options)
+    return _solve(ProximalStep, (energy, step_size, prox), x0, context, options)
 
 
 def _default_solver(step_size: Any, prox: Any) -> Solver:
@@ -177,6 +184,16 @@ class _Options:
     on_failure: OnFailure
     trace: bool
     driver: Driver
+    batch_dims: int | None
+
+    @classmethod
+    def of(cls, default: Solver, batch_dims: int | None, *, solver: Solver | None, termination: Termination | None,
+           adjoint: Adjoint | None, on_failure: OnFailure, trace: bool, driver: Driver | None) -> "_Options":  # fmt: skip
+        """Checked, with defaults for what is None."""
+        check_options(solver, termination, adjoint, on_failure, driver)
+        check_flag(trace, "trace")
+        solver, termination, adjoint = solver or default, termination or Termination(), adjoint or ImplicitAdjoint()
+        return cls(solver, termination, adjoint, on_failure, trace, driver or Eager(), batch_dims)
 
 
 def _from_best(x0: MultiStart, energy: EnergyLike, context: Any, step_size: Any, prox: Any, options: _Options) -> Solution:
@@ -187,7 +204,7 @@ def _from_best(x0: MultiStart, energy: EnergyLike, context: Any, step_size: Any,
     scout = dataclasses.replace(options, on_failure="ignore", trace=False)
 
     def try_one(start: Any) -> tuple[Any, Tensor, Tensor]:
-        found = _solve(GradientStep, (energy, step_size), start, context, None, scout)
+        found = _solve(GradientStep, (energy, step_size), start, context, scout)
         value = energy(found.value, *context)
         # One that failed counts only where all failed.
         rank = torch.where(~found.failed, 0.0, torch.where(torch.isfinite(value), 1.0, 2.0))
@@ -198,7 +215,7 @@ def _from_best(x0: MultiStart, energy: EnergyLike, context: Any, step_size: Any,
         by_energy = ranks[:, 1].nan_to_num(torch.inf).argsort(dim=0, stable=True)
         best = by_energy.gather(0, ranks[:, 0].gather(0, by_energy).argsort(dim=0, stable=True))[:1]  # (1, *batch)
         chosen = _tree.map_structure(lambda t: _rows(t, best), values)
-    solution = _solve(GradientStep, (energy, step_size), chosen, context, None, options)
+    solution = _solve(GradientStep, (energy, step_size), chosen, context, options)
     return dataclasses.replace(solution, num_steps=solution.num_steps + _rows(steps, best))
 
 
@@ -209,15 +226,16 @@ def _rows(values: Tensor, best: Tensor) -> Tensor:  # (S, *batch, ...), (1, *bat
 
 @opaque  # Dynamo would unroll the loop
 def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, context: tuple[Any, ...],
-           batch_dims: int | None, options: _Options) -> Solution:  # fmt: skip
+           options: _Options) -> Solution:  # fmt: skip
     if tracing():
         raise RuntimeError(
             "its energy or map solves a problem of its own, and a program could not tell how that one fails. "
             "Compile that one, by its driver=Compiled(), and leave the outer solve to Eager()"
         )
+    batch_dims = options.batch_dims
     with recording((arguments, x0, context)) as (arguments, x0, context):
         step = make_step(*arguments)
-        check_options(step, options.solver, options.adjoint, options.on_failure)
+        check_fit(step, options.solver, options.adjoint)
         check_start(x0)
         binding = options.driver.bind(step)
         with unchanged("The encoder of the context", context):

@@ -74,7 +74,7 @@ def test_to_moves_step_sizes_and_starts() -> None:
 
 
 def test_repr_prints_what_was_typed() -> None:
-    assert repr(FPI_GD(torch.sum, 0.5)) == "FPI_GD(sum, step_size=0.5)"
+    assert repr(FPI_GD(torch.sum, 0.5)) == "FPI_GD(sum, step_size=0.5, solver=Picard())"
     layer = FPI_NN(torch.cos, start=torch.zeros_like, solver=Anderson(memory=3), on_failure="warn", batch_dims=0)
     assert repr(layer) == (
         "FPI_NN(cos, batch_dims=0, start=zeros_like, solver=Anderson(memory=3, mixing=1.0, regularization=None), "

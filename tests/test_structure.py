@@ -38,6 +38,7 @@ ORDER = [
     "engine.row_inputs",
     "engine.tasks",
     "engine.driver",
+    "engine.options",
     "engine.failed_samples",
     "engine.post_mortem",
     "engine.advice",

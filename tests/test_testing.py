@@ -17,9 +17,12 @@ from energynet import (
     GradientStep,
     MapStep,
     OneStepAdjoint,
+    OptimalityStep,
+    ProximalStep,
     Termination,
     UnrolledAdjoint,
 )
+from energynet.constraints import NonNegative
 from energynet.testing import CheckError, check_energy, check_layer, check_step
 
 X = torch.linspace(-1.0, 1.2, 8).reshape(4, 2)
@@ -409,3 +412,32 @@ def test_checks_import_without_hypothesis_and_strategies_name_the_remedy():
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 'pip install "energynet[test]"' in found.stdout
+
+
+# ------------------------------------------------------------------------------------------------- no false alarms
+
+
+def test_small_numbers_and_large_curvatures_are_no_fault() -> None:
+    """Finite differences stay within the domain, and tolerances are in proportion to the answer."""
+    entropy = lambda x: (x * x.log()).sum(-1)  # noqa: E731
+    assert check_energy(entropy, torch.full((4, 3), 1e-6)).gradient_error < 1e-6
+    walled = lambda x, z: ((x - z) / 1e-6).square().sum(-1) - x.log().sum(-1)  # noqa: E731
+    assert check_energy(walled, torch.full((4, 3), 1e-8), torch.full((4, 3), 1e-6)).gradient_error < 1e-6
+    quartic = lambda x, z: (x - z).square().sum(-1) + x.pow(4).sum(-1)  # noqa: E731
+    assert check_layer(FPI_GD(quartic, start=torch.ones_like), 1e-9 * torch.randn(4, 3)).start_change < 1e-7
+
+
+def test_an_answer_that_is_zero_but_for_rounding_is_no_fault() -> None:
+    layer = FPI_NN(lambda x, z: 0.5 * x.tanh() + z, start=torch.ones_like)
+    assert check_layer(layer, torch.zeros(4, 3)).start_change < 1e-7
+
+
+def test_a_step_without_a_step_size_is_checked_but_for_its_contraction() -> None:
+    report = check_step(OptimalityStep(lambda x: x**3 + x), torch.ones(4, 3))
+    assert report.norm is None and report.rate is None and report.derivative_error < 1e-6
+    assert check_step(GradientStep(lambda x: x.cosh().sum(-1)), torch.ones(4, 3)).rate is None
+    with pytest.raises(CheckError, match="no step_size"):
+        check_step(ProximalStep(lambda x: x.cosh().sum(-1), None, NonNegative()), torch.ones(4, 3))
+    wrong = OptimalityStep(lambda x: x.detach() ** 3 + x)
+    with pytest.raises(CheckError, match="finite differences"):
+        check_step(wrong, torch.ones(4, 3))

@@ -13,6 +13,7 @@ from torch import Tensor
 from energynet._torch.attention import twice_differentiable
 from energynet._torch.autodiff import alive, inside_jvp, readable, transform_active
 from energynet.engine.equation import Linear
+from energynet.engine.options import check_flag, expect
 from energynet.engine.root_gradient import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
 from energynet.engine.shared_state import SharedState
 from energynet.engine.tasks import Outcome, Pull
@@ -47,6 +48,11 @@ class ImplicitAdjoint(RootAdjoint):
     solver: Solver | None = None
     termination: Termination | None = None
     report: AdjointReport | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.solver, Solver, "solver")
+        expect(self.termination, Termination, "termination")
+        expect(self.report, AdjointReport, "report")
 
     def check(self, step: Step) -> None:
         if self.solver is not None:
@@ -156,7 +162,7 @@ class NeumannAdjoint(_FirstOrderAdjoint):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.terms < 1 or not 0 < self.damping <= 1:
+        if type(self.terms) is not int or self.terms < 1 or not 0 < self.damping <= 1:
             raise ValueError(f"NeumannAdjoint needs terms ≥ 1 and 0 < damping ≤ 1, got {self}.")
 
 
@@ -188,7 +194,8 @@ class UnrolledAdjoint(Adjoint):
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        if self.last is not None and self.last < 1:
+        check_flag(self.checkpoint, "checkpoint")
+        if self.last is not None and (type(self.last) is not int or self.last < 1):
             raise ValueError(f"UnrolledAdjoint needs last ≥ 1 or None, got {self.last}.")
 
     def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

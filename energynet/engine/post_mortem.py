@@ -22,6 +22,7 @@ from energynet.termination import Termination
 
 PRODUCTS = 20  # with a Jacobian, from which eigenvalues are estimated
 MORE_STEPS = 8  # that are taken from where the solve ended, to see how fast it still moves
+PARTS = (1e-3, 1e-2, 1e-1, 1.0)  # of the distance to the answer, at which the energy is looked at downhill
 FARTHER = (1.0, 10.0, 1000.0)  # times as far from x0 as the solve went
 
 
@@ -112,13 +113,15 @@ class PostMortem:
 
     @cached_property
     def _downhill(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """∇E at the end, and energy and ∇E at points that lie ever farther downhill."""
+        """∇E at the end, and energy and ∇E downhill: within the estimated distance to the answer, and farther away."""
         _, slope = self.problem.value_and_gradient(self.end)
         size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
         unit = slope / torch.where(size > 0, size, 1)
         length = 1 + torch.linalg.vector_norm(self.end, dim=-1, keepdim=True)
-        far = [torch.finfo(self.end.dtype).eps ** power for power in (4 / 8, 3 / 8, 2 / 8, 1 / 8)]
-        return slope, [self.problem.value_and_gradient(self.end - part * length * unit) for part in far]
+        error = self.outcome.error.unsqueeze(-1).to(length.dtype)
+        error = torch.where(error > 0, torch.minimum(error, length), length)
+        ways = [*(part * error for part in PARTS), torch.finfo(self.end.dtype).eps ** 0.125 * length]
+        return slope, [self.problem.value_and_gradient(self.end - way * unit) for way in ways]
 
     def at_a_wall(self) -> Tensor:
         """Whether the energy is not finite at points a little farther downhill."""
@@ -127,13 +130,12 @@ class PostMortem:
     def at_a_kink(self) -> Tensor:
         """Whether the gradient jumps: farther downhill it has changed no more than nearby, or far more than in proportion."""
         slope, there = self._downhill
-        size, apart = torch.linalg.vector_norm(slope, dim=-1), torch.finfo(slope.dtype).eps ** -0.125
-        change = [torch.linalg.vector_norm(other - slope, dim=-1) for _, other in there]
+        *change, most = [torch.linalg.vector_norm(other - slope, dim=-1) for _, other in there]
+        least = torch.maximum(0.1 * torch.linalg.vector_norm(slope, dim=-1), 0.01 * most)  # what is smaller may be rounding
         pairs = list(itertools.pairwise(change))
-        least = torch.maximum(0.1 * size, 0.01 * change[-1])  # what is smaller may be rounding
         saturated = [(near > least) & (far < 3 * near) for near, far in pairs]
-        jumped = [(far > least) & (far > 10 * apart * near) for near, far in pairs]
-        return torch.stack(saturated + jumped).any(0) & (size > 0)
+        jumped = [(far > least) & (far > 30 * near) for near, far in pairs]
+        return torch.stack(saturated + jumped).any(0) & (least > 0)
 
     def step_size_limit(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
         """2/L for the largest curvature L at a point; infinite where none was found."""

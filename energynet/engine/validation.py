@@ -1,7 +1,9 @@
 """What a user hands over is looked at here, before the first step; every sentence about it."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import warnings
+import weakref
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,35 +11,30 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet._torch.attention import twice_differentiable
-from energynet._torch.autodiff import readable
 from energynet.engine.binding import Binding
+from energynet.engine.driver import Driver
+from energynet.engine.options import check_policy, check_step_size, expect
 from energynet.engine.purity import ImpureFunctionError, Untouched, probe
 from energynet.engine.root_gradient import Adjoint
-from energynet.solution import POLICIES, OnFailure
 from energynet.solvers import Solver
 from energynet.step import ProximalStep, Step
+from energynet.termination import Termination
 
 
-def check_options(step: Step, solver: Solver, adjoint: Adjoint, on_failure: OnFailure) -> None:
-    if on_failure not in POLICIES:
-        raise ValueError(f"on_failure must be one of {POLICIES}, got {on_failure!r}.")
-    for option, kind in ((solver, Solver), (adjoint, Adjoint)):
-        if not isinstance(option, kind):
-            hint = f" Did you mean {option.__name__}()?" if isinstance(option, type) else ""
-            raise TypeError(f"Expected a {kind.__name__}, got {option!r}.{hint}")
+def check_options(solver: Any, termination: Any, adjoint: Any, on_failure: Any, driver: Any) -> None:
+    """Refuse options that are not what they must be; None stands for a default."""
+    expect(solver, Solver, "solver")
+    expect(termination, Termination, "termination")
+    expect(adjoint, Adjoint, "adjoint")
+    expect(driver, Driver, "driver")
+    check_policy(on_failure)
+
+
+def check_fit(step: Step, solver: Solver, adjoint: Adjoint) -> None:
+    """Refuse a solver or an adjoint that cannot serve the step."""
+    check_step_size(step.step_size)
     solver.check(step.kind)
     adjoint.check(step)
-    size = step.step_size
-    if size is None:
-        return
-    if isinstance(size, Tensor):
-        if not size.is_floating_point():
-            raise TypeError(f"step_size must be floating point, got a tensor of {size.dtype}.")
-        if not readable(size) or bool((size > 0).all() & torch.isfinite(size).all()):
-            return
-    elif 0 < size < float("inf"):
-        return
-    raise ValueError(f"step_size must be positive and finite, got {size}.")
 
 
 def check_start(x0: Any) -> None:
@@ -91,6 +88,8 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
         batch_dims = 1 if batch_dims is None else batch_dims
         _check_map_output(_name(step), x, seen.output)
     else:
+        if batch_dims is None and isinstance(seen.output, Tensor) and seen.output.ndim == 0:
+            _warn_of_lost_batch(step.energy_of, _name(step), x)
         batch_dims = _check_energy_output(_name(step), x, seen.output, batch_dims)
     if batch_dims:
         _check_batch(x, step.step_size)
@@ -169,10 +168,30 @@ def _check_energy_output(name: str, x: Any, output: Any, batch_dims: int | None)
     if (batch_dims is not None and batch_dims != expected) or (expected and sizes != {output.shape}):
         raise ValueError(
             f"{name} returned shape {tuple(output.shape)} for x of shape {_shapes(x)}; it must return one scalar per sample, "
-            "(B,) with B the leading dimension of x, or a 0-d tensor for one problem without a batch dimension. Sum over all "
-            "dimensions but the first, as in .flatten(1).sum(-1)."
+            "(B,) with B the leading dimension of x, or a 0-d tensor for one problem without a batch dimension (batch_dims=0). "
+            "Sum over all dimensions but the first, as in .flatten(1).sum(-1)."
         )
     return expected
+
+
+_warned: "weakref.WeakSet[Any]" = weakref.WeakSet()  # energies, or the code of functions
+
+
+def _warn_of_lost_batch(energy: Any, name: str, x: Any) -> None:
+    """A sum over all dimensions makes one problem of a batch, in which one bad sample spoils all: say so once."""
+    if all(leaf.ndim < 2 for leaf in _tree.leaves(x)):
+        return
+    owner = getattr(getattr(energy, "__func__", energy), "__code__", energy)
+    owner = owner if isinstance(owner, Hashable) else type(owner)
+    if owner in _warned:
+        return
+    _warned.add(owner)
+    warnings.warn(
+        f"{name} returned one number for x of shape {_shapes(x)}, so all of x is one problem: its samples stop together, and one "
+        "that fails fails all. For one problem per sample return (B,), as by .flatten(1).sum(-1) or .sum(-1) in place of .sum(); "
+        "if one problem is meant, pass batch_dims=0.",
+        stacklevel=2,
+    )
 
 
 def _check_batch(x: Any, step_size: float | Tensor | None) -> None:

@@ -33,6 +33,7 @@ from energynet.testing.subject import refuse
 
 Layer = FPI_GD | FPI_NN
 NOISE = 1e-11  # relative accuracy of the float64 solves below
+FLOOR = 1e8  # answers below so many absolute tolerances are not asked for the usual relative accuracy
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -183,23 +184,23 @@ class Trial:
     context: tuple[Any, ...]
     x0: Any
     answer: Tensor
+    slack: float
+    """How many times more an answer may change than usual, where it is so small that its relative error is all rounding."""
 
     @classmethod
     def of(cls, layer: Layer, context: tuple[Any, ...], x0: Any, solution: Solution) -> tuple["Trial", float]:
-        tight = _tightened(layer, torch.float64, 20 * int(solution.num_steps.max()) + 1000)
         context = copied(context, torch.float64)
-        there = _solve(tight, context, copied(x0, torch.float64))
+        tight, there, atol = _tightly(layer, context, copied(x0, torch.float64), solution)
         answer = _flat(there).detach()
-        near = answer + 0.01 * torch.randn_like(answer) * (1 + answer.abs())
-        start = Layout.of(there.value, there.status.ndim).unravel(near)
-        again = _flat(_solve(tight, context, start))
-        change = _change(again, answer)
+        slack = max(1.0, FLOOR * atol / (largest(answer) or FLOOR * atol))
+        start, again = _from_elsewhere(tight, context, there, answer)
+        change = _change(again, answer) / slack
         if not change <= 1e-7:
             raise CheckError(
                 f"The answer changes by {change:.2g} (relative) when the solve begins elsewhere, 1 % away. Likely cause: a flat "
                 "direction or several minimizers, or a map that is no contraction. Add a ridge in x, or bound the network's norm."
             )
-        return cls(tight, context, start, answer), change
+        return cls(tight, context, start, answer, slack), change
 
     @property
     def batch(self) -> int:
@@ -224,7 +225,7 @@ class Trial:
                 layer._buffers["step_size"] = step_size.detach()
             return _flat(_solve(layer, context, x0)).detach()
 
-        return check_independent(function, inputs, self.batch, 1e-7, "The answer")
+        return check_independent(function, inputs, self.batch, 1e-7 * self.slack, "The answer")
 
     def inputs(self) -> dict[str, Tensor]:
         """The context and the parameters by name."""
@@ -300,7 +301,7 @@ class Trial:
         if not self.answer.numel():
             return 0.0
         try:
-            change = _change(torch.func.vmap(lane, in_dims=in_dims)(self.context, starts), self.answer)
+            change = _change(torch.func.vmap(lane, in_dims=in_dims)(self.context, starts), self.answer) / self.slack
         except (RuntimeError, ValueError) as error:
             raise CheckError(f"Under torch.func.vmap the layer raised {type(error).__name__}: {error} {_VMAP}") from error
         if not change <= 1e-7:
@@ -313,7 +314,7 @@ class Trial:
         layer.termination, layer.on_failure = Termination(atol=0.0, rtol=1e-6, max_steps=_budget(self)), "ignore"
         with torch.no_grad():
             found = _flat(layer.solve(*copied(self.context, torch.float32), x0=copied(self.x0, torch.float32)))
-        error, limit = _change(found.double(), self.answer), float(torch.finfo(torch.float32).eps ** 0.5)
+        error, limit = _change(found.double(), self.answer) / self.slack, float(torch.finfo(torch.float32).eps ** 0.5)
         if not error <= limit:
             raise CheckError(
                 f"Solved in float32 the answer is wrong by {error:.2g} (relative; √ε is {limit:.1e}). Likely cause: a condition "
@@ -337,6 +338,28 @@ def _with_adjoint(layer: Layer, adjoint: Adjoint) -> Layer:
     other = copy.deepcopy(layer)
     other.adjoint = adjoint
     return other
+
+
+def _from_elsewhere(layer: Layer, context: tuple[Any, ...], there: Solution, answer: Tensor) -> tuple[Any, Tensor]:
+    """A start 1 % away from the answer, and the answer from there; of its own size where one of 0.01 leaves the domain."""
+    way = 0.01 * torch.randn_like(answer)
+    layout = Layout.of(there.value, there.status.ndim)
+    with contextlib.suppress(CheckError):
+        start = layout.unravel(answer + way * (1 + answer.abs()))
+        return start, _flat(_solve(layer, context, start))
+    start = layout.unravel(answer + way * answer.abs())
+    return start, _flat(_solve(layer, context, start))
+
+
+def _tightly(layer: Layer, context: tuple[Any, ...], x0: Any, solution: Solution) -> tuple[Layer, Solution, float]:
+    """A float64 copy that solves to a tolerance in proportion to the answer, or, if it cannot, to 1e-12; and that tolerance."""
+    tight = _tightened(layer, torch.float64, 20 * int(solution.num_steps.max()) + 1000)
+    sized = 1e-12 * min(1.0, largest(_flat(solution)) or 1.0)
+    tight.termination = dataclasses.replace(tight.termination, atol=sized)  # type: ignore[type-var]
+    with contextlib.suppress(CheckError):
+        return tight, _solve(tight, context, x0), sized
+    tight.termination = dataclasses.replace(tight.termination, atol=1e-12)  # type: ignore[type-var]
+    return tight, _solve(tight, context, x0), 1e-12
 
 
 def _tightened(layer: Layer, dtype: torch.dtype, max_steps: int) -> Layer:

@@ -179,10 +179,24 @@ def check_derivatives(function: Callable[[list[Tensor]], Tensor], tensors: dict[
 def _directional_error(function: Callable[[list[Tensor]], Tensor], values: list[Tensor], k: int, gradient: Tensor,
                        limit: float, noise: float) -> tuple[float, float, float]:  # fmt: skip
     """The smallest relative error over a few lengths of the difference, the derivative, and the difference quotient."""
-    direction = torch.randn_like(values[k]) * (1 + values[k].detach().abs())
+    size = values[k].detach().abs()
+    best = (float("inf"), float("nan"), float("nan"))
+    # Steps in proportion to each number stay within the domain of log and sqrt where it is small; zeros stay zero.
+    for scale in (1 + size, size):
+        best = min(best, _along(function, values, k, gradient, torch.randn_like(size) * scale, limit, noise))
+        if best[0] <= limit:
+            break
+    return best
+
+
+def _along(function: Callable[[list[Tensor]], Tensor], values: list[Tensor], k: int, gradient: Tensor, direction: Tensor,
+           limit: float, noise: float) -> tuple[float, float, float]:  # fmt: skip
+    """The same along one direction."""
     slope = float((gradient * direction).sum())
     typical = float(gradient.norm() * direction.norm()) / max(1, direction.numel()) ** 0.5
     best = (float("inf"), slope, float("nan"))
+    if not bool(direction.any()):
+        return best if direction.numel() else (0.0, slope, 0.0)
     for h in (1e-4, 1e-5, 1e-3):
         ends = [
             float(function([*values[:k], values[k].detach() + s * h * direction, *values[k + 1 :]]).detach())

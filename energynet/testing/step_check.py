@@ -35,16 +35,16 @@ class StepReport(Report):
         batch_leak: largest relative change of a value when the other samples change; None if there is only one sample.
         derivative_error: relative error of the derivatives of F with respect to x, the context and the parameters.
         asymmetry: largest ``|⟨u, Jv⟩ − ⟨Ju, v⟩|`` for unit vectors, relative to J = ∂F/∂x.
-        norm: largest singular value of ∂g/∂x at x over all samples; below 1 the map contracts there.
-        rate: spectral radius of ∂g/∂x at x; below 1, at the fixed point, `Picard` converges in the end.
+        norm: largest singular value of ∂g/∂x at x over all samples; below 1 the map contracts there; None without a step size.
+        rate: spectral radius of ∂g/∂x at x; below 1, at the fixed point, `Picard` converges in the end; None likewise.
     """
 
     samples: int
     batch_leak: float | None
     derivative_error: float
     asymmetry: float
-    norm: float
-    rate: float
+    norm: float | None
+    rate: float | None
 
 
 def check_step(step: Step | Callable[..., Any], x: Any, *context: Any, batch_dims: int = 1) -> StepReport:
@@ -97,18 +97,21 @@ def check_step(step: Step | Callable[..., Any], x: Any, *context: Any, batch_dim
         here, there = copied(x), copied(context)
         refuse(lambda: fixed_point(step, here, *there, batch_dims=batch_dims, termination=nothing, on_failure="ignore"))
         mine = Subject.of(step, x, context, batch_dims)
-        _check_dtype(mine)
+        refuse(lambda: _check_dtype(mine))
         check_repeatable(mine)
         subject = Subject.of(step, x, context, batch_dims, torch.float64)
         leak = check_samples(subject)
-        _check_optimality(subject)
+        if step.step_size is not None:
+            _check_optimality(subject)
         error = check_smooth(subject)
         asymmetry, norm, rate = _check_jacobian(subject)
         return StepReport(subject.batch, leak, error, asymmetry, norm, rate)
 
 
 def _check_dtype(subject: Subject) -> None:
-    moved = subject.step(subject.x, *subject.context)
+    step, code = subject.step, subject.code()
+    # A condition F(x) = 0, or a gradient step whose size is not known, is no map yet: F itself is looked at.
+    moved = step.optimality(subject.x, *code) if step.step_size is None else step(subject.x, *subject.context)
     for t, s in zip(_tree.leaves(subject.x), _tree.leaves(moved), strict=True):
         if t.dtype != s.dtype:
             raise CheckError(
@@ -133,8 +136,8 @@ def _check_optimality(subject: Subject) -> None:
         )
 
 
-def _check_jacobian(subject: Subject) -> tuple[float, float, float]:
-    """Asymmetry of ∂F/∂x, and norm and spectral radius of ∂g/∂x."""
+def _check_jacobian(subject: Subject) -> tuple[float, float | None, float | None]:
+    """Asymmetry of ∂F/∂x, and norm and spectral radius of ∂g/∂x, if there is a map g."""
     step, flat = subject.step, subject.layout.ravel(subject.x)
     function = subject.optimality(subject.code())
     product, transposed = linearize(function, flat, transposed=False), linearize(function, flat, transposed=True)
@@ -152,6 +155,8 @@ def _check_jacobian(subject: Subject) -> tuple[float, float, float]:
             f"The step claims a symmetric ∂F/∂x, but ⟨u, Jv⟩ and ⟨Ju, v⟩ differ by {asymmetry:.2g} of its size: conjugate "
             "gradients would give wrong gradients. Set symmetric = False, or correct the gradient."
         )
+    if step.step_size is None:
+        return asymmetry, None, None
     move, back = _of_map(product, step, flat), _of_map(transposed, step, flat)
     norm = dominant(lambda v: back(move(v)), flat).clamp(min=0).sqrt()
     return asymmetry, float(norm.max()), float(spectral_radius(move, flat).max())
