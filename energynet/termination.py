@@ -21,18 +21,22 @@ def max_norm(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
     return x.abs().amax(-1) if x.shape[-1] else x.sum(-1)
 
 
+REACHED = 4  # rounding units: what no relative tolerance lies below
+
+
 @dataclasses.dataclass(frozen=True)
 class Termination:
     """Tolerances and step limit, judged sample by sample.
 
-    A sample has converged when its distance estimate is below ``atol + rtol·‖x‖``; the adjoint's when its residual is
-    below ``rtol·‖v‖``, v being the incoming gradient. The distance estimate is that of the optimality condition F at the
-    returned point, in the units of ``x``:
+    A sample has converged when the estimate of its distance from the answer is below ``atol + rtol·‖x‖``; the adjoint's when
+    its residual is below ``rtol·‖v‖``, v being the incoming gradient. The estimate is made at the returned point, in the units
+    of ``x``, from the optimality condition F:
 
-    - of a map, ‖x − g(x)‖;
-    - of an energy, the length of a truncated Newton step: conjugate gradients on H e = ∇E until ‖e‖ stops growing, at most
-      ten products. So it does not change when E is multiplied by a constant, nor with the step size, nor with where the
-      solve began; and it never exceeds ‖H⁻¹∇E‖, the full Newton step;
+    - of a map, ‖x − g(x)‖ / (1 − ρ), where ρ is the contraction seen in one or two further evaluations of g;
+    - of an energy, the length of a Newton step, ‖H⁻¹∇E‖: of up to ten unknowns from the whole Hessian, of more by at most ten
+      products with it, and then never too large. So it does not change when E is multiplied by a constant, nor with the step
+      size. Curvatures and gradients that are lost in rounding count as zero, and a point with a direction of negative
+      curvature is no answer;
     - of any other condition, ‖F‖ divided by ‖A F‖ / ‖F‖, A its derivative.
 
     Example:
@@ -40,8 +44,8 @@ class Termination:
         Termination(atol=0.0, rtol=1e-06, max_steps=50)
 
     Args:
-        atol: absolute tolerance, in units of ``x``; default ε^¾ of the dtype (float32 6e-6, float64 2e-12), of a pytree of
-            several dtypes that of the least precise.
+        atol: absolute tolerance, in units of ``x``; default the larger of ‖x0‖ and ‖x‖, times ε^¾ of the dtype (float32 6e-6,
+            float64 2e-12), of a pytree of several dtypes that of the least precise.
         rtol: relative tolerance; default √ε of the dtype (float32 3e-4, float64 1.5e-8).
         max_steps: updates a sample may take; one that needs more has failed.
         budget: updates that a sample is given on purpose, in place of ``max_steps``. One that has not converged by then has not
@@ -49,6 +53,9 @@ class Termination:
             if it had converged, or, by `UnrolledAdjoint`, as the iterate that it is. Of an adjoint, the truncated gradient is
             taken as it is.
         norm: a norm over the last dimension, ``(*batch, n) -> (*batch)``.
+        rounding: ε, if the defaults shall be those of another dtype than that of ``x``.
+
+    A tolerance below what the dtype can reach, a few ε of ‖x‖ or ‖v‖, is raised to that.
 
     Raises:
         ValueError: on a negative tolerance or step limit.
@@ -59,6 +66,7 @@ class Termination:
     max_steps: int = 1000
     budget: int | None = dataclasses.field(default=None, kw_only=True)
     norm: Norm = dataclasses.field(default=l2_norm, repr=False)
+    rounding: float | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("atol", "rtol"):
@@ -90,16 +98,21 @@ class Termination:
         unit = torch.where(lost & (largest > 0) & torch.isfinite(largest), largest, 1)
         return torch.where(unit == 1, size, self.size(x / unit.to(x.dtype).unsqueeze(-1)) * unit)
 
-    def tolerance(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-        """``atol + rtol·‖x‖`` of each sample."""
-        eps = torch.finfo(x.dtype).eps
-        atol = eps**0.75 if self.atol is None else self.atol
-        return atol + self.relative(eps) * self.size(x)
+    def tolerance(self, x: Tensor, unit: Tensor | float = 0.0) -> Tensor:  # (*batch, n), (*batch) -> (*batch)
+        """``atol + rtol·‖x‖`` of each sample, but no less than the dtype can reach.
+
+        Args:
+            x: ``(*batch, n)``.
+            unit: ‖x0‖, ``(*batch)``, which the default of ``atol`` takes for the scale of x where x is smaller.
+        """
+        eps, size = torch.finfo(x.dtype).eps, self.size(x)
+        atol = (self.rounding or eps) ** 0.75 * torch.clamp(size, min=unit) if self.atol is None else self.atol
+        return atol + self.relative(eps) * size
 
     def at_precision(self, eps: float) -> "Termination":
         """With the defaults of a dtype of rounding unit ``eps`` in place of those of the tensors that are judged."""
-        return dataclasses.replace(self, atol=eps**0.75 if self.atol is None else self.atol, rtol=self.relative(eps))
+        return dataclasses.replace(self, rounding=self.rounding or eps)
 
     def relative(self, eps: float) -> float:
         """The relative tolerance for a dtype of rounding unit ``eps``."""
-        return float(eps**0.5) if self.rtol is None else self.rtol
+        return max(REACHED * eps, (self.rounding or eps) ** 0.5 if self.rtol is None else self.rtol)

@@ -262,9 +262,8 @@ def test_singular_and_indefinite_hessians_are_said() -> None:
         x[0, 0].backward()
     saddle = lambda x, z: 0.5 * x[:, 0] ** 2 - 0.5 * x[:, 1] ** 2 + (x * z).sum(-1)  # noqa: E731
     z = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    x = minimize(saddle, torch.zeros(1, 2, dtype=torch.float64), z, step_size=0.4).value
-    with pytest.raises(ConvergenceError, match="singular or indefinite"):
-        x.sum().backward()
+    with pytest.raises(ConvergenceError, match="DIVERGED"):  # the saddle is left, and the energy has no minimum
+        minimize(saddle, torch.zeros(1, 2, dtype=torch.float64), z, step_size=0.4)
 
 
 def test_report_refers_to_no_graph() -> None:

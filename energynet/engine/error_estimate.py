@@ -1,110 +1,134 @@
-"""How far a point is from the answer, in units of x: what is compared with the tolerances and reported as the residual.
+"""How far a point is from the answer, in units of x: what is compared with the tolerances and reported as the error.
 
-F alone cannot tell: ∇E changes with the units of E. It is divided by a *scale*, a curvature. During a solve an old one
-serves, which only decides when to look; what is reported is measured at the returned point by `scale_at`.
+F alone cannot tell: ∇E changes with the units of E, and x − g(x) is small where g hardly contracts. It is divided by a
+*scale*, a curvature. During a solve an old one serves, which only decides when to look; what is reported is measured at the
+returned point by `measure`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from energynet._torch.autodiff import readable
-from energynet._torch.while_loop import while_loop
-from energynet.solvers.problem import Differentiable, Linear, Problem
+from energynet.engine.newton_step import newton_step
+from energynet.solvers.problem import Descent, Differentiable, Linear, Problem, Proximal
+from energynet.solvers.spectrum import normalized, some_direction
 from energynet.termination import Termination
 
-MOST_PRODUCTS = 10
-GROWTH = 1.1  # a Newton step that grows by less in a further product is believed
 
+class Measured(NamedTuple):
+    """What is known at a point."""
 
-def is_scaled(problem: Problem) -> TypeGuard[Differentiable]:
-    """Whether F is divided by a scale: not where it is in units of x, nor in a linear equation, which is judged by v."""
-    return isinstance(problem, Differentiable) and not isinstance(problem, Linear)
+    residual: Tensor  # F(x), (*batch, n)
+    energy: Tensor | None  # E(x), (*batch), of a minimization
+    error: Tensor  # (*batch), the estimated distance from the answer
+    scale: Tensor  # (*batch), ‖F‖ / error, as far as it serves for points nearby; 0 where it is not known
+    settled: Tensor  # (*batch) bool, F itself is lost in rounding
+    saddle: Tensor  # (*batch) bool, of a minimization: there is a direction in which the energy falls
+    direction: Tensor  # (*batch, n), it
 
 
 def error_estimate(problem: Problem, termination: Termination, x: Tensor, size: Tensor, scale: Tensor) -> Tensor:  # -> (*batch)
     """The estimate, from the size of F at x; of a linear equation, that size itself."""
     if isinstance(problem, Linear):
         return size
-    # x itself is only known to its rounding unit: a low-precision step that rounds to no change has not arrived.
-    rounding = 0.5 * torch.finfo(x.dtype).eps * termination.size(x)
-    return torch.where(size == 0, size, size / scale) + rounding
+    return torch.where(size == 0, size, size / scale) + _rounding(termination, x)
+
+
+def _rounding(termination: Termination, x: Tensor) -> Tensor:  # -> (*batch)
+    """x itself is only known to its rounding unit: a low-precision step that rounds to no change has not arrived."""
+    return 0.5 * torch.finfo(x.dtype).eps * termination.size(x)
 
 
 def first_scale(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
-    """A guess before the first step: 1/γ, or the curvature at the start along F."""
+    """A guess before the first step: 1/γ, or the curvature at the start along F; 1 for x − g(x), which is in units of x."""
     one = torch.ones_like(termination.size(x))
-    if not is_scaled(problem):
+    if not isinstance(problem, Differentiable) or isinstance(problem, Linear):
         return one
     if problem.step_size is None:
-        scale = _along(problem, termination, x, residual).curvature
+        scale = _curvature(problem, termination, x, residual, termination.sure_size(residual))
         return torch.where((scale > 0) & torch.isfinite(scale), scale, 1)
     step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
     return one / step_size
 
 
-def scale_at(problem: Differentiable, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
-    """‖F‖ / ‖e‖ with e a truncated Newton step. For F = 0 any value serves."""
-    product, size, unit, image, curvature = _along(problem, termination, x, residual)
-    if not problem.has_newton_step:
-        return torch.where(size == 0, 1, curvature)
-    # In units of that curvature, since its square, too, may underflow.
-    one = torch.where((curvature > 0) & torch.isfinite(curvature), curvature, 1)
-    rows = one.to(image.dtype).unsqueeze(-1)
-    length = termination.size(_newton_step(lambda p: product(p) / rows, unit, image / rows))
-    return torch.where(size == 0, 1, torch.where(length > 0, one / torch.where(length > 0, length, 1), curvature))
+def measure(problem: Problem, termination: Termination, x: Tensor, before: Tensor, residual: Tensor | None,
+            evaluations: int) -> Measured:  # fmt: skip
+    """Look at a point ``(*batch, n)``.
 
-
-class _Along(NamedTuple):
-    product: Callable[[Tensor], Tensor]  # with ∂F/∂x
-    size: Tensor  # ‖F‖, (*batch)
-    unit: Tensor  # F / ‖F‖, (*batch, n)
-    image: Tensor  # of it
-    curvature: Tensor  # ‖image‖, (*batch)
-
-
-def _along(problem: Differentiable, termination: Termination, x: Tensor, residual: Tensor) -> _Along:
-    size = termination.sure_size(residual)
-    unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
-    product = problem.jacobian(x)
-    image = product(unit)
-    curvature = termination.sure_size(image)
-    curvature = torch.where(torch.isinf(curvature), torch.nan, curvature)  # else any gradient would pass for an arrival
-    return _Along(product, size, unit, image, curvature)
-
-
-def _newton_step(product: Callable[[Tensor], Tensor], right: Tensor, image: Tensor) -> Tensor:
-    """Conjugate gradients on H e = right until ‖e‖ stops growing; it grows toward ‖H⁻¹ right‖ and never exceeds it.
-
-    Zero where there is no positive curvature along the right-hand side, whose image comes along.
+    Args:
+        problem: no linear equation.
+        termination: whose norm is taken.
+        x: the point.
+        before: the scale that was known, ``(*batch)``.
+        residual: F(x), if it is known.
+        evaluations: of a map, how many are spent.
     """
-    zero = torch.zeros_like(right[..., :1])
-    first = _CG(torch.zeros_like(right), right, right, image, zero, torch.ones_like(zero, dtype=torch.bool))
-    most = min(MOST_PRODUCTS, right.shape[-1])
-    return while_loop(lambda s: s.growing.any(), lambda s: _longer(product, s), first, most).step
+    if isinstance(problem, Descent) and problem.has_newton_step:
+        return _of_energy(problem, termination, x, before)
+    residual = problem.residual(x) if residual is None else residual
+    if not isinstance(problem, Differentiable):
+        found = _contraction(problem, x, residual, before, evaluations)
+        return found._replace(error=found.error + _rounding(termination, x))
+    size = termination.sure_size(residual)
+    scale = torch.where(size == 0, 1, _curvature(problem, termination, x, residual, size))
+    none = torch.zeros_like(size, dtype=torch.bool)
+    return Measured(residual, None, size / scale + _rounding(termination, x), scale, none, none, residual)
 
 
-class _CG(NamedTuple):
-    step: Tensor  # e, (*batch, n)
-    left: Tensor  # right − H e
-    direction: Tensor  # d
-    image: Tensor  # H d
-    length: Tensor  # ‖e‖, (*batch, 1)
-    growing: Tensor  # (*batch, 1) bool
+def _of_energy(problem: Descent, termination: Termination, x: Tensor, before: Tensor) -> Measured:
+    energy, slope = problem.value_and_gradient(x)
+    gradient = problem.condition(x, problem.each_gamma(x), slope) if isinstance(problem, Proximal) else slope
+    size = termination.sure_size(gradient)
+    length, sure, settled, saddle, direction = newton_step(problem, x, energy, gradient, size)
+    length = torch.where(size == 0, size, length)
+    scale = torch.where(sure, size / torch.where(length > 0, length, 1), 0)
+    scale = torch.where((length > 0) | torch.isnan(length), scale, before)
+    return Measured(gradient, energy, length + _rounding(termination, x), scale, settled, saddle, direction)
 
 
-def _longer(product: Callable[[Tensor], Tensor], state: _CG) -> _CG:
-    e, left, d, image, length, growing = state
-    along, before = (d * image).sum(-1, keepdim=True), left.square().sum(-1, keepdim=True)
-    noise = torch.finfo(d.dtype).eps * (d.square().sum(-1, keepdim=True) * image.square().sum(-1, keepdim=True)).sqrt()
-    growing = growing & (along > noise)
-    alpha = torch.where(growing, before / torch.where(growing, along, 1), 0)
-    e, left = e + alpha * d, left - alpha * image
-    longer = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
-    growing = growing & (longer > GROWTH * length)
-    d = left + left.square().sum(-1, keepdim=True) / torch.where(before > 0, before, 1) * d
-    if readable(growing) and not bool(growing.any()):
-        return _CG(e, left, d, image, longer, growing)
-    return _CG(e, left, d, product(d), longer, growing)
+def _curvature(problem: Differentiable, termination: Termination, x: Tensor, residual: Tensor, size: Tensor) -> Tensor:
+    """‖A F‖ / ‖F‖."""
+    unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
+    curvature = termination.sure_size(problem.jacobian(x)(unit))
+    return torch.where(torch.isinf(curvature), torch.nan, curvature)  # else any gradient would pass for an arrival
+
+
+def _contraction(problem: Problem, x: Tensor, residual: Tensor, before: Tensor, evaluations: int) -> Measured:
+    """‖x − g(x)‖ / (1 − ρ) of a map, with 1 − ρ = ‖F(x) − F(x − d)‖ / ‖d‖ for a further evaluation, at g(x).
+
+    Evaluations after that show the slowest part of F, which makes up most of the error. Where F is nearly lost in rounding, a
+    point further off shows ρ; where the change of F still is, the scale known before holds, unless rounding cannot have hidden
+    so much.
+    """
+    size, reach, eps = _length(residual, before), _length(x, before), torch.finfo(x.dtype).eps
+    noise = 2 * eps * reach
+    near, first = size <= 100 * noise, residual
+    along = torch.where((size > 0).unsqueeze(-1), normalized(residual), some_direction(torch.zeros_like(x)))
+    step = torch.where(near.unsqueeze(-1), (0.1 * reach).to(x.dtype).unsqueeze(-1) * along, residual)
+    after, slope, seen = _slope(problem, x, residual, step, noise, before)
+    error = torch.where(near, torch.maximum(size, torch.where(seen, 0.25, 1) * noise), size) / slope
+    for _ in range(evaluations - 1):
+        x, residual = x - step, after
+        after, further, _ = _slope(problem, x, residual, residual, noise, before)
+        error, step = torch.where(near, error, torch.maximum(error, _length(residual, before) / further)), residual
+    nowhere = (reach == 0) & (size == 0)
+    scale = torch.where(near | (error == 0), slope, size / torch.where(error > 0, error, 1))
+    settled = nowhere | (size <= noise) & seen & (error <= eps**0.5 * reach)
+    scale, error = torch.where(nowhere, before, scale), torch.where(nowhere, 0, error)
+    return Measured(first, None, error, scale, settled, torch.zeros_like(near), first)
+
+
+def _slope(problem: Problem, x: Tensor, residual: Tensor, step: Tensor, noise: Tensor, before: Tensor
+           ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """F(x − step), by how much it differs from F(x) in units of the step, and whether that was seen beyond rounding."""
+    after = problem.residual(x - step)
+    length = _length(step, before)
+    unit = torch.where(length > 0, length, 1)
+    slope, doubt = _length((residual - after) / unit.to(x.dtype).unsqueeze(-1), before), noise / unit
+    seen = slope > 2 * doubt
+    return after, torch.where(seen | ~torch.isfinite(slope), slope, torch.minimum(before, slope + doubt)), seen
+
+
+def _length(x: Tensor, like: Tensor) -> Tensor:  # (*batch, n), (*batch) -> (*batch)
+    return torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(like.dtype)

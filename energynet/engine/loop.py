@@ -15,10 +15,11 @@ from torch import Tensor
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import readable, tracing
 from energynet._torch.while_loop import while_loop
-from energynet.engine.error_estimate import error_estimate, first_scale, is_scaled, scale_at
+from energynet.engine.error_estimate import Measured, error_estimate, first_scale, measure
+from energynet.engine.saddle import leave
 from energynet.solution import Status
 from energynet.solvers.base import Solver
-from energynet.solvers.problem import Linear, Problem
+from energynet.solvers.problem import Descent, Differentiable, Linear, Problem
 from energynet.termination import Termination
 
 RUNNING = -1
@@ -42,6 +43,7 @@ class LoopState(NamedTuple):
     limit: Tensor  # (*batch), distance, or ‖x‖ of a solver that descends, beyond which a sample has diverged
     best: Tensor  # (*batch, n), the iterate of least merit
     merit: Tensor  # (*batch)
+    unit: Tensor  # (*batch), ‖x0‖: the scale of x where x itself does not show it
 
 
 Advance = Callable[[LoopState], LoopState]
@@ -126,7 +128,7 @@ def _go_on(problem: Problem, solver: Solver, termination: Termination, state: Lo
             state = _tree.map_structure(lambda whole, part: whole.index_copy(0, rows, part), state, rest)
         return torch.clamp(2 * look, max=MOST_LOOK), state
 
-    scaled = is_scaled(problem) and seen
+    scaled = not isinstance(problem, Linear) and seen
 
     def unfinished(carry: tuple[Tensor, LoopState]) -> Tensor:  # a claim made at the start is looked at as well
         return (carry[0] == first) | _any_running(carry[1])
@@ -203,10 +205,10 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
         left = termination.size(inner.residual)
         error = error_estimate(problem, termination, x, left, scale)
         limit = GROWTH * (termination.size(problem.right) if isinstance(problem, Linear) else 1 + size + error)
-        limit = GROWTH * GROWTH * (1 + size) if solver.descends else limit
+        limit = GROWTH * GROWTH * (1 + size + error.nan_to_num(0, 0, 0)) if solver.descends else limit
         steps = torch.zeros_like(size, dtype=torch.int32)
         merit = solver.merit(inner, left)
-        state = LoopState(x, inner, steps.to(torch.int8), steps, error, scale, limit, x, merit)
+        state = LoopState(x, inner, steps.to(torch.int8), steps, error, scale, limit, x, merit, size)
         # Outside of its domain an energy may be NaN where its gradient is not, such as that of log.
         status = torch.where(torch.isfinite(merit), _judge(problem, solver, termination, state), Status.NONFINITE)
         return state._replace(status=status.to(torch.int8))
@@ -232,7 +234,7 @@ def _finite(x: Tensor, residual: Tensor) -> Tensor:  # (*batch, n) twice -> (*ba
 
 def _within_tolerance(problem: Problem, termination: Termination, state: LoopState) -> Tensor:
     if not isinstance(problem, Linear):
-        return (state.error <= termination.tolerance(state.x)) & torch.isfinite(state.error)
+        return (state.error <= termination.tolerance(state.x, state.unit)) & torch.isfinite(state.error)
     relative = termination.relative(torch.finfo(state.x.dtype).eps)
     return state.error <= relative * termination.size(problem.right)
 
@@ -248,32 +250,69 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
     if not readable(exhausted) or bool(exhausted.any()):
         # Of a budget, the last iterate is what was asked for.
         state = state if budgeted else state._replace(x=torch.where(exhausted.unsqueeze(-1), state.best, state.x))
-    elif not is_scaled(problem) and solver.exact_residual:
+    elif isinstance(problem, Linear) and solver.exact_residual:
         return state
     with torch.no_grad():
         claimed = state.status == Status.CONVERGED
         claimed = claimed if suspects is None else claimed | suspects
         measured = claimed | exhausted
-        residual = problem.residual(state.x)
-        size = termination.sure_size(residual)
-        scale = scale_at(problem, termination, state.x, residual) if is_scaled(problem) else state.scale
-        error = torch.where(measured, error_estimate(problem, termination, state.x, size, scale), state.error)
-        arrived = _within_tolerance(problem, termination, state._replace(error=error))
-        reopened = claimed & ~arrived & (state.steps < termination.limit)
+        seen = _look(problem, solver, termination, state)
+        error = torch.where(measured, seen.error, state.error)
+        arrived = _within_tolerance(problem, termination, state._replace(error=error)) | seen.settled
+        x, left = _left(problem, termination, state, seen, measured & (arrived | exhausted))
+        more, arrived = state.steps < termination.limit, arrived & ~left
+        left = left & more
+        reopened = (claimed & ~arrived & more) | left
         # A gradient without any curvature along it, to the last: the energy falls forever in this direction.
         ended = torch.where(exhausted, state.status, Status.MAX_STEPS)
         ended = torch.where(torch.isinf(error) & (not budgeted), Status.DIVERGED, ended)
         ended = torch.where(arrived, Status.CONVERGED, torch.where(reopened, RUNNING, ended))
         status = torch.where(measured, ended, state.status).to(torch.int8)
         # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.
-        scale = torch.where(measured & (scale > 0), scale, torch.where(reopened, 0.1 * state.scale, state.scale))
+        known = measured & (seen.scale > 0)
+        scale = torch.where(known, seen.scale, torch.where(reopened, 0.1 * state.scale, state.scale))
         grown = torch.maximum(state.limit, GROWTH * error.nan_to_num(0, 0, 0))
         limit = state.limit if solver.descends else torch.where(reopened, grown, state.limit)
-    state = state._replace(status=status, error=error, scale=scale, limit=limit)
-    if solver.exact_residual or (readable(status) and not bool(_any_running(state))):
+        merit = torch.where(left, torch.inf, state.merit)
+        x = torch.where(left.unsqueeze(-1), x, state.x)
+    state = state._replace(x=x, status=status, error=error, scale=scale, limit=limit, merit=merit)
+    return _begun_again(problem, solver, state, left if solver.exact_residual else reopened)
+
+
+def _look(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Measured:
+    """Measure the condition at x."""
+    if not isinstance(problem, Linear):
+        is_map = not isinstance(problem, Differentiable)
+        known = state.inner.residual if is_map and solver.exact_residual and _at_x(state) else None
+        return measure(problem, termination, state.x, state.scale, known, 1 if solver.follows else 2)
+    residual = problem.residual(state.x)
+    none = torch.zeros_like(state.error, dtype=torch.bool)
+    return Measured(residual, None, termination.sure_size(residual), state.scale, none, none, residual)
+
+
+def _at_x(state: LoopState) -> bool:
+    """Whether the solver's residual is that at x, and not at a later iterate that was worse."""
+    exhausted = (state.status == Status.MAX_STEPS) | (state.status == Status.STALLED)
+    return readable(exhausted) and not bool(exhausted.any())
+
+
+def _left(problem: Problem, termination: Termination, state: LoopState, seen: Measured, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a minimization goes on from a saddle, of some samples, and whether it does."""
+    if not isinstance(problem, Descent) or seen.energy is None:
+        return state.x, torch.zeros_like(rows)
+    unit = torch.maximum(termination.size(state.x), state.unit)
+    return leave(problem, state.x, seen.energy, seen.residual, seen.direction, seen.saddle & rows, unit)
+
+
+def _begun_again(problem: Problem, solver: Solver, state: LoopState, rows: Tensor) -> LoopState:
+    """With the solver's own state made anew in some samples."""
+    if readable(rows) and not bool(rows.any()):
         return state
-    afresh = _tree.map_structure(lambda new, old: _where(reopened, new, old), solver.init(problem, state.x), state.inner)
-    return state._replace(inner=afresh)
+
+    def begin(inner: Any) -> Any:
+        return _tree.map_structure(lambda new, old: _where(rows, new, old), solver.init(problem, state.x), inner)
+
+    return state._replace(inner=while_loop(lambda _: rows.any(), begin, state.inner, 1))
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:  # (*batch), (*batch, ...)

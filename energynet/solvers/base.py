@@ -29,6 +29,9 @@ class Solver(ABC):
     descends: ClassVar[bool] = False
     """Whether the energy never rises for long, so that a large gradient is no sign of divergence."""
 
+    follows: ClassVar[bool] = False
+    """Whether its steps are those of the map, so that what is left of F is soon its slowest part."""
+
     sees_saddles: ClassVar[bool] = False
     """Whether, of a symmetric linear equation, it fails where it meets a direction of negative curvature."""
 

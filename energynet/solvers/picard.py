@@ -35,6 +35,7 @@ class Picard(Solver):
     Source: Banach (1922); the forward and the backward iteration of arXiv 2002.02868.
     """
 
+    follows: ClassVar[bool] = True
     sees_saddles: ClassVar[bool] = True  # it diverges there
     contracts: ClassVar[bool] = True
 

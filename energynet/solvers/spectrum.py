@@ -11,7 +11,8 @@ def some_direction(like: Tensor) -> Tensor:
     n = like.shape[-1]
     wave = torch.cos(1.7 * torch.arange(n, dtype=torch.float64, device=like.device) ** 1.3 + 0.5).to(like.dtype)
     unit = normalized(like)
-    return normalized(torch.where(torch.isfinite(unit), unit, 0) + normalized(wave))
+    # Twice: where there is one direction only, it may be the opposite of the other.
+    return normalized(2 * torch.where(torch.isfinite(unit), unit, 0) + normalized(wave))
 
 
 def normalized(x: Tensor) -> Tensor:  # (*batch, n)

@@ -1,0 +1,205 @@
+"""How long a Newton step is at a point, and whether that point can be a minimum at all, as far as few products tell.
+
+Rounding is not information. A number known to ε of its terms leaves an error of about ε‖H‖ in curvatures and of
+ε‖H‖·√(‖x‖² + |E|/‖H‖) in gradients: what lies below counts as zero, such as all along a gauge direction of E.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energynet._torch.autodiff import readable, tracing
+from energynet._torch.while_loop import while_loop
+from energynet.solvers.problem import Descent, Proximal
+from energynet.solvers.spectrum import normalized, some_direction
+from energynet.termination import max_norm
+
+MOST_PRODUCTS = 10  # up to so many unknowns the whole Hessian costs no more than a look along some directions
+PROBES = 3  # products along a fixed direction, in search of a negative curvature
+GROWTH = 1.1  # a Newton step that grows by less in two further products is believed
+NOISE = 10  # rounding errors add up to some units
+NEGATIVE = 100  # units beyond which a curvature is believed to be negative
+
+
+class NewtonStep(NamedTuple):
+    """What is known at a point."""
+
+    length: Tensor  # (*batch), ‖H⁻¹∇E‖ without what is lost in rounding
+    sure: Tensor  # (*batch) bool, no part of it lies along a direction whose curvature is not known
+    settled: Tensor  # (*batch) bool, the gradient itself is lost in rounding
+    saddle: Tensor  # (*batch) bool, there is a direction of negative curvature
+    direction: Tensor  # (*batch, n), it, of length 1/√κ for the curvature −κ
+
+
+def newton_step(problem: Descent, x: Tensor, energy: Tensor, gradient: Tensor, size: Tensor) -> NewtonStep:
+    """Look at a point of a minimization.
+
+    Args:
+        problem: a minimization.
+        x: ``(*batch, n)``.
+        energy: E(x), ``(*batch)``.
+        gradient: ∇E(x), ``(*batch, n)``.
+        size: its norm, ``(*batch)``; not 0 where its square underflows.
+    """
+    if not x.shape[-1]:
+        none = torch.zeros_like(size, dtype=torch.bool)
+        return NewtonStep(size, ~none, ~none, none, gradient)
+    if x.shape[-1] <= MOST_PRODUCTS and not isinstance(problem, Proximal):
+        return _whole(problem.matrix(x), x, energy, gradient)
+    product = problem.jacobian(x)
+    probe = some_direction(torch.zeros_like(x))  # a saddle may have no slope along the direction in which it falls
+    if isinstance(problem, Proximal):  # of free coordinates only
+        probe = normalized(probe - problem.each_gamma(x) * product(probe))
+    return _along_some(product, x, energy, gradient, size, probe)
+
+
+def _whole(matrix: Tensor, x: Tensor, energy: Tensor, gradient: Tensor) -> NewtonStep:
+    """From the Hessian itself, in variables in which its diagonal is one: they may be scaled ever so badly."""
+    finite = torch.isfinite(matrix).all(-1).all(-1)
+    matrix = torch.where(finite[..., None, None], 0.5 * (matrix + matrix.mT), 0)
+    largest = max_norm(matrix.flatten(-2))
+    unit = torch.where(largest > 0, largest, 1)  # in units of which no square under- or overflows
+    matrix, x = matrix / unit[..., None, None], x.to(matrix.dtype)
+    g = torch.where(finite.unsqueeze(-1), gradient.to(matrix.dtype) / unit.unsqueeze(-1), 0)
+    eps = torch.finfo(gradient.dtype).eps
+    diagonal = torch.clamp(torch.diagonal(matrix, dim1=-2, dim2=-1).abs(), min=min(100 * eps, 0.01))
+    terms = energy.to(matrix.dtype).abs() / unit + (diagonal * x.square()).sum(-1)  # what rounding is relative to
+    scale = diagonal.rsqrt()
+    scaled = _Scaled(scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2), scale * g, scale, terms, eps)
+    step = _of_spectrum(scaled) if not readable(matrix) and not tracing() else _of_factor(scaled)
+    linear = (largest == 0) & (gradient != 0).any(-1)
+    length = torch.where(finite, torch.where(linear, torch.inf, step.length), torch.nan)
+    direction = (step.direction / unit.sqrt().unsqueeze(-1)).to(gradient.dtype)
+    return step._replace(length=length, settled=step.settled & ~linear, direction=direction)
+
+
+class _Scaled(NamedTuple):
+    matrix: Tensor  # S H S, (*batch, n, n)
+    gradient: Tensor  # S ∇E, (*batch, n)
+    scale: Tensor  # the diagonal of S, (*batch, n)
+    terms: Tensor  # (*batch)
+    eps: float
+
+
+def _of_factor(scaled: _Scaled) -> NewtonStep:
+    """By Cholesky, which is fast, and by `_of_spectrum` where a matrix is not positive definite beyond doubt."""
+    matrix, g, scale, terms, eps = scaled
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    pivots = torch.diagonal(factor, dim1=-2, dim2=-1).square()
+    regular = scale.square() < 0.99 / min(100 * eps, 0.01)  # no variable whose curvature may be rounding
+    definite = (info == 0) & (pivots > 1000 * eps).all(-1) & regular.all(-1)
+    factor = torch.where(definite[..., None, None], factor, torch.eye(g.shape[-1], dtype=g.dtype, device=g.device))
+    step = scale * torch.cholesky_solve(g.unsqueeze(-1), factor).squeeze(-1)
+    settled = torch.linalg.vector_norm(g, dim=-1) <= NOISE * eps * terms.sqrt()
+    none = torch.zeros_like(settled)
+    easy = NewtonStep(torch.linalg.vector_norm(step, dim=-1), ~none, settled, none, torch.zeros_like(g))
+    if readable(definite) and bool(definite.all()):
+        return easy
+
+    def rest(_: NewtonStep) -> NewtonStep:
+        hard = _of_spectrum(scaled)
+        rows = (definite.unsqueeze(-1) if t.ndim > definite.ndim else definite for t in easy)
+        return NewtonStep(*(torch.where(row, a, b) for row, a, b in zip(rows, easy, hard, strict=True)))
+
+    found: NewtonStep = while_loop(lambda _: ~definite.all(), rest, easy, 1)
+    return found
+
+
+def _of_spectrum(scaled: _Scaled) -> NewtonStep:
+    """By eigenvalues: where one is lost in rounding, what the gradient says along it counts only if it lies beyond that too."""
+    values, vectors = torch.linalg.eigh(scaled.matrix)
+    eps = scaled.eps
+    directions = scaled.scale.unsqueeze(-1) * vectors  # columns, in which ‖H‖ is one
+    stretch = directions.square().sum(-2)
+    doubt = NOISE * eps * stretch  # (*batch, n)
+    g = (vectors.mT @ scaled.gradient.unsqueeze(-1)).squeeze(-1)
+    noise = NOISE * eps * (stretch * scaled.terms.unsqueeze(-1)).sqrt()
+    flat = values.abs() <= doubt
+    along = torch.where(flat & (g.abs() <= noise), 0, g / torch.maximum(values.abs(), doubt / NOISE))
+    sure = ~(flat & (g.abs() > noise)).any(-1)
+    step = (directions @ along.unsqueeze(-1)).squeeze(-1)
+    negative = values[..., 0] < -NEGATIVE / NOISE * doubt[..., 0]
+    length = torch.linalg.vector_norm(step, dim=-1)
+    falling = directions[..., 0] * torch.where(negative, -values[..., 0], 1).rsqrt().unsqueeze(-1)
+    return NewtonStep(length, sure, (g.abs() <= noise).all(-1), negative, falling)
+
+
+def _along_some(product: Callable[[Tensor], Tensor], x: Tensor, energy: Tensor, gradient: Tensor, size: Tensor, probe: Tensor
+                ) -> NewtonStep:  # fmt: skip
+    """Conjugate gradients on H e = ∇E until ‖e‖ stops growing; it grows towards ‖H⁻¹∇E‖ and never exceeds it."""
+    unit = gradient / torch.where(size == 0, 1, size).to(gradient.dtype).unsqueeze(-1)
+    image, across = product(unit), product(probe)
+    largest = torch.maximum(max_norm(image), max_norm(across))
+    # In units of that curvature, since its square, too, may underflow.
+    one = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+    rows, eps = one.to(image.dtype).unsqueeze(-1), torch.finfo(image.dtype).eps
+    image, across = image / rows, across / rows
+    top = torch.maximum(_length(image), _length(across))
+
+    def run(right: Tensor, image: Tensor, falling: Tensor, bend: Tensor, most: int) -> _CG:
+        zero = torch.zeros_like(top)
+        first = _CG(torch.zeros_like(right), right, right, image, zero, top, zero, zero - 1, falling, bend)
+        longer = lambda state: _longer(lambda p: product(p) / rows, state)  # noqa: E731
+        found: _CG = while_loop(lambda state: (state.slow < 2).any(), longer, first, most)
+        return found
+
+    probed = run(probe, across, torch.zeros_like(probe), torch.zeros_like(top), PROBES)
+    done = run(unit, image, probed.falling, probed.bend, MOST_PRODUCTS)
+    top, size, energy = done.top.squeeze(-1).to(size.dtype), size / one, energy.abs().to(size.dtype) / one
+    noise = NOISE * eps * (top * (top * x.square().sum(-1).to(size.dtype) + energy)).sqrt()
+    # What is left where the curvature is lost in rounding is rounding as well, or the energy falls there for a long way.
+    end = done.end.squeeze(-1).to(size.dtype)
+    left = torch.where(end < 0, 0, _length(done.left).squeeze(-1).to(size.dtype) * size)
+    flat = end <= NOISE * eps * top
+    left = torch.where(flat & (left <= noise), 0, left)
+    length = _length(done.step).squeeze(-1).to(size.dtype) * size
+    length = torch.where(left > 0, length + left / torch.maximum(end, eps * top), length)
+    saddle = (done.bend < -NEGATIVE * eps * done.top).squeeze(-1)
+    length = torch.where(torch.isfinite(largest), length, torch.nan)
+    falling = normalized(done.falling) * (torch.where(done.bend < 0, -done.bend, 1) * rows).rsqrt()
+    return NewtonStep(length, ~flat | (left == 0), size <= noise, saddle, falling)
+
+
+class _CG(NamedTuple):
+    """Numbers are ``(*batch, 1)``."""
+
+    step: Tensor  # e, (*batch, n)
+    left: Tensor  # right − H e
+    direction: Tensor  # d
+    image: Tensor  # H d
+    length: Tensor  # ‖e‖
+    top: Tensor  # the largest ‖H d‖ / ‖d‖ seen
+    slow: Tensor  # updates in which e grew little; 2 and more: it is done
+    end: Tensor  # |curvature| of the direction at which it ended, if that is not positive; −1: there is none
+    falling: Tensor  # (*batch, n), a direction of negative curvature
+    bend: Tensor  # the curvature along it
+
+
+def _longer(product: Callable[[Tensor], Tensor], state: _CG) -> _CG:
+    e, left, d, image, length, top, slow, end, falling, bend = state
+    along, before, squared = _dot(d, image), _dot(left, left), _dot(d, d)
+    top = torch.maximum(top, _length(image) / torch.where(squared > 0, squared, 1).sqrt())
+    goes_on, curvature = slow < 2, along / torch.where(squared > 0, squared, 1)
+    lower = goes_on & (curvature < bend) & (curvature < 0)
+    falling, bend = torch.where(lower, d, falling), torch.where(lower, curvature, bend)
+    lost = goes_on & ~(curvature > NOISE * torch.finfo(d.dtype).eps * top)
+    grows = goes_on & ~lost & (squared > 0)
+    end = torch.where(lost, curvature.abs(), end)
+    alpha = torch.where(grows, before / torch.where(grows, along, 1), 0)
+    e, left = e + alpha * d, left - alpha * image
+    longer = _length(e)
+    slow = torch.where(grows, torch.where(longer > GROWTH * length, 0, slow + 1), 2)
+    d = torch.where(lost, d, left + _dot(left, left) / torch.where(before > 0, before, 1) * d)
+    if readable(slow) and not bool((slow < 2).any()):
+        return _CG(e, left, d, image, longer, top, slow, end, falling, bend)
+    return _CG(e, left, d, product(d), longer, top, slow, end, falling, bend)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch, 1)
+    return (a * b).sum(-1, keepdim=True)
+
+
+def _length(a: Tensor) -> Tensor:  # (*batch, n) -> (*batch, 1)
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)

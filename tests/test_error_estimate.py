@@ -1,0 +1,170 @@
+"""When a solve says that it converged: in any units, beyond rounding, at minima only, and of maps as far as they contract."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from energynet import LBFGS, Anderson, Broyden, Newton, NewtonCG, Picard, Solver, Status, Termination, fixed_point, minimize
+from energynet.constraints import Box
+from energynet.solvers import Nesterov
+from energynet.solvers.gradient_descent import BarzilaiBorwein, GradientDescent
+
+MINIMIZERS = [LBFGS(), Newton(), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()), Picard(), Nesterov(),
+              Anderson(), Broyden()]  # fmt: skip
+DESCENDING = [solver for solver in MINIMIZERS if solver.descends]
+each = pytest.mark.parametrize("solver", MINIMIZERS, ids=repr)
+
+
+@each
+@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1e-4, 1e4, 1e8])
+def test_an_answer_is_as_accurate_in_any_units_of_x(solver: Solver, unit: float) -> None:
+    energy = lambda x, z: ((x - z).square() / unit**2 / 2 + (x / unit) ** 4 / 4).sum(-1)  # noqa: E731
+    z = torch.full((1, 1), unit, requires_grad=True)
+    solution = minimize(energy, torch.zeros(1, 1), z, solver=solver)
+    assert solution.value.item() / unit == pytest.approx(0.682327804, rel=1e-3)
+    assert torch.autograd.grad(solution.value.sum(), z)[0].item() == pytest.approx(0.417237, rel=1e-3)
+
+
+@each
+@pytest.mark.parametrize("far", [3e12, 1e20])
+def test_an_answer_far_from_a_start_at_zero_is_no_divergence(solver: Solver, far: float) -> None:
+    solution = minimize(lambda x: ((x - far) / far).square().sum(-1), torch.zeros(1, 1, dtype=torch.float64), solver=solver)
+    assert solution.value.item() == pytest.approx(far, rel=3e-8)
+
+
+def test_a_given_tolerance_is_in_units_of_x() -> None:
+    energy = lambda x: (x / 1e-6 - 1).square().sum(-1)  # noqa: E731
+    solution = minimize(energy, torch.zeros(1, 1), termination=Termination(atol=1e-3, rtol=0.0))
+    assert solution.num_steps.item() == 0 and solution.error.item() == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("atol", [1e-8, 0.0])
+def test_a_tolerance_below_rounding_is_raised_to_what_can_be_reached(atol: float) -> None:
+    z = torch.linspace(0.5, 2, 6, dtype=torch.float64).reshape(2, 3)
+    energy = lambda x, z: (x.exp() - z * x).sum(-1)  # noqa: E731
+    solution = minimize(energy, torch.zeros_like(z), z, solver=Newton(), termination=Termination(atol=atol, rtol=0.0))
+    torch.testing.assert_close(solution.value, z.log(), rtol=0, atol=max(atol, 1e-15))
+
+
+def wells(x: Tensor) -> Tensor:
+    return (x[:, 0] ** 2 - 1) ** 2 + x[:, 1:].square().sum(-1)
+
+
+@each
+@pytest.mark.parametrize("n", [1, 2, 12])
+def test_a_saddle_on_the_way_or_at_the_start_is_left(solver: Solver, n: int) -> None:
+    x0 = torch.zeros(2, n, dtype=torch.float64)
+    x0[1, 1:] = 1
+    solution = minimize(wells, x0, solver=solver, on_failure="ignore")
+    assert solution.converged.all() or isinstance(solver, Anderson | Broyden)  # these may go anywhere
+    found = solution.value[solution.converged, 0]
+    torch.testing.assert_close(found.abs(), torch.ones_like(found), rtol=0, atol=3e-8)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_a_saddle_is_left_in_any_units(unit: float) -> None:
+    solution = minimize(lambda x: ((x / unit) ** 2 - 1).square().sum(-1), torch.zeros(1, 1))
+    assert abs(solution.value.item()) == pytest.approx(unit, rel=1e-3)
+
+
+@each
+def test_a_maximum_is_no_answer(solver: Solver) -> None:
+    x0 = torch.tensor([[0.3], [0.0]], dtype=torch.float64)
+    solution = minimize(lambda x: x.cos().sum(-1), x0, solver=solver, on_failure="ignore")
+    assert solution.converged.all() or not solver.descends
+    least = 1e-12 - 1 if solver.descends else -0.9  # others may go far, where x is known to ε‖x‖
+    assert (solution.value[solution.converged].cos() < least).all()
+
+
+MISRA_Y = [10.07, 14.73, 17.94, 23.93, 29.61, 35.18, 40.02, 44.82, 50.76, 55.05, 61.01, 66.40, 75.47, 81.78]
+MISRA_X = [77.6, 114.9, 141.1, 190.8, 239.9, 289.0, 332.8, 378.4, 434.8, 477.3, 536.8, 593.1, 689.1, 760.0]
+
+
+def misra1d(b: Tensor) -> Tensor:
+    """NIST, nonlinear least squares: certified 437.36970754, 3.0227324449e-4 and RSS 5.6419295283e-2."""
+    x, y = (torch.tensor(t, dtype=b.dtype) for t in (MISRA_X, MISRA_Y))
+    return (b[:, :1] * b[:, 1:] * x / (1 + b[:, 1:] * x) - y).square().sum(-1)
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), Newton()], ids=repr)
+def test_variables_of_very_different_scale_do_not_hide_the_distance(solver: Solver) -> None:
+    solution = minimize(misra1d, torch.tensor([[500.0, 1e-4]], dtype=torch.float64), solver=solver)
+    exact = torch.tensor([[437.36970754, 3.0227324449e-4]], dtype=torch.float64)
+    torch.testing.assert_close(solution.value, exact, rtol=1e-9, atol=0)
+    off = torch.tensor([[535.0856888083281, 0.00024245115824808827]], dtype=torch.float64)  # along the valley
+    far = minimize(misra1d, off, termination=Termination(max_steps=0), on_failure="ignore")
+    assert far.error.item() > 1  # 98 from the answer
+
+
+def rayleigh(x: Tensor, A: Tensor) -> Tensor:
+    return (x * (A @ x.unsqueeze(-1)).squeeze(-1)).sum(-1) / x.square().sum(-1)
+
+
+def symmetric(batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(batch, 5, 5, dtype=torch.float64, generator=generator)
+    return A + A.mT, torch.randn(batch, 5, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("solver", DESCENDING, ids=repr)
+def test_a_gauge_direction_fails_no_solve(solver: Solver) -> None:
+    A, x0 = symmetric(200 if isinstance(solver, LBFGS) else 20)
+    solution = minimize(rayleigh, x0, A, solver=solver)
+    torch.testing.assert_close(rayleigh(solution.value, A), torch.linalg.eigvalsh(A)[:, 0], rtol=0, atol=1e-12)
+
+
+def lennard_jones(x: Tensor) -> Tensor:  # (B, 3 k)
+    p = x.reshape(x.shape[0], -1, 3)
+    i, j = torch.triu_indices(p.shape[1], p.shape[1], 1)
+    inverse = (p[:, i] - p[:, j]).square().sum(-1) ** -3
+    return (4 * (inverse**2 - inverse)).sum(-1)
+
+
+@pytest.mark.parametrize("atoms, least", [(3, -3.0), (4, -6.0), (5, -9.103852)])
+@pytest.mark.parametrize("solver", [LBFGS(), Newton(), NewtonCG()], ids=repr)
+def test_rigid_motions_of_a_molecule_fail_no_solve(solver: Solver, atoms: int, least: float) -> None:
+    x0 = torch.randn(8, 3 * atoms, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    energies = lennard_jones(minimize(lennard_jones, x0, solver=solver).value)
+    assert energies.amin().item() == pytest.approx(least, abs=1e-6)
+
+
+SLOW = [("x + 1", lambda x: x + 1), ("x + e⁻ˣ", lambda x: x + (-x).exp())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), Nesterov()], ids=repr)
+@pytest.mark.parametrize("g", [g for _, g in SLOW], ids=[name for name, _ in SLOW])
+def test_a_map_without_a_fixed_point_does_not_converge(g, solver: Solver, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    limit = Termination(max_steps=3000 if isinstance(solver, Picard) and dtype is torch.float32 else 100)
+    solution = fixed_point(g, torch.zeros(1, 1, dtype=dtype), solver=solver, termination=limit, on_failure="ignore")
+    assert not solution.converged.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rate", [0.5, 0.99, 0.999])
+@pytest.mark.parametrize("steps", [0, 300, 1400])
+def test_the_error_of_a_map_is_its_distance(rate: float, dtype: torch.dtype, steps: int) -> None:
+    answer = 1 / (1 - rate)
+    limit = Termination(max_steps=steps)
+    solution = fixed_point(lambda x: rate * x + 1, torch.zeros(2, 1, dtype=dtype), termination=limit, on_failure="ignore")
+    distance = (solution.value - answer).abs().amax().item()
+    assert 0.95 * distance - 1e-3 * answer <= solution.error.amax().item() <= 1.2 * distance + 1e-3 * answer
+    if solution.converged.any():
+        assert distance <= 2 * torch.finfo(dtype).eps ** 0.5 * answer
+
+
+def test_a_turning_map_is_not_taken_for_a_slow_one() -> None:
+    turn = torch.tensor([[0.0, 0.9], [-0.9, 0.0]], dtype=torch.float64)
+    solution = fixed_point(lambda x: x @ turn.mT + 1, torch.zeros(1, 2, dtype=torch.float64), on_failure="ignore",
+                           termination=Termination(max_steps=20))  # fmt: skip
+    exact = torch.linalg.solve(torch.eye(2, dtype=torch.float64) - turn, torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(solution.error, (solution.value - exact).norm(dim=-1), rtol=1e-6, atol=0)
+    assert (solution.status == Status.MAX_STEPS).all()
+
+
+def test_a_maximum_within_bounds_is_no_answer() -> None:
+    z = torch.tensor([[0.5]], dtype=torch.float64, requires_grad=True)
+    x0 = torch.full((1, 1), 0.5, dtype=torch.float64)
+    solution = minimize(lambda x, z: -(x - z).square().sum(-1), x0, z, prox=Box(0.0, 1.0))
+    assert solution.value.item() in (0.0, 1.0)
+    assert torch.autograd.grad(solution.value.sum(), z)[0].item() == 0
