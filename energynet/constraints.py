@@ -377,8 +377,13 @@ def _adjoint_differences(p: Tensor, dims: int) -> Tensor:  # (K, *grid, dims) ->
 
 def _clip(x: Tensor, lower: Any, upper: Any) -> Tensor:
     """On a bound the derivative is that of the inside; torch.maximum would halve it."""
-    x = x if lower is None else torch.where(x < lower, lower, x)
-    return x if upper is None else torch.where(x > upper, upper, x)
+    x = x if lower is None else torch.where(_or_nan(x < lower, lower), lower, x)
+    return x if upper is None else torch.where(_or_nan(x > upper, upper), upper, x)
+
+
+def _or_nan(crossed: Tensor, bound: Any) -> Tensor:
+    """A bound that is NaN is no bound that is missing."""
+    return crossed | torch.isnan(bound) if isinstance(bound, Tensor) else crossed
 
 
 def _shrink(x: Tensor, threshold: float | Tensor) -> Tensor:

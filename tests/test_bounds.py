@@ -185,6 +185,15 @@ def test_infinite_equal_and_missing_bounds() -> None:
     close(slope[:, 1::2], torch.zeros(3, 2, dtype=torch.float64), 1e-10)
 
 
+@pytest.mark.parametrize("solver", [None, Nesterov()], ids=repr)
+def test_a_bound_that_is_nan_fails_its_sample_alone(solver: Any) -> None:
+    z, upper = 2 * randn(3, 4, seed=3), HIGH.repeat(3, 1)
+    upper[1, 2] = math.nan
+    solution = minimize(energy, torch.zeros_like(z), z, prox=Box(upper=upper), solver=solver, on_failure="ignore")
+    assert solution.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+    close(solution.value[::2], bounded(z, torch.tensor(-math.inf))[::2], 1e-6)
+
+
 def test_a_start_outside_of_the_bounds_where_the_energy_has_no_value() -> None:
     c = torch.tensor([[3.0, -1.0, 0.5]], dtype=torch.float64)
     start = torch.tensor([[-5.0, -1.0, 9.0]], dtype=torch.float64)
@@ -285,8 +294,9 @@ def test_what_is_refused() -> None:
         minimize(energy, torch.zeros_like(z), z, prox=Simplex(), solver=ProjectedLBFGS())
     with pytest.raises(ValueError, match="memory ≥ 1, got 0"):
         ProjectedLBFGS(0)
-    with pytest.raises(TypeError, match="UnrolledAdjoint cannot differentiate the updates of ProjectedLBFGS"):
+    with pytest.raises(TypeError, match=r"UnrolledAdjoint cannot differentiate the updates of ProjectedLBFGS.* step_size="):
         bounded(z, adjoint=UnrolledAdjoint())
+    close(bounded(z, adjoint=UnrolledAdjoint(), step_size=0.3, solver=Picard()), bounded(z), 1e-10)
 
 
 @pytest.mark.slow

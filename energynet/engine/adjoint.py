@@ -207,8 +207,7 @@ class UnrolledAdjoint(Adjoint):
         if self.last is None and not method.solver.unrollable:
             raise TypeError(
                 f"UnrolledAdjoint cannot differentiate the updates of {type(method.solver).__name__}: their derivatives would be "
-                "wrong, or grow without bound. Use ImplicitAdjoint(), or another solver, such as LBFGS(), or FixedStep() as the "
-                "rule of GradientDescent."
+                f"wrong, or grow without bound. Use ImplicitAdjoint(), or {_differentiable(method.equation.kind)}."
             )
         if self.last is None and method.equation.binding.step.guessed and not method.solver.measures_first:
             other = ", or use LBFGS(), which needs none" if method.equation.kind is Kind.ENERGY else ""
@@ -236,6 +235,13 @@ class UnrolledAdjoint(Adjoint):
         for _ in range(last):
             x = step(x)
         return _Truncated.apply("UnrolledAdjoint(last=...)", x, *inputs), status, error, steps, *trace
+
+
+def _differentiable(kind: Kind) -> str:
+    """What else to use, in words."""
+    if kind is Kind.ENERGY:
+        return "another solver, such as LBFGS(), or FixedStep() as the rule of GradientDescent"
+    return "gradient steps of a size that you give, step_size=... with solver=Picard()"
 
 
 def _checkpointed(function: Callable[[Any], Any], shared: SharedState, times: int = 32) -> Callable[[Any], Any]:
