@@ -5,7 +5,7 @@ import contextlib
 from energynet import constraints, diagnostics, regularizers
 from energynet.energy import Energy, gradient
 from energynet.engine.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
-from energynet.engine.driver import Driver, Eager
+from energynet.engine.driver import Driver, Eager, Progress
 from energynet.engine.purity import ImpureFunctionError, LostGradientError
 from energynet.engine.root_gradient import Adjoint, AdjointReport
 from energynet.engine.shared_state import ChangedFunctionError
@@ -71,6 +71,7 @@ __all__ = [
     "OneStepAdjoint",
     "OptimalityStep",
     "Picard",
+    "Progress",
     "ProjectedLBFGS",
     "Prox",
     "ProximalStep",

@@ -142,6 +142,11 @@ class Solution:
         return self.status == Status.CONVERGED
 
     @property
+    def status_names(self) -> list[str]:
+        """The name of each sample's `Status`, in order; of one problem, a list of one."""
+        return [Status(code).name for code in self.status.flatten().tolist()]
+
+    @property
     def failed(self) -> Tensor:
         """``(B,)`` bool: whether there is no answer; a sample that has used a stated budget has not failed."""
         return failed(self.status)

@@ -20,8 +20,10 @@ A sample that failed has no derivative, and is kept away from what samples share
 
 import dataclasses
 import inspect
+import threading
 import warnings
 from abc import ABC, abstractmethod
+from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,17 @@ from energynet.engine.loop import LoopState, Wrap, loop
 from energynet.engine.post_mortem import PostMortem
 from energynet.engine.shared_state import SharedState
 from energynet.engine.tasks import Outcome, Solve, input_gradients
-from energynet.solution import LEFT_OUT, NONE_LEFT, UNSEPARATED, ConvergenceWarning, OnFailure, describe, failed, report
+from energynet.solution import (
+    LEFT_OUT,
+    NONE_LEFT,
+    UNSEPARATED,
+    ConvergenceWarning,
+    OnFailure,
+    Status,
+    describe,
+    failed,
+    report,
+)
 from energynet.solvers import Solver
 from energynet.solvers.problem import Descent, Problem
 from energynet.step import Step
@@ -66,7 +78,7 @@ class AdjointRecord(NamedTuple):
 
 
 class AdjointReport:
-    """Collects one `AdjointRecord` per backward solve; the caller keeps, reads and clears it.
+    """Sums up the backward solves, and keeps an `AdjointRecord` of each of the last ones; the caller reads and clears it.
 
     Example:
         >>> import torch
@@ -74,18 +86,60 @@ class AdjointReport:
         >>> seen = AdjointReport()
         >>> layer = FPI_GD(lambda x, z: (x - z).square().sum(-1), 0.5, adjoint=ImplicitAdjoint(report=seen))
         >>> layer(torch.ones(4, 2, requires_grad=True), x0=torch.zeros(4, 2)).sum().backward()
+        >>> seen
+        AdjointReport(1 solve, CONVERGED 4, steps≤1, residual≤0)
         >>> seen.records[0].num_steps.tolist()
         [1, 1, 1, 1]
+
+    Args:
+        keep: how many records are kept, those of the last solves; what is summed up covers all.
+
+    Raises:
+        ValueError: if keep is not a whole number ≥ 0.
     """
 
-    def __init__(self) -> None:
-        self.records: list[AdjointRecord] = []
+    def __init__(self, keep: int = 1000) -> None:
+        if type(keep) is not int or keep < 0:
+            raise ValueError(f"AdjointReport needs a whole number of records to keep, got {keep!r}.")
+        self.records: deque[AdjointRecord] = deque(maxlen=keep)
+        self._lock = threading.Lock()
+        self.clear()
 
     def clear(self) -> None:
-        self.records.clear()
+        """Forget all solves."""
+        with self._lock:
+            self.records.clear()
+            self.num_solves = 0
+            """How many backward solves there were."""
+            self._counts = torch.zeros(len(Status), dtype=torch.int64)
+            self.max_steps, self.max_residual = 0, 0.0
+
+    def add(self, record: AdjointRecord) -> None:
+        """Take in how a solve went."""
+        status, residual, steps = (t.detach().flatten() for t in record)
+        finite = residual[torch.isfinite(residual)]
+        with self._lock:
+            self.records.append(AdjointRecord(*(t.detach() for t in record)))
+            self.num_solves += 1
+            self._counts += torch.bincount(status.long(), minlength=len(Status)).cpu()
+            self.max_steps = max(self.max_steps, int(steps.amax()) if len(steps) else 0)
+            self.max_residual = max(self.max_residual, float(finite.amax()) if len(finite) else 0.0)
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """How many samples of all solves ended in which way."""
+        return {status: int(count) for status, count in zip(Status, self._counts, strict=True) if count}
 
     def __repr__(self) -> str:
-        return f"AdjointReport({len(self.records)} records)"
+        solves = f"{self.num_solves} solve{'' if self.num_solves == 1 else 's'}"
+        ended = "".join(f", {status.name} {count}" for status, count in self.counts.items())
+        return f"AdjointReport({solves}{ended}, steps≤{self.max_steps}, residual≤{self.max_residual:.2g})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
 
 class Adjoint(ABC):
@@ -194,8 +248,7 @@ class Method:
         """Apply the failure policy to how a solve from ``start`` ended; whether no sample failed."""
         adjoint = isinstance(self.equation, Linear)
         if adjoint and self.report is not None:
-            told = (outcome.status, outcome.error, outcome.steps)
-            self.report.records.append(AdjointRecord(*(t.detach() for t in told)))
+            self.report.add(AdjointRecord(outcome.status, outcome.error, outcome.steps))
         bad = failed(outcome.status)
         if not bool(bad.any()):
             return True

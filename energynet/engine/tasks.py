@@ -2,6 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from energynet.solvers.problem import Problem
 from energynet.solvers.spectrum import ritz_values
 from energynet.step import Kind
 from energynet.termination import Termination, max_norm
+
+Observe = Callable[[LoopState], None]
 
 
 class Task(ABC):
@@ -39,8 +42,8 @@ class Task(ABC):
         return self.equation.batch_dims
 
     @abstractmethod
-    def checked(self, every: int | None) -> "Task":
-        """The same function, with another `check_every`."""
+    def checked(self, every: int | None, observe: Observe | None = None) -> "Task":
+        """The same function, with another `check_every`, and with someone who is shown the state after each update."""
 
     @abstractmethod
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -64,9 +67,10 @@ class Solve(Task):
     solver: Solver
     termination: Termination
     check_every: int | None = None
+    observe: Observe | None = None
 
-    def checked(self, every: int | None) -> "Solve":
-        return dataclasses.replace(self, check_every=every)
+    def checked(self, every: int | None, observe: Observe | None = None) -> "Solve":
+        return dataclasses.replace(self, check_every=every, observe=observe)
 
     def __call__(self, *tensors: Tensor) -> Outcome:
         y0, inputs = tensors[0], tensors[1:]
@@ -90,7 +94,7 @@ class Solve(Task):
     def _loop(self, problem: Problem, termination: Termination, y0: Tensor, inputs: tuple[Tensor, ...]) -> LoopState:
         plain = self.equation.batch_dims == 1 and readable(y0) and not isinstance(self.binding.step.step_size, Tensor)
         batch = Samples(self.equation, y0, inputs) if plain and len(y0) >= CROWD else None
-        return loop(problem, self.solver, termination, y0, every=self.check_every, batch=batch)
+        return loop(problem, self.solver, termination, y0, self.observe, every=self.check_every, batch=batch)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,19 +139,21 @@ class Pull(Task):
     termination: Termination
     wanted: tuple[bool, ...]
     check_every: int | None = None
+    observe: Observe | None = None
 
     def linear(self, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Linear, tuple[Tensor, ...]]:
         """The adjoint equation, and its inputs after v."""
         root, flipped, arguments = self.equation.linearization(y, inputs)
         return Linear(root, not flipped), arguments
 
-    def checked(self, every: int | None) -> "Pull":
-        return dataclasses.replace(self, check_every=every)
+    def checked(self, every: int | None, observe: Observe | None = None) -> "Pull":
+        return dataclasses.replace(self, check_every=every, observe=observe)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         v, y, inputs = tensors[0], tensors[1], tensors[2:]
         equation, arguments = self.linear(y, inputs)
-        outcome = Solve(equation, self.solver, self.termination, self.check_every)(torch.zeros_like(v), v, *arguments)
+        solve = Solve(equation, self.solver, self.termination, self.check_every, self.observe)
+        outcome = solve(torch.zeros_like(v), v, *arguments)
         gradients = input_gradients(self.equation, self.wanted, outcome.value, y, inputs)
         found = [v.new_zeros(0) if g is None else g for g, want in zip(gradients, self.wanted) if want]
         return *outcome, *found
