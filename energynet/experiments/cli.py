@@ -84,7 +84,7 @@ def multilabel(
         ),
     ] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results folder. Default: a new one under results/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     threads: Annotated[
         int, typer.Option(min=0, metavar="N", show_default=False, help="CPU threads of PyTorch. Default: its own choice.")
     ] = 0,
@@ -129,8 +129,8 @@ def _train(console: Console, plan: Plan, data: MultiLabelData) -> list[dict[str,
         console.print(f"Error: {error}", style="red", soft_wrap=True, markup=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as interrupt:
-        told = f"Interrupted. Finished epochs are saved; go on with the same options and --resume --out {plan.out}"
-        console.print(told, soft_wrap=True, markup=False)
+        message = f"Interrupted. Finished epochs are saved; continue with the same options and --resume --out {plan.out}"
+        console.print(message, soft_wrap=True, markup=False)
         raise typer.Exit(130) from interrupt
 
 

@@ -161,7 +161,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _commit() -> str:
     """The checkout's commit, marked when the working tree differs from it; "unknown" outside a checkout."""
     try:
-        told = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
@@ -170,7 +170,7 @@ def _commit() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return told.stdout.strip()
+    return result.stdout.strip()
 
 
 def _mean(values: list[float | None]) -> float | None:

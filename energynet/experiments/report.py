@@ -53,12 +53,12 @@ class Display:
             self.progress.advance(self.task)
 
     def _epoch(self, recipe: Recipe, epoch: Epoch) -> None:
-        told = describe(epoch)
+        text = describe(epoch)
         if self.task is not None:
-            self.progress.update(self.task, figures=told)
+            self.progress.update(self.task, figures=text)
         if not self.console.is_terminal:
             run = f"{recipe.method.value} seed {recipe.seed} epoch {epoch.epoch}/{recipe.epochs}"
-            self.console.print(f"{run}: {told}", soft_wrap=True, highlight=False)
+            self.console.print(f"{run}: {text}", soft_wrap=True, highlight=False)
 
 
 def describe(epoch: Epoch) -> str:
@@ -67,11 +67,11 @@ def describe(epoch: Epoch) -> str:
     >>> describe(Epoch(1, 0.5, 0.25, 0.2, 6.0, 4.0, 1.0))
     'loss 0.500, F1 25.0, steps 6.0 + 4.0, converged 100.0 %'
     """
-    told = f"loss {epoch.loss:.3f}, F1 {100 * epoch.held_out_f1:.1f}"
+    text = f"loss {epoch.loss:.3f}, F1 {100 * epoch.held_out_f1:.1f}"
     if epoch.forward_steps is None or epoch.converged is None:
-        return told
+        return text
     adjoint = 0.0 if epoch.adjoint_steps is None else epoch.adjoint_steps
-    return f"{told}, steps {epoch.forward_steps:.1f} + {adjoint:.1f}, converged {100 * epoch.converged:.1f} %"
+    return f"{text}, steps {epoch.forward_steps:.1f} + {adjoint:.1f}, converged {100 * epoch.converged:.1f} %"
 
 
 def result_table(plan: Plan, name: str, metrics: list[dict[str, Any]], logged: int | None) -> Table:
@@ -116,7 +116,7 @@ def agreement_lines(metrics: list[dict[str, Any]]) -> list[str]:
     """For each run of FPI_GD: its steps, and how its answers agree with a float64 solve at tolerance 1e-10."""
     return [
         f"{run['method']} seed {run['seed']}: {run['forward_steps']:.1f} forward and {run['adjoint_steps'] or 0:.1f} "
-        f"adjoint steps a training batch, {100 * run['converged']:.2f} % converged; against a float64 solve at 1e-10 "
+        f"adjoint steps per training batch, {100 * run['converged']:.2f} % converged; against a float64 solve at 1e-10 "
         "the answers of "
         f"{run['agreement']['rows']} held-out rows differ by {run['agreement']['median']:.1e} (median; limit 1e-3), "
         f"{run['agreement']['99th percentile']:.1e} (99th percentile; limit 1e-2), relative."
@@ -126,8 +126,8 @@ def agreement_lines(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def _caption(logged: int | None) -> str:
-    told = "steps: mean forward + adjoint steps a training batch; conv.: samples converged; ×N: N networks."
-    return told if logged is None else f"{told} Evaluations on test rows in the log so far: {logged}."
+    note = "steps: mean forward + adjoint steps per training batch; conv.: samples converged; ×N: N networks."
+    return note if logged is None else f"{note} Evaluations on test rows in the log so far: {logged}."
 
 
 def _name(method: MethodName, runs: list[dict[str, Any]]) -> str:

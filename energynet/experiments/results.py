@@ -161,8 +161,8 @@ def _compare(stored: Mapping[str, Any], config: Mapping[str, Any], path: Path) -
     now = json.loads(json.dumps(config))
     differing = [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]
     if differing:
-        told = "; ".join(f"{name}: {stored.get(name)!r} there, {now.get(name)!r} now" for name in differing)
-        raise ResumeError(f"--resume: {path} is of another run ({told}). Give the same options, or another --out.")
+        changed = "; ".join(f"{name}: {stored.get(name)!r} there, {now.get(name)!r} now" for name in differing)
+        raise ResumeError(f"--resume: {path} belongs to another run ({changed}). Give the same options, or another --out.")
 
 
 def _pack(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
