@@ -402,12 +402,12 @@ def test_tiny_and_huge_losses_have_gradients_too(scale: float) -> None:
         torch.testing.assert_close(torch.autograd.grad(scale * x.sum(), z)[0] / scale, expected, rtol=1e-4, atol=0)
 
 
-MINIMISERS = [LBFGS(), Newton(), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()), Picard(), Nesterov(),
+MINIMIZERS = [LBFGS(), Newton(), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()), Picard(), Nesterov(),
               Anderson(), Broyden()]  # fmt: skip
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-25, 1e-20, 1e20, 1e25])
-@pytest.mark.parametrize("solver", MINIMISERS, ids=repr)
+@pytest.mark.parametrize("solver", MINIMIZERS, ids=repr)
 def test_a_gradient_whose_square_underflows_or_overflows_makes_no_answer(solver: Solver, factor: float) -> None:
     curvature = torch.tensor([1.0, 5.0])
     energy = lambda x: (curvature * (x - 1).square() + x.cosh() - 1).sum(-1)  # noqa: E731

@@ -35,7 +35,7 @@ STEP_SIZES = (0.4, 1.6, 2.8)  # three of them, looked at closely
 ACCURATE = Termination(atol=1e-10, rtol=0.0)  # when a solve may stop
 PATIENT = Termination(atol=1e-8, rtol=0.0, max_steps=400)
 
-BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#666666"
+BLUE, GREEN, ORANGE, GRAY = "#0072b2", "#009e73", "#d55e00", "#666666"
 plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -84,7 +84,7 @@ below = SWEEP < 1.985
 bottom.semilogy(SWEEP[below], predicted[below].clamp_min(1), color=ORANGE, linewidth=1, label="predicted, ρᵏ = 10⁻⁸")
 bottom.set(xlabel="step size γ", ylabel="steps to x*, within 10⁻⁸", ylim=(1, 700), xlim=(0, 3.4))
 bottom.legend(loc="lower left")
-bottom.text(2.7, 25, "never arrives:\nStatus.MAX_STEPS", ha="center", va="center", color=GREY)
+bottom.text(2.7, 25, "never converges:\nStatus.MAX_STEPS", ha="center", va="center", color=GRAY)
 bottom.axvspan(2, 3.4, color="0.93", zorder=0)
 for axis in (top, bottom):
     axis.axvline(1, color=GREEN, linewidth=0.8, linestyle=":")

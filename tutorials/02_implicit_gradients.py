@@ -36,7 +36,7 @@ ENOUGH = 1000  # iterations of the layer written by hand
 ACCURATE = Termination(atol=1e-13, rtol=1e-13, max_steps=5000)
 BUDGETS = (5, 10, 20, 40, 80, 160, 320, 640)  # numbers of iterations to compare
 
-BLUE, GREEN, ORANGE, PINK, GREY = "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#666666"
+BLUE, GREEN, ORANGE, PINK, GRAY = "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#666666"
 plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 

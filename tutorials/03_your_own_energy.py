@@ -34,7 +34,7 @@ STIFFNESS = 20.0  # of each spring, in force per length; the pins are a length o
 REST = 0.4 / (BEADS + 1)  # length of a spring that pulls with no force
 TRAINING_STEPS = 40
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
+BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#666666"
 plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 

@@ -35,7 +35,7 @@ NEWTON_STEPS, DESCENT_STEPS, DESCENT_RATE = 8, 40, 8.0
 LONGEST = 2.0  # a Newton step is not longer than this
 ACCURATE = Termination(atol=1e-12, rtol=1e-12)
 
-BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#666666"
+BLUE, GREEN, ORANGE, GRAY = "#0072b2", "#009e73", "#d55e00", "#666666"
 plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -137,7 +137,7 @@ left.plot(*start, "s", color="black", markersize=7, label="start")
 left.plot(*by_newton[-1], "*", color="black", markersize=13, label="best")
 left.set(xlabel="log strength", ylabel="exponent p", title="Tuning by derivatives through the solver")
 left.legend(loc="lower left", facecolor="0.35", frameon=True, framealpha=0.75, labelcolor="white")
-right.plot(t_train, y_train, "o", color=GREY, markersize=5, label="training points")
+right.plot(t_train, y_train, "o", color=GRAY, markersize=5, label="training points")
 right.plot(t_valid, truth(t_valid), color="0.75", linewidth=6, label="truth", zorder=0)
 for h, color, name in ((start, BLUE, "fit at the start"), (by_newton[-1], ORANGE, "fit at the best")):
     right.plot(t_valid, fit(h[None])[0] @ valid.mT, color=color, linewidth=2, label=name)

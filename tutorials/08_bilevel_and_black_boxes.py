@@ -31,13 +31,13 @@ from energynet import ConvergenceError, NewtonCG, gradient, implicit, minimize
 # %%
 torch.set_default_dtype(torch.float64)
 CONSTANT = 1.0  # minutes on each of the two wide roads
-SPREAD = 0.15  # minutes by which travellers misjudge a route
+SPREAD = 0.15  # minutes by which travelers misjudge a route
 COLLECTING = 0.02  # what it costs to collect a toll, times its square
-DEMANDS = torch.linspace(0.55, 1.9, 28)  # travellers, in thousands
+DEMANDS = torch.linspace(0.55, 1.9, 28)  # travelers, in thousands
 TOLLS = torch.linspace(0.0, 1.2, 31)  # minutes that one would drive to save the toll
 SHOWN = 1.2  # a demand to look at closely
 
-BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#666666"
+BLUE, GREEN, ORANGE, GRAY = "#0072b2", "#009e73", "#d55e00", "#666666"
 plt.rcParams.update({"figure.dpi": 110, "legend.frameon": False})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -133,7 +133,7 @@ for k in range(1, len(DEMANDS), 6):
     axes[2].plot(DEMANDS[k] + reach, tolls[k] + reach * slope[k], color="#ff7f0e", linewidth=3, zorder=4)
     axes[2].plot(DEMANDS[k], tolls[k], "o", color="white", markeredgecolor="#ff7f0e", markeredgewidth=2, zorder=5)
 axes[2].plot([], [], color="#ff7f0e", linewidth=3, label="its derivative, through both levels")
-axes[2].set(xlabel="travellers, thousands", ylabel="toll on the shortcut, minutes", title="The best toll for each demand",
+axes[2].set(xlabel="travelers, thousands", ylabel="toll on the shortcut, minutes", title="The best toll for each demand",
             xlim=(float(DEMANDS[0]), float(DEMANDS[-1])), ylim=(0, 1.2))  # fmt: skip
 axes[2].legend(loc="upper right", frameon=True, framealpha=0.85)
 plt.show()

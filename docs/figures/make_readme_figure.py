@@ -18,7 +18,7 @@ from torch import Tensor
 from energynet import GradientDescent, Termination, minimize
 from energynet.plotting import plot_landscape
 
-COLOURS = ("#d55e00", "#0b3d91", "#a3006e", "#111111")
+COLORS = ("#d55e00", "#0b3d91", "#a3006e", "#111111")
 TIGHT = Termination(atol=1e-14, rtol=1e-14, max_steps=20_000)
 
 
@@ -55,7 +55,7 @@ def check(axes: Axes) -> None:
         central = torch.stack([(loss(z + h * direction) - loss(z - h * direction)) / (2 * h) for h in distances])  # (H, B)
     exact = gradient @ direction
     errors = ((central - exact) / exact).abs().clamp_min(1e-16)
-    for k, color in enumerate(COLOURS):
+    for k, color in enumerate(COLORS):
         axes.loglog(distances, errors[:, k], "o-", color=color, markeredgecolor="0.3", markeredgewidth=0.4, markersize=4.5,
                     linewidth=1, label=f"answer {k + 1}")  # fmt: skip
     guide = distances[1:13]
@@ -69,7 +69,7 @@ def check(axes: Axes) -> None:
 
 
 def main() -> None:
-    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.4), layout="constrained", width_ratios=(1.15, 1))
     figure.get_layout_engine().set(w_pad=0.12)
     landscape(left)

@@ -265,7 +265,7 @@ class _OfMap(_OfRoot):
         yield Finding(
             singular,
             "∂g/∂x has the eigenvalue 1, so there is no fixed point, or there are infinitely many",
-            f"pull x towards its answer, such as by a factor of 0.9 on it{self._bounded()}",
+            f"pull x toward its answer, such as by a factor of 0.9 on it{self._bounded()}",
         )
         expands = factor >= 1
         for where in (expands & ~torch.isnan(damping), expands & torch.isnan(damping)):

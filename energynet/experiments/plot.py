@@ -10,7 +10,7 @@ from .training import Epoch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {"fpi-gd": "#0b6e99", "fpi-nn": "#d9730d", "mlp": "#6b7280", "logistic": "#b08968"}
+_COLORS = {"fpi-gd": "#0b6e99", "fpi-nn": "#d9730d", "mlp": "#6b7280", "logistic": "#b08968"}
 
 
 def plot_curves(runs: Mapping[tuple[str, int], list[Epoch]], title: str, path: Path) -> None:
@@ -60,7 +60,7 @@ def _lines(
         points = [(epoch.epoch, value) for epoch in history if (value := figure_of(epoch)) is not None]
         if points:
             axes.plot(
-                *zip(*points, strict=True), color=_COLOURS.get(method), linestyle="--" if dashed else "-",
+                *zip(*points, strict=True), color=_COLORS.get(method), linestyle="--" if dashed else "-",
                 linewidth=1.6, label=None if method in named or dashed else method, marker="o", markersize=2.5,
             )  # fmt: skip
             named.add(method)

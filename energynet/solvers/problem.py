@@ -222,4 +222,4 @@ def safe_step_size(product: Callable[[Tensor], Tensor], gradient: Tensor) -> Ten
     return torch.where(usable, 1 / (SAFETY * torch.where(usable, largest, 1)), 1).to(gradient.dtype)
 
 
-SAFETY = 1.05  # ten products find the largest curvature to a few per cent, from below
+SAFETY = 1.05  # ten products find the largest curvature to a few percent, from below
