@@ -26,11 +26,11 @@ REACHED = 4  # rounding units: what no relative tolerance lies below
 
 @dataclasses.dataclass(frozen=True)
 class Termination:
-    """Tolerances and step limit, judged sample by sample.
+    """Tolerances and the step limit, applied to each sample.
 
-    A sample has converged when the estimate of its distance from the answer is below ``atol + rtol·‖x‖``; the adjoint's when
-    its residual is below ``rtol·‖v‖``, v being the incoming gradient. The estimate is made at the returned point, in the units
-    of ``x``, from the optimality condition F:
+    A sample has converged when the estimate of its distance from the answer is below ``atol + rtol·‖x‖``. The adjoint of a
+    sample has converged when its residual is below ``rtol·‖v‖``, where v is the incoming gradient. The estimate is made at
+    the returned point, in the units of ``x``, from the optimality condition F:
 
     - of a map, ‖x − g(x)‖ / (1 − ρ), where ρ is the contraction seen in one or two further evaluations of g;
     - of an energy, the length of a Newton step, ‖H⁻¹∇E‖: of up to ten unknowns from the whole Hessian, of more by at most ten
@@ -47,13 +47,13 @@ class Termination:
         atol: absolute tolerance, in units of ``x``; default the larger of ‖x0‖ and ‖x‖, times ε^¾ of the dtype (float32 6e-6,
             float64 2e-12), of a pytree of several dtypes that of the least precise.
         rtol: relative tolerance; default √ε of the dtype (float32 3e-4, float64 1.5e-8).
-        max_steps: updates a sample may take; one that needs more has failed.
-        budget: updates that a sample is given on purpose, in place of ``max_steps``. One that has not converged by then has not
-            failed: its status is ``BUDGET``, its value the last iterate, its error is reported, and it is differentiated as
-            if it had converged, or, by `UnrolledAdjoint`, as the iterate that it is. Of an adjoint, the truncated gradient is
-            taken as it is.
+        max_steps: the largest number of updates of a sample; a sample that needs more has failed.
+        budget: a number of updates that is given on purpose, in place of ``max_steps``. A sample that has not converged by
+            then has not failed: its status is ``BUDGET``, its value is the last iterate, its error is reported, and it is
+            differentiated as if it had converged, or, by `UnrolledAdjoint`, as the iterate that it is. For an adjoint, the
+            truncated gradient is used as it is.
         norm: a norm over the last dimension, ``(*batch, n) -> (*batch)``.
-        rounding: ε, if the defaults shall be those of another dtype than that of ``x``.
+        rounding: ε, if the defaults should be those of another dtype than that of ``x``.
 
     A tolerance below what the dtype can reach, a few ε of ‖x‖ or ‖v‖, is raised to that.
 
