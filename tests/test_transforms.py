@@ -194,3 +194,16 @@ def test_a_compiled_energy_is_taken_as_the_module_it_wraps() -> None:
     compiled = FPI_GD(torch.compile(energy), energy.step_size, start=energy.start, termination=TIGHT)
     got = torch.autograd.grad(compiled(Z).sum(), energy.A)[0]
     same(got, torch.autograd.grad(FPI_GD(energy, energy.step_size, termination=TIGHT)(Z).sum(), energy.A)[0])
+
+
+@pytest.mark.parametrize("make", [FPI_GD, FPI_NN], ids=["FPI_GD", "FPI_NN"])
+def test_vectorized_functional_derivatives_in_forward_mode(make: type) -> None:
+    """``torch.autograd.functional`` with ``vectorize=True`` hides a dimension in tangents, by an older vmap."""
+    energy = lambda x, z: (x - z**2).cosh().sum(-1) + 0.5 * x.square().sum(-1)  # noqa: E731
+    layer = make(energy if make is FPI_GD else lambda x, z: 0.5 * x.sin() + z**2, start=torch.zeros_like, termination=TIGHT)
+    functional, z = torch.autograd.functional, torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    expected = torch.func.jacrev(layer)(z)
+    torch.testing.assert_close(functional.jacobian(layer, z, strategy="forward-mode", vectorize=True), expected)
+    total = lambda z: layer(z).sum()  # noqa: E731
+    found = functional.hessian(total, z, outer_jacobian_strategy="forward-mode", vectorize=True).detach()
+    torch.testing.assert_close(found, torch.func.hessian(total)(z), rtol=1e-7, atol=1e-9)

@@ -111,22 +111,27 @@ def inside_jvp(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def is_grads_batched(tensor: Tensor) -> bool:
-    """Whether ``autograd.grad(is_grads_batched=True)`` is at work: an older vmap that no Function rule knows of."""
+    """Whether an older vmap is at work that no Function rule knows of.
+
+    It is that of ``autograd.grad(is_grads_batched=True)`` and of ``autograd.functional`` with ``vectorize=True``.
+    """
     return torch._C._dispatch_keys(tensor).has("Batched")
 
 
-def with_grads_batched(function: Callable[[Tensor], Sequence[Tensor | None]], tensor: Tensor) -> list[Tensor | None]:
-    """Map ``function`` over the hidden dimension of such a tensor by ``torch.func.vmap``, and hide it again."""
+def with_grads_batched(function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Map ``function`` over the hidden dimension of such tensors by ``torch.func.vmap``, and hide it again."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     present: list[bool] = []
 
-    def some(t: Tensor) -> tuple[Tensor, ...]:  # vmap returns tensors only
-        results = function(t)
+    def some(*tensors: Tensor) -> tuple[Tensor, ...]:  # vmap returns tensors only
+        results = function(*tensors)
         present[:] = [r is not None for r in results]
         return tuple(r for r in results if r is not None)
 
-    found = iter(torch.func.vmap(some)(torch._remove_batch_dim(tensor, level, 0, 0)))
+    hidden = [is_grads_batched(t) for t in tensors]
+    shown = [torch._remove_batch_dim(t, level, 0, 0) if yes else t for t, yes in zip(tensors, hidden)]
+    found = iter(torch.func.vmap(some, in_dims=tuple(0 if yes else None for yes in hidden))(*shown))
     return [torch._add_batch_dim(next(found), 0, level) if there else None for there in present]
 
 

@@ -304,7 +304,7 @@ class _Solve(torch.autograd.Function):
                 return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, samples)
 
         with ctx.method.equation.ambient.solving():
-            return None, None, *(with_grads_batched(gradients, v) if is_grads_batched(v) else gradients(v))
+            return None, None, *(with_grads_batched(gradients, [v]) if is_grads_batched(v) else gradients(v))
 
     @staticmethod
     @opaque
@@ -312,7 +312,14 @@ class _Solve(torch.autograd.Function):
         ambient, shared = ctx.method.equation.ambient, ctx.method.shared
         with ambient.solving(), inside_jvp(ctx.saved_tensors) as (y, status, kinds, *inputs), shared.unchanged():
             samples = FailedSamples.of(ctx.method.equation, status, kinds, tuple(inputs))
-            return _jvp(ctx.method, tangents, y, samples), *[None] * (4 + ctx.traces)
+            chosen, present = zip(*((k, t) for k, t in enumerate(tangents) if t is not None), strict=True)
+
+            def product(*present: Tensor) -> list[Tensor | None]:
+                return [_jvp(ctx.method, dict(zip(chosen, present, strict=True)), y, samples)]
+
+            batched = any(map(is_grads_batched, present))
+            (dx,) = with_grads_batched(product, present) if batched else product(*present)
+            return dx, *[None] * (4 + ctx.traces)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
@@ -361,22 +368,21 @@ def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, sa
     return [samples.mark(k, g, want) for k, (g, want) in enumerate(zip(gradients, wanted, strict=True))]
 
 
-def _jvp(method: Method, tangents: tuple[Tensor | None, ...], y: Tensor, samples: FailedSamples) -> Tensor:
-    """dx = −A⁻¹ (∂F/∂inputs) dinputs."""
+def _jvp(method: Method, tangents: dict[int, Tensor], y: Tensor, samples: FailedSamples) -> Tensor:
+    """dx = −A⁻¹ (∂F/∂inputs) dinputs, for the inputs of these numbers."""
     adjoint = method.adjoint
     assert adjoint is not None
     if samples.all:
         return torch.nan * y
     y, inputs = samples.answer(y), samples.inputs()
-    chosen = [k for k, t in enumerate(tangents) if t is not None]
 
     def residual(*values: Tensor) -> Tensor:
         full = list(inputs)
-        for k, value in zip(chosen, values, strict=True):
+        for k, value in zip(tangents, values, strict=True):
             full[k] = value
         return method.equation.residual(y, *full)
 
-    right = -pushforward(residual, [inputs[k] for k in chosen], [t for t in tangents if t is not None])
+    right = -pushforward(residual, [inputs[k] for k in tangents], list(tangents.values()))
     answer = adjoint.linear_solve(method, False, samples.silence(right), y, inputs)
     samples = samples.joined(answer.failed, answer.kinds)
     (guarded,) = adjoint.guard([answer.value], (y, *inputs))
