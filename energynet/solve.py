@@ -14,6 +14,7 @@ from energynet.energy import Energy, EnergyLike
 from energynet.engine.adjoint import ImplicitAdjoint
 from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
+from energynet.engine.curvature import check_hessian
 from energynet.engine.driver import Driver, Eager
 from energynet.engine.equation import Arguments, Root
 from energynet.engine.failed_samples import encoded_apart
@@ -244,6 +245,9 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
         looked_at = (x0, code, batch_dims)
         seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))
         binding, layout = seen.used(binding), Layout.of(x0, seen.batch_dims)
+        if seen.precision is None:
+            with unwatched():
+                check_hessian(step, binding, x0, code, seen.batch_dims)
         if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
             binding = options.driver.bind(_with_step_size(binding.step, layout, x0, code[1:], context))
         root, inputs = _equation(binding, layout, code, context, _device(x0))

@@ -88,7 +88,7 @@ def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments:
     grad_enabled, level = torch.is_grad_enabled(), _depth()
     random_state = torch.get_rng_state()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
-        own, arguments = _tree.map_structure(_plain, (own, arguments))
+        own, arguments = _tree.map_structure(plain, (own, arguments))
         for k in doubtful:
             own[k].requires_grad_()
         copies = _tree.map_structure(lambda t: t.clone() if isinstance(t, Tensor) else t, arguments)
@@ -121,7 +121,7 @@ _CHANGED = (
 )
 
 
-def _plain(tensor: Any) -> Any:
+def plain(tensor: Any) -> Any:
     """The value of one lane: no graph, tangent, or ``torch.func`` wrapper. Shares memory with the original."""
     if not isinstance(tensor, Tensor):
         return tensor
