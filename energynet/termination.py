@@ -41,7 +41,7 @@ class Termination:
 
     Example:
         >>> Termination(atol=0.0, rtol=1e-6, max_steps=50)
-        Termination(atol=0.0, rtol=1e-06, max_steps=50)
+        Termination(atol=0.0, rtol=1e-06, max_steps=50, budget=None)
 
     Args:
         atol: absolute tolerance, in units of ``x``; default the larger of ‖x0‖ and ‖x‖, times ε^¾ of the dtype (float32 6e-6,
