@@ -541,7 +541,8 @@ def test_answers_keep_bounds_and_zeros_under_nesterov() -> None:
 
 def test_the_step_says_what_it_is() -> None:
     step = ProximalStep(quadratic, 0.3, NonNegative())
-    assert step.kind is Kind.MAP and not step.symmetric and not step.normalized and step.energy_of is quadratic
+    assert step.kind is Kind.BOUNDED and ProximalStep(quadratic, 0.3, Simplex()).kind is Kind.MAP
+    assert not step.symmetric and not step.normalized and step.energy_of is quadratic
     x, z = randn(B, N), randn(B, N, seed=1)
     free = ProximalStep(quadratic, 1e-3, lambda x, step_size: x).optimality(x, (), z)
     close(free, GradientStep(quadratic).optimality(x, z), 1e-12)  # the step size is divided out
