@@ -1,4 +1,4 @@
-"""Programs of the process, found again as long as nothing that their code reads has changed."""
+"""The programs of the process, which are reused as long as nothing that their code reads has changed."""
 
 import dataclasses
 import functools

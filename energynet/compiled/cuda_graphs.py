@@ -1,4 +1,4 @@
-"""Loops of Inductor's Python wrapper, on a GPU, as one recorded graph of kernels a turn.
+"""Loops of Inductor's Python wrapper on a GPU, each iteration recorded as one CUDA graph.
 
 As Inductor writes it, a turn launches its kernels from Python one by one: on a small problem ten times the work of the kernels.
 Here they are recorded once for some shapes, and a turn is one call that launches them all. What is not recognized, or

@@ -1,4 +1,4 @@
-"""Loops of Inductor's C++ wrapper that ask each tensor for its memory once, and not at each turn.
+"""Loops of Inductor's C++ wrapper that look up the memory of each tensor once, and not in each iteration.
 
 Asking takes longer than a small kernel's arithmetic. Where tensors change places, so do their pointers.
 """

@@ -1,4 +1,4 @@
-"""Every sentence about a failure: what happened to which samples, the likely cause, and what helps with it.
+"""Every sentence about a failure: what happened to which samples, the likely cause, and the remedy.
 
 The advice follows the kind of problem, the solver that was used, and what a `PostMortem` sees. The first finding that holds
 for a sample is the one that is told.

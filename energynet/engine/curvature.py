@@ -1,4 +1,4 @@
-"""One product with the Hessian held against differences of gradients, before an energy is solved for the first time.
+"""Compare one product with the Hessian with differences of gradients, before an energy is solved for the first time.
 
 Every minimum is differentiated by the Hessian. An operation that has no second derivative, or a wrong one, leaves a part of it
 out silently: a custom ``autograd.Function`` whose backward is NumPy's or ``once_differentiable``, or a value that is detached.

@@ -1,4 +1,4 @@
-"""Failed samples, kept away from what samples share.
+"""Keep failed samples away from what the samples share.
 
 A sample that failed has no derivative. Before F is differentiated it is replaced by a good one, because its NaN would reach
 shared gradients even with a zero cotangent (0 · NaN = NaN). So it adds nothing to them, and its own context gets NaN. What is

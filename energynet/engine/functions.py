@@ -1,4 +1,4 @@
-"""Copies of functions that go on reading what they read now, whatever becomes of the variables that they capture."""
+"""Copies of functions that keep reading the values of now, even if the variables that they capture change."""
 
 import functools
 import types

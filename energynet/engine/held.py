@@ -1,4 +1,4 @@
-"""Tensors and modules inside objects that are no modules, such as a `Prox`, a `Step` or a bound method, as members of one."""
+"""Registers tensors and modules inside objects that are not modules, such as a `Prox`, a `Step` or a bound method."""
 
 from collections.abc import Callable
 from typing import Any

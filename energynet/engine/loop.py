@@ -1,4 +1,5 @@
-"""The only loop of the package: moves, judges each sample, freezes the finished ones, and checks every claim.
+"""The only loop of the package: it moves, judges each sample, freezes the finished ones, and verifies every claim of
+convergence.
 
 `body` is a pure function on a `LoopState` of fixed shapes. `loop` drives it eagerly; a compiled driver can run the same
 body. A sample that seems to have converged is frozen, and once no sample moves, `_verify` measures the optimality

@@ -1,4 +1,4 @@
-"""How long a Newton step is at a point, and whether that point can be a minimum at all, as far as few products tell.
+"""How long a Newton step is at a point, and whether the point can be a minimum at all, as far as a few products can tell.
 
 Rounding is not information. A number known to ε of its terms leaves an error of about ε‖H‖ in curvatures and of
 ε‖H‖·√(‖x‖² + |E|/‖H‖) in gradients: what lies below counts as zero, such as all along a gauge direction of E.

@@ -1,4 +1,4 @@
-"""Options are objects: whatever else is passed is refused where it is passed, with the object that was probably meant."""
+"""Options are objects: anything else raises where it is passed, and the message names the object that was probably meant."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What can be seen at the points where a failed solve began and ended: the facts that its message is made of.
+"""Facts about the points where a failed solve began and ended, from which its message is made.
 
 All of it is evaluated after a failure, on plain tensors, so a solve that succeeds pays nothing for it.
 """

@@ -1,4 +1,6 @@
-"""Going on from a point that is no minimum although the gradient vanishes there: downhill along a negative curvature."""
+"""How to continue from a point that is not a minimum although the gradient vanishes there: downhill along negative
+curvature.
+"""
 
 from typing import NamedTuple
 

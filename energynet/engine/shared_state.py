@@ -1,4 +1,4 @@
-"""What a solve depends on that is no input of it, and whether that is still so when gradients come back.
+"""What a solve depends on besides its inputs, and whether it is unchanged when gradients come back.
 
 A `Binding` fixes what it can: attributes of modules, variables in closures, globals of functions. The rest is shared with
 the caller, who may change it between the solve and the backward: tensors in place, lists, dictionaries and arrays, attributes

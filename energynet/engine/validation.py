@@ -1,4 +1,4 @@
-"""What a user hands over is looked at here, before the first step; every sentence about it."""
+"""Checks of what a user passes, before the first step, with every sentence about it."""
 
 import contextlib
 import warnings
