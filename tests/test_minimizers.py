@@ -341,3 +341,23 @@ def test_the_default_stays_in_the_country_where_it_began() -> None:
 
     demand = torch.linspace(0.4, 1.8, 15, dtype=torch.float64)
     assert minimize(energy, demand.new_zeros(15, 2), demand).converged.all()
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), LBFGS(search=Backtracking()), GradientDescent(), GradientDescent(BarzilaiBorwein()),
+                                    Newton(), NewtonCG()], ids=repr)  # fmt: skip
+def test_a_wall_far_from_the_start_is_no_failure(solver: Solver) -> None:
+    x0 = torch.tensor([[1e4]], dtype=torch.float64)
+    x = minimize(lambda x: (x - 10 * x.log()).sum(-1), x0, solver=solver).value
+    torch.testing.assert_close(x, torch.full_like(x, 10), rtol=1e-7, atol=0)
+    x = minimize(lambda x: (x - 1e-6 * x.log()).sum(-1), torch.ones_like(x0), solver=solver).value
+    torch.testing.assert_close(x, torch.full_like(x, 1e-6), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3])
+@pytest.mark.parametrize("solver", [LBFGS(), LBFGS(search=Backtracking()), Newton(), NewtonCG()], ids=repr)
+def test_the_walls_of_an_entropy_are_no_failure(solver: Solver, weight: float) -> None:
+    c = 3 * torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x0 = torch.full((4, 8), 0.5, dtype=torch.float64)
+    limit = Termination(max_steps=250 if isinstance(solver, Newton | NewtonCG) else 5000)
+    x = minimize(lambda x: (c * x + weight * x * x.log()).sum(-1), x0, solver=solver, termination=limit).value
+    torch.testing.assert_close(x, (-1 - c / weight).exp(), rtol=0, atol=1e-7)

@@ -163,6 +163,9 @@ class GradientDescent(Solver):
     def breakdown(self, state: GradientDescentState) -> Tensor:
         return state.unbounded
 
+    def walls(self, state: GradientDescentState) -> Tensor:
+        return state.search.met_wall
+
     def init(self, problem: Minimization, x0: Tensor) -> GradientDescentState:
         energy, gradient = problem.value_and_gradient(x0)
         gamma = problem.gamma.squeeze(-1) if isinstance(problem.gamma, Tensor) else problem.gamma
@@ -182,7 +185,7 @@ class GradientDescent(Solver):
         pushed = torch.cat([state.energies[..., 1:], energy.unsqueeze(-1)], -1)
         x, gradient = torch.where(rows, trial, x), torch.where(rows, gradient, state.residual)
         energies = torch.where(rows, pushed, state.energies)
-        fresh = begin(energies.amax(-1), -gradient.square().sum(-1), self.rule.next_length(progress))
+        fresh = begin(energies.amax(-1), -gradient.square().sum(-1), self.rule.next_length(progress), state.search)
         search = Search(*(torch.where(taken, new, old) for new, old in zip(fresh, search, strict=True)))
         failures = torch.where(taken, 0, state.failures + failed.to(torch.int32))
         unbounded = failed & torch.isinf(search.high)

@@ -83,6 +83,9 @@ class LBFGS(Solver):
     def breakdown(self, state: LBFGSState) -> Tensor:
         return state.unbounded
 
+    def walls(self, state: LBFGSState) -> Tensor:
+        return state.search.met_wall
+
     def update(self, problem: Minimization, x: Tensor, state: LBFGSState) -> tuple[Tensor, LBFGSState]:
         trial = x + state.search.length.to(x.dtype).unsqueeze(-1) * state.direction
         energy, gradient = problem.value_and_gradient(trial)
@@ -95,7 +98,7 @@ class LBFGS(Solver):
         x = torch.where(taken.unsqueeze(-1), trial, x)
         energy = torch.where(taken, energy, state.energy)
         gradient = torch.where(taken.unsqueeze(-1), gradient, state.residual)
-        direction, fresh = _begin_search(energy, gradient, memory, _tiny(x, gradient))
+        direction, fresh = _begin_search(energy, gradient, memory, _tiny(x, gradient), state)
         anew = taken | failed
         search = Search(*(torch.where(anew, new, old) for new, old in zip(fresh, search, strict=True)))
         direction = torch.where(anew.unsqueeze(-1), direction, state.direction)
@@ -157,23 +160,36 @@ def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
     return 1e-3 * (1 + torch.linalg.vector_norm(x, dim=-1)) / torch.where(size > 0, size, 1)
 
 
-def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tensor) -> tuple[Tensor, Search]:
-    """A quasi-Newton direction with length one; straight downhill where there is no memory, or it does not descend."""
-    direction = -quasi_newton(gradient, memory)
+def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tensor,
+                  state: LBFGSState) -> tuple[Tensor, Search]:  # fmt: skip
+    """A quasi-Newton direction with length one; straight downhill where there is no memory, or it does not descend.
+
+    After a search that met a wall, at most twice as far as that one came, for the next wall is likely to be as near.
+    """
+    walled = torch.isinf(state.search.high_energy)
+    direction = -quasi_newton(gradient, memory, walled)
     slope, squared = _dot(gradient, direction), _dot(gradient, gradient)
     empty = (memory.moves[..., -1, :] == 0).all(-1)
     downhill = empty | ~(slope < 0) | ~torch.isfinite(slope)
     direction = torch.where(downhill.unsqueeze(-1), -gradient, direction)
     length = torch.where(downhill, length, 1)
-    return direction, begin(energy, torch.where(downhill, -squared, slope), length)
+    before, now = (torch.linalg.vector_norm(d, dim=-1) for d in (state.direction, direction))
+    near = walled & (now > 0)
+    most = torch.where(near, 2 * state.search.length * before / torch.where(near, now, 1), torch.inf)
+    return direction, begin(energy, torch.where(downhill, -squared, slope), torch.minimum(length, most), state.search)
 
 
-def quasi_newton(gradient: Tensor, memory: Memory) -> Tensor:  # (*batch, n)
-    """The inverse BFGS matrix, made of the pairs, times the gradient; empty rows count for nothing."""
+def quasi_newton(gradient: Tensor, memory: Memory, walled: Tensor) -> Tensor:  # (*batch, n)
+    """The inverse BFGS matrix, made of the pairs, times the gradient; empty rows count for nothing.
+
+    What the pairs do not tell is taken from the newest one: yᵀs/yᵀy, the inverse curvature as the most curved direction has
+    it; beside a wall, which bends the energy without bound, sᵀs/sᵀy instead.
+    """
     S, Y, inverse, YY = memory
     g, diagonal = gradient.to(S.dtype), 1 / torch.diagonal(inverse, dim1=-2, dim2=-1)
     newest = YY[..., -1, -1:]
-    theta = torch.where(newest > 0, diagonal[..., -1:] / torch.where(newest > 0, newest, 1), 1)
+    curved = torch.where(walled.unsqueeze(-1), 1 / diagonal[..., -1:], diagonal[..., -1:] / torch.where(newest > 0, newest, 1))
+    theta = torch.where(newest > 0, curved, 1)
     a = _times(inverse, _times(S, g))
     b = _times(inverse.mT, diagonal * a + theta * (_times(YY, a) - _times(Y, g)))
     return (theta * g + _times(S.mT, b) - theta * _times(Y.mT, a)).to(gradient.dtype)

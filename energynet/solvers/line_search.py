@@ -13,6 +13,7 @@ from torch import Tensor
 
 APPROXIMATE = 0.1  # δ of the approximate Wolfe conditions
 MOST_TRIALS = 30
+TOWARDS_START = 0.3  # of the length at which a search met a wall before any point that is finite
 CANCELLED = 1e-8  # relative differences of energies below this are not believed
 
 
@@ -26,8 +27,14 @@ class Search(NamedTuple):
     low_energy: Tensor
     low_slope: Tensor
     high: Tensor  # the shortest one known to be too long; infinite at first
-    high_energy: Tensor
+    high_energy: Tensor  # infinite at a trial point where the energy or its slope was not finite: a wall
     trials: Tensor  # int32
+    walled: Tensor  # bool: the search before this one met a trial point that is not finite
+
+    @property
+    def met_wall(self) -> Tensor:
+        """Samples of which a trial point, in this search or the one before, was not finite: a wall is near."""
+        return self.walled | torch.isinf(self.high_energy)
 
     @property
     def failed(self) -> Tensor:
@@ -35,10 +42,12 @@ class Search(NamedTuple):
         return self.trials >= MOST_TRIALS
 
 
-def begin(energy: Tensor, slope: Tensor, length: Tensor) -> Search:
-    """A search that has seen nothing yet."""
+def begin(energy: Tensor, slope: Tensor, length: Tensor, before: Search | None = None) -> Search:
+    """A search that has seen nothing yet but, if there was one, the end of the search before it."""
     zero = torch.zeros_like(energy)
-    return Search(energy, slope, length, zero, energy, slope, zero + torch.inf, zero, zero.to(torch.int32))
+    none = zero.to(torch.int32)
+    walled = none.bool() if before is None else torch.isinf(before.high_energy)
+    return Search(energy, slope, length, zero, energy, slope, zero + torch.inf, zero, none, walled)
 
 
 class LineSearch(ABC):
@@ -57,17 +66,22 @@ class LineSearch(ABC):
             energy: at the trial point, ``(*batch)``.
             slope: there, along the direction.
         """
-        low_enough = _low_enough(search, energy, slope, self.decrease)
+        finite = torch.isfinite(energy) & torch.isfinite(slope)
+        low_enough = _low_enough(search, energy, slope, self.decrease) & finite
         bound = self.flatness * search.slope.abs()
-        too_short = low_enough & (slope < -bound)
-        too_long = ~low_enough | (slope > bound)
+        # Half of the way to a wall is far enough, and after many trials the longest step that lowers the energy is.
+        last = (search.trials == MOST_TRIALS - 1) & (search.high < torch.inf)
+        settled = last | (torch.isinf(search.high_energy) & (search.length >= 0.5 * search.high))
+        too_short = low_enough & (slope < -bound) & ~settled
+        too_long = ~low_enough | ((slope > bound) & ~last)
         low = torch.where(too_short, search.length, search.low)
         low_energy = torch.where(too_short, energy, search.low_energy)
         low_slope = torch.where(too_short, slope, search.low_slope)
         high = torch.where(too_long, search.length, search.high)
-        high_energy = torch.where(too_long, energy, search.high_energy)
+        high_energy = torch.where(too_long, torch.where(finite, energy, torch.inf), search.high_energy)
         bracket = search._replace(low=low, low_energy=low_energy, low_slope=low_slope, high=high, high_energy=high_energy)
         length = torch.where(high < torch.inf, _inside(bracket), _beyond(search, slope))
+        length = torch.where((search.trials == MOST_TRIALS - 2) & (low > 0) & (high < torch.inf), low, length)
         return ~(too_short | too_long), bracket._replace(length=length, trials=search.trials + 1)
 
 
@@ -134,17 +148,19 @@ def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) 
     # How well an energy is known, its own terms do not tell: large ones may cancel in it. Slopes do not lie, so be generous.
     noise = max(8 * torch.finfo(energy.dtype).eps, CANCELLED) * search.energy.abs()
     level = (energy <= search.energy + noise) & (slope <= (2 * APPROXIMATE - 1) * search.slope)
-    return (armijo | level) & torch.isfinite(energy) & torch.isfinite(slope)
+    return armijo | level
 
 
 def _inside(search: Search) -> Tensor:
-    """The minimum of the parabola through what is known at both ends, kept away from them."""
+    """The minimum of the parabola through what is known at both ends, kept away from them; the middle if one is a wall."""
     # Where nothing is known to be too long any end serves but an infinite one, which would leave NaN in a derivative.
     width = torch.where(search.high < torch.inf, search.high, search.low + search.length) - search.low
     bend = search.high_energy - search.low_energy - search.low_slope * width
     usable = (bend > 0) & (bend < torch.inf)
     part = -0.5 * search.low_slope * width / torch.where(usable, bend, 1)
-    return search.low + torch.where(usable, torch.clamp(part, 0.1, 0.9), 0.1) * width
+    # How far away a wall is has to be found first, in steps of a constant factor, before the rest is bisected.
+    blind = torch.where(torch.isinf(search.high_energy), torch.where(search.low > 0, 0.5, TOWARDS_START), 0.1)
+    return search.low + torch.where(usable, torch.clamp(part, 0.1, 0.9), blind) * width
 
 
 def _beyond(search: Search, slope: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from energynet.solvers.problem import Minimization
-from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
+from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated_step, unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Newton(TrustRegion):
     """Newton steps with the whole Hessian and its Cholesky factor: few steps, however ill-conditioned the energy is.
 
-    Where the Hessian is not positive definite, or the step leads out of the ball in which such steps were of use, it makes the
+    A step that lowers the energy too little, or leads over a wall, is shortened along its direction, which does not change with
+    the units of the coordinates. Where the Hessian is not positive definite, it makes the
     step of `NewtonCG`. One step costs n Hessian-vector products, taken at once, a factorization and one evaluation. Memory: n²
     numbers per sample, and n times that of one product; for up to some hundred unknowns.
 
@@ -26,8 +27,7 @@ class Newton(TrustRegion):
         tensor([[1., 0.]])
 
     Args:
-        radius: of the first ball, in units of max(1, ‖x‖). By default a positive definite Hessian says how far the first step
-            goes.
+        radius: of the first ball, in units of max(1, ‖x‖), where the Hessian is not positive definite.
 
     Raises:
         ValueError: if radius ≤ 0.
@@ -50,11 +50,11 @@ class Newton(TrustRegion):
             return torch.where(finite.unsqueeze(-1), image, 0).to(p.dtype)
 
         step, definite = _newton_step(hessian, state.residual)
-        fits = definite & finite & (norm(step) <= state.radius)
+        fits = definite & finite
         radius = torch.where(torch.isinf(state.radius) & ~fits, unit(x), state.radius)
         state = state._replace(radius=radius)
         step = torch.where(fits.unsqueeze(-1), step, truncated_step(product, state, 2 * x.shape[-1], done=fits).step)
-        return attempt(problem, x, state, step, product(step))
+        return attempt(problem, x, state, step, product(step), fits)
 
 
 def _newton_step(hessian: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,4 +42,4 @@ class NewtonCG(TrustRegion):
 
     def update(self, problem: Minimization, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
         inner = truncated_step(problem.jacobian(x), state, self.inner, torch.zeros_like(state.rejected, dtype=torch.bool))
-        return attempt(problem, x, state, inner.step, inner.image)
+        return attempt(problem, x, state, inner.step, inner.image, torch.zeros_like(state.walled))

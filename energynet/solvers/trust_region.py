@@ -23,6 +23,9 @@ class Ball(NamedTuple):
     radius: Tensor  # (*batch); infinite until a step fails
     steepest: Tensor  # largest ‖∇E‖ seen, (*batch)
     rejected: Tensor  # steps in a row that were not taken, (*batch) int32
+    part: Tensor  # of the model's step that is tried, (*batch) in (0, 1]: a line search, as walls and Newton's direction need it
+    decrement: Tensor  # √(−gᵀp) of the last step p, before it was shortened, (*batch)
+    walled: Tensor  # (*batch) bool: a trial point of the last step taken, or of those since, was not finite
 
 
 class TrustRegion(Solver):
@@ -40,14 +43,21 @@ class TrustRegion(Solver):
     def init(self, problem: Minimization, x0: Tensor) -> Ball:
         energy, gradient = problem.value_and_gradient(x0)
         size = norm(gradient)
-        return Ball(gradient, energy, self.radius * unit(x0), size, torch.zeros_like(size, dtype=torch.int32))
+        none = torch.zeros_like(size, dtype=torch.int32)
+        return Ball(gradient, energy, self.radius * unit(x0), size, none, torch.ones_like(size), size, none.bool())
 
     def stalled(self, state: Ball) -> Tensor:
         return state.rejected > MOST_REJECTED
 
+    def walls(self, state: Ball) -> Tensor:
+        return state.walled
 
-def attempt(problem: Minimization, x: Tensor, ball: Ball, step: Tensor, image: Tensor) -> tuple[Tensor, Ball]:
+
+def attempt(problem: Minimization, x: Tensor, ball: Ball, step: Tensor, image: Tensor, along: Tensor) -> tuple[Tensor, Ball]:
     """The next x and its ball: the step is taken where the energy falls by some of what the parabola promised.
+
+    A step that is not is shortened: beside a wall along its direction, since a smaller ball would turn it away from where the
+    parabola leads, and the nearest wall would limit every coordinate; else the ball.
 
     Args:
         problem: a minimization.
@@ -55,28 +65,45 @@ def attempt(problem: Minimization, x: Tensor, ball: Ball, step: Tensor, image: T
         ball: around x.
         step: p in it.
         image: H p.
+        along: ``(*batch)`` bool, where it is always shortened along its direction.
     """
-    promised = -(dot(ball.residual, step) + 0.5 * dot(step, image)).squeeze(-1)
+    slope = dot(ball.residual, step).squeeze(-1)
+    decrement = torch.clamp(-slope, min=0).sqrt()
+    # Of an energy that is a sum of logarithms, steps of the same decrement lead as far towards the wall.
+    part = ball.part * torch.clamp(ball.decrement / torch.where(decrement > 0, decrement, 1), min=1)
+    part = torch.where(decrement > 0, torch.clamp(part, max=1), 1)
+    rows = part.unsqueeze(-1)
+    step, image = rows * step, rows * image
+    promised = -(part * slope + 0.5 * dot(step, image).squeeze(-1))
     trial = x + step
     energy, gradient = problem.value_and_gradient(trial)
+    finite = torch.isfinite(energy) & torch.isfinite(gradient).all(-1)
     slopes = -0.5 * dot(ball.residual + gradient, step).squeeze(-1)
     foretold = norm(gradient - ball.residual - image) <= 0.01 * norm(ball.residual)
     length, size = norm(step), unit(x)
     terms = norm(image) / torch.where(length > 0, length, 1) * size.square()
     kept = _decrease(ball.energy, energy, slopes, foretold, terms) / torch.where(promised > 0, promised, 1)
-    kept = torch.where((promised > 0) & torch.isfinite(kept) & torch.isfinite(gradient).all(-1), kept, -1)
+    kept = torch.where((promised > 0) & torch.isfinite(kept) & finite, kept, -1)
     taken = kept > 1e-4
+    walled = ~finite | (ball.walled & ~(taken & (ball.rejected == 0)))
+    along = along | walled
+    shorter = _shortened(torch.minimum(length, ball.radius), size, torch.where(along, 0.5, 0.25))
     grown = torch.where((kept > 0.75) & (length > 0.9 * ball.radius), 2 * ball.radius, ball.radius)
-    radius = torch.where(kept < 0.25, _shortened(torch.minimum(length, ball.radius), size), grown)
+    radius = torch.where((kept < 0.25) & ~along, shorter, grown)
+    less = part * shorter / torch.where(length > 0, length, 1)
+    twice = torch.clamp(2 * part, max=1)
+    more = torch.where(kept < 0.25, 0.5 * part, torch.where(kept > 0.5, twice, part))
+    more = torch.where(walled, torch.where(ball.rejected > 0, part, twice), more)
+    part = torch.where(taken, more, torch.where(along, less, part))
     energy, rejected = torch.where(taken, energy, ball.energy), torch.where(taken, 0, ball.rejected + 1)
     rows = taken.unsqueeze(-1)
     x, gradient = torch.where(rows, trial, x), torch.where(rows, gradient, ball.residual)
-    return x, Ball(gradient, energy, radius, torch.maximum(ball.steepest, norm(gradient)), rejected)
+    return x, Ball(gradient, energy, radius, torch.maximum(ball.steepest, norm(gradient)), rejected, part, decrement, walled)
 
 
-def _shortened(length: Tensor, size: Tensor) -> Tensor:
-    """A quarter of it; of one far beyond the size of x the geometric mean of both, so that few rejections bring it near."""
-    return torch.minimum(0.25 * length, torch.clamp(length, max=torch.finfo(length.dtype).max).sqrt() * size.sqrt())
+def _shortened(length: Tensor, size: Tensor, factor: Tensor) -> Tensor:
+    """This part of it; of one far beyond the size of x the geometric mean of both, so that few rejections bring it near."""
+    return torch.minimum(factor * length, torch.clamp(length, max=torch.finfo(length.dtype).max).sqrt() * size.sqrt())
 
 
 def _decrease(before: Tensor, after: Tensor, slopes: Tensor, foretold: Tensor, terms: Tensor) -> Tensor:
