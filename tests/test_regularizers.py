@@ -62,7 +62,7 @@ def test_penalty_takes_steps_pytrees_and_single_problems() -> None:
     tree = jacobian_penalty(lambda x: {"a": 2 * x["a"], "b": 0 * x["b"]}, {"a": torch.ones(3, 2), "b": torch.ones(3, 2, 2)})
     torch.testing.assert_close(tree, torch.full((3,), 8.0))
     torch.testing.assert_close(jacobian_penalty(lambda x: 2 * x, torch.ones(3), batch_dims=0), torch.tensor(12.0))
-    with pytest.raises(ValueError, match="samples must be at least 1"):
+    with pytest.raises(ValueError, match="num_vectors must be at least 1"):
         jacobian_penalty(torch.tanh, torch.ones(2, 3), num_vectors=0)
     with pytest.raises(ValueError, match="shapes of x"):
         jacobian_penalty(lambda x: x.sum(-1), torch.ones(2, 3))
