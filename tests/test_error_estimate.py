@@ -4,8 +4,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from energynet import LBFGS, Anderson, Broyden, Newton, NewtonCG, Picard, Solver, Status, Termination, fixed_point, minimize
+from energynet import (
+    LBFGS,
+    Anderson,
+    Broyden,
+    ImplicitAdjoint,
+    Newton,
+    NewtonCG,
+    Picard,
+    Solver,
+    Status,
+    Termination,
+    fixed_point,
+    minimize,
+)
 from energynet.constraints import Box
+from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
 from energynet.solvers import Nesterov
 from energynet.solvers.gradient_descent import BarzilaiBorwein, GradientDescent
 
@@ -168,3 +182,24 @@ def test_a_maximum_within_bounds_is_no_answer() -> None:
     solution = minimize(lambda x, z: -(x - z).square().sum(-1), x0, z, prox=Box(0.0, 1.0))
     assert solution.value.item() in (0.0, 1.0)
     assert torch.autograd.grad(solution.value.sum(), z)[0].item() == 0
+
+
+@pytest.mark.parametrize("linear", [ConjugateGradient(), MINRES(), GMRES(), Dense()], ids=repr)
+def test_the_energy_at_the_answer_is_differentiable_along_a_gauge_direction(linear: Solver) -> None:
+    A, x0 = symmetric(20)
+    A.requires_grad_()
+    x = minimize(rayleigh, x0, A, solver=Newton(), adjoint=ImplicitAdjoint(linear)).value
+    (found,) = torch.autograd.grad(rayleigh(x, A).sum(), A)
+    u = torch.linalg.eigh(A.detach())[1][..., 0]
+    torch.testing.assert_close(found, u.unsqueeze(-1) * u.unsqueeze(-2), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("linear", [ConjugateGradient(), MINRES(), GMRES(), Dense(), BiCGSTAB()], ids=repr)
+def test_an_adjoint_is_asked_for_no_more_than_can_be_reached(linear: Solver) -> None:
+    z = torch.linspace(0.5, 2, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+    energy = lambda x, z: (x.exp() - z * x).sum(-1) + 0.5 * x.sum(-1).square()  # noqa: E731
+    limit = Termination(atol=1e-8, rtol=0.0)
+    x = minimize(energy, torch.zeros(2, 3, dtype=torch.float64), z, termination=limit, adjoint=ImplicitAdjoint(linear)).value
+    hessian = torch.diag_embed(x.detach().exp()) + 1
+    exact = torch.linalg.solve(hessian, torch.ones(2, 3, dtype=torch.float64))
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), z)[0], exact, rtol=0, atol=1e-12)

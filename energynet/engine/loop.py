@@ -30,6 +30,7 @@ LOOK = 64  # updates, then twice as many, after which all running samples are me
 MOST_LOOK = 2**40  # a number that doubles overflows in the end
 
 PATIENCE = 8
+REACHED = 50  # rounding units of v, below which no residual of a linear equation can be asked for
 
 
 class LoopState(NamedTuple):
@@ -236,8 +237,9 @@ def _finite(x: Tensor, residual: Tensor) -> Tensor:  # (*batch, n) twice -> (*ba
 def _within_tolerance(problem: Problem, termination: Termination, state: LoopState) -> Tensor:
     if not isinstance(problem, Linear):
         return (state.error <= termination.tolerance(state.x, state.unit)) & torch.isfinite(state.error)
-    relative = termination.relative(torch.finfo(state.x.dtype).eps)
-    return state.error <= relative * termination.size(problem.right)
+    eps = torch.finfo(state.x.dtype).eps
+    relative = max(termination.relative(eps), REACHED * eps)  # a sum of products is not known any better
+    return state.error <= relative * termination.size(problem.right) + problem.noise
 
 
 def _verify(problem: Problem, solver: Solver, termination: Termination, state: LoopState,

@@ -17,7 +17,7 @@ from energynet.solution import Status
 from energynet.solvers import Solver
 from energynet.solvers import problem as problems
 from energynet.solvers.problem import Problem
-from energynet.solvers.spectrum import ritz_values
+from energynet.solvers.spectrum import ritz_values, some_direction
 from energynet.step import Kind
 from energynet.termination import Termination, max_norm
 
@@ -84,12 +84,36 @@ class Solve(Task):
         v = inputs[0] / largest
         problem = self.equation.problem((v, *inputs[1:]), y0)
         state = self._loop(problem, termination, y0, (v, *inputs[1:]))
+        if readable(state.status) and bool(_given_up(state.status).any()):
+            reach = termination.size(inputs[1]) / largest.squeeze(-1) if self.equation.root.kind is Kind.ENERGY else 0.0
+            state = self._beyond_rounding(problem, termination, state, reach)
         status = state.status
         if self.equation.root.kind is Kind.ENERGY and not self.solver.sees_saddles:
             status = torch.where(_negative_curvature(problem), Status.DIVERGED, status).to(torch.int8)
         size = termination.size(v)
         return Outcome(state.x * largest, status, state.error / torch.where(size > 0, size, 1), state.steps)
 
+    def _beyond_rounding(self, problem: problems.Linear, termination: Termination, state: LoopState, reach: Tensor | float
+                         ) -> LoopState:  # fmt: skip
+        """Solve once more, for what of v is not rounding: along a gauge direction of an energy no other v has an answer.
+
+        A gradient such as v is known to ε‖H‖ times the size of the point, ``reach``, and A u to ε‖A‖‖u‖.
+        """
+        eps, given_up = torch.finfo(state.x.dtype).eps, _given_up(state.status)
+        norm = termination.size(problem.hvp(state.x, some_direction(torch.zeros_like(state.x))))
+        noise, right = NOISE * eps * norm * reach, termination.size(problem.right)
+        attained = torch.minimum(NOISE * eps * norm * termination.size(state.x), eps**0.5 * right)
+        fine = given_up & (state.error <= attained) & torch.isfinite(state.error)
+        state = state._replace(status=torch.where(fine, Status.CONVERGED, state.status).to(torch.int8))
+        if not bool((given_up & ~fine).any()) or not bool(torch.as_tensor(noise > 0).any()):
+            return state
+        again = loop(dataclasses.replace(problem, noise=noise), self.solver, termination, torch.zeros_like(state.x),
+                     every=self.check_every)  # fmt: skip
+        helped = given_up & ~fine & (again.status == Status.CONVERGED)
+        return state._replace(
+            x=torch.where(helped.unsqueeze(-1), again.x, state.x), status=torch.where(helped, again.status, state.status),
+            error=torch.where(helped, again.error, state.error), steps=state.steps + torch.where(helped, again.steps, 0),
+        )  # fmt: skip
 
     def _loop(self, problem: Problem, termination: Termination, y0: Tensor, inputs: tuple[Tensor, ...]) -> LoopState:
         plain = self.equation.batch_dims == 1 and readable(y0) and not isinstance(self.binding.step.step_size, Tensor)
@@ -127,7 +151,12 @@ def _negative_curvature(problem: problems.Linear) -> Tensor:  # -> (*batch) bool
     return values.amin(-1) < -100 * torch.finfo(values.dtype).eps * values.abs().amax(-1)
 
 
+def _given_up(status: Tensor) -> Tensor:
+    return (status == Status.MAX_STEPS) | (status == Status.STALLED) | (status == Status.DIVERGED)
+
+
 PRODUCTS = 10
+NOISE = 10  # rounding errors add up to some units
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.autodiff import readable
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Linear
 from energynet.step import Kind
@@ -65,8 +66,24 @@ def _cholesky(matrix: Tensor) -> tuple[Inverse, Tensor]:
     factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
     pivots, diagonal = factor.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1)
     usable = (info == 0) & (pivots > _rounding(matrix) * diagonal).all(-1)
+    if readable(usable) and not bool(usable.all()):
+        return _pseudo_inverse(matrix)
     factor = _or_identity(factor, usable)
     return lambda right: torch.cholesky_solve(right, factor), usable
+
+
+def _pseudo_inverse(matrix: Tensor) -> tuple[Inverse, Tensor]:
+    """The inverse without the directions whose curvature is rounding, and whether no curvature is negative beyond that."""
+    matrix = (matrix + matrix.mT) / 2
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
+    scale = torch.clamp(diagonal, min=diagonal.amax(-1, keepdim=True) * 100 * torch.finfo(matrix.dtype).eps)
+    scale = torch.where(scale > 0, scale, 1).rsqrt()
+    finite = torch.isfinite(matrix).all(-1).all(-1)
+    scaled = torch.where(finite[..., None, None], scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2), 0)
+    values, vectors = torch.linalg.eigh(scaled)
+    vectors, doubt = scale.unsqueeze(-1) * vectors, 10 * _rounding(matrix) * values.abs().amax(-1, keepdim=True)
+    inverse = torch.where(values > doubt, 1 / torch.where(values > doubt, values, 1), 0)
+    return lambda right: vectors @ (inverse.unsqueeze(-1) * (vectors.mT @ right)), finite & (values >= -doubt).all(-1)
 
 
 def _lu(matrix: Tensor) -> tuple[Inverse, Tensor]:

@@ -118,6 +118,8 @@ class Linear(Differentiable):
     right: Tensor = dataclasses.field(kw_only=True)  # v, (*batch, n)
     symmetric: bool = dataclasses.field(default=False, kw_only=True)
     """Whether A is."""
+    noise: Tensor | float = dataclasses.field(default=0.0, kw_only=True)
+    """How much of v is rounding, ``(*batch)``."""
 
 
 @dataclasses.dataclass(frozen=True)
