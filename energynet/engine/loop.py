@@ -277,7 +277,7 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         grown = torch.maximum(state.limit, GROWTH * error.nan_to_num(0, 0, 0))
         limit = state.limit if solver.descends else torch.where(reopened, grown, state.limit)
         merit = torch.where(left, torch.inf, state.merit)
-        x = torch.where(left.unsqueeze(-1), x, state.x)
+    x = torch.where(left.unsqueeze(-1), x, state.x)  # with the graph that unrolling differentiates
     state = state._replace(x=x, status=status, error=error, scale=scale, limit=limit, merit=merit)
     return _begun_again(problem, solver, state, left if solver.exact_residual else reopened)
 
