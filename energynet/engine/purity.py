@@ -36,7 +36,7 @@ _HARMLESS = {"requires_grad_", "retain_grad_", "detach_"}
 
 
 class LostGradientError(RuntimeError):
-    """The energy or map uses a tensor from outside that carries a derivative and is not an input of the solve."""
+    """A derivative would be lost: that of a captured tensor which is not an input of the solve, or the Hessian of an energy."""
 
 
 class Untouched(Tensor):

@@ -62,6 +62,7 @@ def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
     ∇E against central differences                                  both numbers
     derivatives of ∇E in x, context and parameters                  both numbers, and in which tensor
     curvature in x (an energy linear in x has no minimizer)         which samples have none
+    the Hessian exists and agrees with differences of ∇E            the likely cause, such as a backward in NumPy
     the Hessian is symmetric                                        the asymmetry
     `Energy.evaluate` after `Energy.encode` is `Energy.forward`     by how much they differ
     ==============================================================  ==================================================
