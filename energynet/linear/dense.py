@@ -25,8 +25,9 @@ class Dense(Solver):
     """Form the matrix by n simultaneous products and factorize it by Cholesky or LU: one step, for problems of up to a few
     hundred n.
 
-    A symmetric matrix must be positive definite, as the Hessian at a strict minimum is. A matrix that is not, a singular
-    one, and one that is too ill-conditioned for the tolerance are reported as DIVERGED. It needs memory for n² numbers per
+    A symmetric matrix must have no negative eigenvalue, and v no part along those that are lost in rounding. A matrix that
+    has one, a general one that is singular, and one that is too ill-conditioned for the tolerance are reported as DIVERGED. It
+    needs memory for n² numbers per
     sample, and n times that of one product.
 
     Example:
