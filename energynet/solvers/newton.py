@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from energynet.solvers.problem import Minimization
-from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated_step, unit
+from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
+
+FAR = 1e3  # times max(1, ‖x‖): a longer Newton step says little but its direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Newton(TrustRegion):
             return torch.where(finite.unsqueeze(-1), image, 0).to(p.dtype)
 
         step, definite = _newton_step(hessian, state.residual)
-        fits = definite & finite
+        fits = definite & finite & (norm(step) <= FAR * unit(x))  # where the curvature vanishes, a step of any length
         radius = torch.where(torch.isinf(state.radius) & ~fits, unit(x), state.radius)
         state = state._replace(radius=radius)
         step = torch.where(fits.unsqueeze(-1), step, truncated_step(product, state, 2 * x.shape[-1], done=fits).step)
