@@ -1,5 +1,7 @@
 """The documentation: links lead somewhere, every public name and every source is on its page, what is drawn is current."""
 
+import ast
+import builtins
 import hashlib
 import importlib
 import inspect
@@ -66,6 +68,26 @@ def test_public_name_is_documented(name: str) -> None:
         name = f"energynet.{attribute}"
     shown = f":: {name}\n" in API or f".. automodule:: {module}\n   :members:" in API or f".. automodule:: {name}\n" in API
     assert shown, f"{name} is on no page of docs/api"
+
+
+def test_snippets_of_troubleshooting_are_complete() -> None:
+    """Each runs by itself: no name in it comes from another snippet."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    for cell in re.findall(r"^```\{code-cell\} python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
+        if ":tags: [remove-cell]" in cell:
+            continue
+        tree = ast.walk(ast.parse(re.sub(r"^:tags:.*\n", "", cell)))
+        read, known = set[str](), {*dir(builtins)}
+        for node in tree:
+            if isinstance(node, ast.Name):
+                (read if isinstance(node.ctx, ast.Load) else known).add(node.id)
+            elif isinstance(node, ast.alias):
+                known.add((node.asname or node.name).split(".")[0])
+            elif isinstance(node, ast.arg):
+                known.add(node.arg)
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                known.add(node.name)
+        assert read <= known, f"{read - known} in\n{cell}"
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=lambda page: page.name)
