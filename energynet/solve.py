@@ -20,7 +20,7 @@ from energynet.engine.equation import Arguments, Root
 from energynet.engine.failed_samples import encoded_apart
 from energynet.engine.options import check_batch_dims, check_flag, check_function
 from energynet.engine.purity import unchanged, unwatched
-from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
+from energynet.engine.root_gradient import Adjoint, Method
 from energynet.engine.validation import check_fit, check_options, check_start, examine
 from energynet.solution import OnFailure, Solution, Trace, failed
 from energynet.solvers import LBFGS, Nesterov, Picard, ProjectedLBFGS, Solver
@@ -252,8 +252,7 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
             binding = options.driver.bind(_with_step_size(binding.step, layout, x0, code[1:], context))
         root, inputs = _equation(binding, layout, code, context, _device(x0))
         root = dataclasses.replace(root, precision=seen.precision)
-        adjoint = options.adjoint if isinstance(options.adjoint, RootAdjoint) else None
-        how = options.solver, options.termination, options.on_failure, adjoint
+        how = options.solver, options.termination, options.on_failure
         method = Method(root, *how, trace=options.trace, driver=options.driver)
         start = layout.ravel(x0)
         with unwatched(), root.ambient.solving():

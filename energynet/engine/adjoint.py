@@ -16,7 +16,7 @@ from energynet.engine.equation import Linear
 from energynet.engine.options import check_flag, expect
 from energynet.engine.root_gradient import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
 from energynet.engine.shared_state import SharedState
-from energynet.engine.tasks import Outcome, Pull
+from energynet.engine.tasks import Outcome, Pull, linear_equation
 from energynet.linear import GMRES, MINRES, ConjugateGradient
 from energynet.solution import UNROLLED, OnFailure, describe, failed, report
 from energynet.solvers import Picard, Solver
@@ -58,26 +58,29 @@ class ImplicitAdjoint(RootAdjoint):
         if self.solver is not None:
             self.solver.check(Kind.SYMMETRIC if step.symmetric else Kind.LINEAR)
 
-    def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
-        return self._linear(method).at_solution(transposed, right, y, inputs)
+    def linear_solve(self, method: Method, equation: Linear, *inputs: Tensor) -> Answer:
+        linear = self._linear(method, equation)  # itself differentiable again
+        value, status, _, _, kinds, *_ = solve(linear, self, torch.zeros_like(inputs[0]), *inputs)
+        return Answer(value, failed(status), kinds)
 
     def pull(self, method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
-             ) -> tuple[Answer, list[Tensor | None] | None]:  # fmt: skip
-        linear = self._linear(method)
+             ) -> tuple[Answer, list[Tensor | None]]:  # fmt: skip
+        if torch.is_grad_enabled() or transform_active():
+            return super().pull(method, wanted, v, y, inputs)
+        equation, arguments = linear_equation(method.equation, True, y, inputs)
+        linear = self._linear(method, equation)
         function = Pull(method.equation, linear.solver, linear.termination, wanted)
         value, status, error, steps, *found = linear.driver.call(function, (v, y, *inputs))
-        outcome = Outcome(value, status, error, steps)
-        equation, arguments = function.linear(y, inputs)
-        linear = dataclasses.replace(linear, equation=equation)
-        if linear.tell(outcome, torch.zeros_like(v), (v, *arguments)):
-            return Answer(value, status, status), function.gradients(tuple(found), inputs)
-        return Answer(value, failed(status), linear.kinds(outcome, (v, *arguments))), None
+        kinds = linear.judged(Outcome(value, status, error, steps), torch.zeros_like(v), (v, *arguments))
+        return Answer(value, failed(status), kinds), function.gradients(tuple(found), inputs)
 
-    def _linear(self, method: Method) -> Method:
+    def _linear(self, method: Method, equation: Linear) -> Method:
         # A budget of the forward solve is none of this one, which makes a gradient exact.
         termination = self.termination or dataclasses.replace(method.termination, budget=None)
         solver = self.solver or _default_solver(method)
-        return dataclasses.replace(method, solver=solver, termination=termination, report=self.report)
+        return dataclasses.replace(
+            method, equation=equation, solver=solver, termination=termination, report=self.report, trace=False
+        )
 
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
         return derivatives
@@ -99,13 +102,12 @@ class _FirstOrderAdjoint(RootAdjoint):
     terms: int
     damping: float
 
-    def linear_solve(self, method: Method, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> Answer:
-        root, flipped, arguments = method.equation.linearization(y, inputs)
-        equation, zero = Linear(root, transposed != flipped), torch.zeros_like(right)
-        gamma = self.damping * method.equation.problem(inputs, y).gamma
+    def linear_solve(self, method: Method, equation: Linear, *inputs: Tensor) -> Answer:
+        right, y, *rest = inputs
+        gamma, zero = self.damping * method.equation.problem(tuple(rest), y).gamma, torch.zeros_like(right)
         term = total = gamma * right
         for _ in range(self.terms - 1):
-            term = term - gamma * equation.residual(term, zero, *arguments)
+            term = term - gamma * equation.residual(term, zero, y, *rest)
             total = total + term
         none = torch.zeros_like(right.sum(-1), dtype=torch.bool)
         return Answer(total, none, none.new_zeros(0, dtype=torch.int8))
@@ -228,7 +230,7 @@ class UnrolledAdjoint(Adjoint):
         return *outcome, *trace
 
     def _last_steps(self, last: int, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        start, status, error, steps, _, *trace = solve(method, x0.detach(), *(t.detach() for t in inputs))
+        start, status, error, steps, _, *trace = solve(method, ImplicitAdjoint(), x0.detach(), *(t.detach() for t in inputs))
         x = start.detach()
         problem = method.equation.problem(inputs, x)
         step = _checkpointed(problem.map, method.shared, 1) if self.checkpoint else problem.map

@@ -19,6 +19,7 @@ A sample that failed has no derivative, and is kept away from what samples share
 """
 
 import dataclasses
+import functools
 import inspect
 import threading
 import warnings
@@ -45,7 +46,7 @@ from energynet.engine.failed_samples import MIXED, FailedSamples, input_kinds
 from energynet.engine.loop import LoopState, Wrap, loop
 from energynet.engine.post_mortem import PostMortem
 from energynet.engine.shared_state import SharedState
-from energynet.engine.tasks import Outcome, Solve, input_gradients
+from energynet.engine.tasks import Outcome, Solve, input_gradients, linear_equation, pulled_back
 from energynet.solution import (
     LEFT_OUT,
     NONE_LEFT,
@@ -157,17 +158,17 @@ class RootAdjoint(Adjoint):
     """An adjoint that depends on the solution only, and not on how it was found."""
 
     def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, status, error, steps, _, *trace = solve(method, x0.detach(), *inputs)
+        x, status, error, steps, _, *trace = solve(method, self, x0.detach(), *inputs)
         return x, status, error, steps, *trace
 
     @abstractmethod
-    def linear_solve(self, method: "Method", transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
-        """A⁻¹ right, or A⁻ᵀ right, with A the Jacobian of the method's equation at the answer ``y``."""
+    def linear_solve(self, method: "Method", equation: Linear, *inputs: Tensor) -> "Answer":
+        """The solution of the linear equation that the Jacobian at a solution of the method makes."""
 
     def pull(self, method: "Method", wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
-             ) -> tuple["Answer", list[Tensor | None] | None]:  # fmt: skip
-        """A⁻ᵀ v and, where every sample converged and a driver can have them at once, the gradients of the inputs."""
-        return self.linear_solve(method, True, v, y, inputs), None
+             ) -> tuple["Answer", list[Tensor | None]]:  # fmt: skip
+        """Equation (1): A⁻ᵀ v, and the gradients of the inputs."""
+        return pulled_back(method.equation, wanted, v, y, inputs, functools.partial(self.linear_solve, method))
 
     @abstractmethod
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
@@ -206,23 +207,15 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """An equation and how to solve and differentiate it: the first argument of `_Solve`."""
+    """An equation and how to solve it."""
 
     equation: Equation
     solver: Solver
     termination: Termination
     on_failure: OnFailure
-    adjoint: RootAdjoint | None = None
     report: AdjointReport | None = None
     trace: bool = False
     driver: Driver = dataclasses.field(default_factory=Eager)
-
-    def at_solution(self, transposed: bool, right: Tensor, y: Tensor, inputs: tuple[Tensor, ...]) -> "Answer":
-        """Solve, by this method, the linear equation that another's Jacobian makes: itself differentiable again."""
-        root, flipped, arguments = self.equation.linearization(y, inputs)
-        method = dataclasses.replace(self, equation=Linear(root, transposed != flipped), trace=False)
-        answer, status, _, _, kinds, *_ = solve(method, torch.zeros_like(right), right, *arguments)
-        return Answer(answer, failed(status), kinds)
 
     @property
     def shared(self) -> SharedState:
@@ -256,8 +249,10 @@ class Method:
             report(self._explained(outcome, start, inputs), self.on_failure, NONE_LEFT if bool(bad.all()) else LEFT_OUT)
         return False
 
-    def kinds(self, outcome: Outcome, inputs: tuple[Tensor, ...]) -> Tensor:
-        """What the inputs are to samples of which some failed."""
+    def judged(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Apply the failure policy; what the inputs are to the samples, if some failed, else nothing."""
+        if self.tell(outcome, start, inputs):
+            return start.new_zeros(0, dtype=torch.int8)
         kinds = input_kinds(self.equation, outcome, inputs)
         if self.on_failure == "warn" and MIXED in kinds.tolist():
             warnings.warn(UNSEPARATED, ConvergenceWarning, stacklevel=2)
@@ -274,17 +269,15 @@ class _Solve(torch.autograd.Function):
     """The root y of an equation, differentiable to any order and under every transform of ``torch.func``."""
 
     @staticmethod
-    def forward(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(method: Method, adjoint: RootAdjoint, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         outcome, trace = method.run(y0, inputs)
-        alright = method.tell(outcome, y0, inputs)
-        kinds = y0.new_zeros(0, dtype=torch.int8) if alright else method.kinds(outcome, inputs)
-        return *outcome, kinds, *trace
+        return *outcome, method.judged(outcome, y0, inputs), *trace
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        method, _, *tensors = inputs
+        method, adjoint, _, *tensors = inputs
         y, status, error, steps, kinds, *trace = output
-        ctx.method = method
+        ctx.method, ctx.adjoint = method, adjoint
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(status, error, steps, kinds, *trace)
         ctx.traces = len(trace)
@@ -296,82 +289,75 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
         y, status, kinds, *inputs = alive(ctx.saved_tensors)
         if v is None:
-            return (None,) * (len(inputs) + 2)
+            return (None,) * (len(inputs) + 3)
 
         def gradients(v: Tensor) -> list[Tensor | None]:
             samples = FailedSamples.of(ctx.method.equation, status, kinds, tuple(inputs))
             with ctx.method.shared.unchanged():
-                return _backward(ctx.method, ctx.needs_input_grad[2:], v, y, samples)
+                return _backward(ctx.method, ctx.adjoint, ctx.needs_input_grad[3:], v, y, samples)
 
         with ctx.method.equation.ambient.solving():
-            return None, None, *(with_grads_batched(gradients, [v]) if is_grads_batched(v) else gradients(v))
+            return None, None, None, *(with_grads_batched(gradients, [v]) if is_grads_batched(v) else gradients(v))
 
     @staticmethod
     @opaque
-    def jvp(ctx: Any, _method: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+    def jvp(ctx: Any, _method: Any, _adjoint: Any, _y0: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         ambient, shared = ctx.method.equation.ambient, ctx.method.shared
         with ambient.solving(), inside_jvp(ctx.saved_tensors) as (y, status, kinds, *inputs), shared.unchanged():
             samples = FailedSamples.of(ctx.method.equation, status, kinds, tuple(inputs))
             chosen, present = zip(*((k, t) for k, t in enumerate(tangents) if t is not None), strict=True)
 
             def product(*present: Tensor) -> list[Tensor | None]:
-                return [_jvp(ctx.method, dict(zip(chosen, present, strict=True)), y, samples)]
+                return [_jvp(ctx.method, ctx.adjoint, dict(zip(chosen, present, strict=True)), y, samples)]
 
             batched = any(map(is_grads_batched, present))
             (dx,) = with_grads_batched(product, present) if batched else product(*present)
             return dx, *[None] * (4 + ctx.traces)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: Any, method: Method, adjoint: RootAdjoint, y0: Tensor, *inputs: Tensor) -> tuple[Any, Any]:
         def front(tensor: Tensor, dim: int | None) -> Tensor:
             return tensor if dim is None else tensor.movedim(dim, 0)
 
-        y0 = front(y0, in_dims[1]) if in_dims[1] is not None else y0.expand(info.batch_size, *y0.shape)
-        moved = [front(tensor, dim) for tensor, dim in zip(inputs, in_dims[2:], strict=True)]
-        dims: list[int | None] = [None if dim is None else 0 for dim in in_dims[2:]]
+        y0 = front(y0, in_dims[2]) if in_dims[2] is not None else y0.expand(info.batch_size, *y0.shape)
+        moved = [front(tensor, dim) for tensor, dim in zip(inputs, in_dims[3:], strict=True)]
+        dims: list[int | None] = [None if dim is None else 0 for dim in in_dims[3:]]
         if isinstance(method.equation, Linear):  # v and x have the shape of u
             moved[:2] = [t if d == 0 else t.expand(info.batch_size, *t.shape) for t, d in zip(moved[:2], dims[:2])]
             dims[:2] = [0, 0]
         mapped = dataclasses.replace(method, equation=method.equation.mapped(tuple(dims), info.randomness))
-        outputs = solve(mapped, y0, *moved)
+        outputs = solve(mapped, adjoint, y0, *moved)
         return outputs, (0, 0, 0, 0, None, *[1] * (len(outputs) - 5))
 
 
 _Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # autograd asks at each call
 
 
-def solve(method: Method, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The answer y, its status, error and steps, what `input_kinds` found, and the trace, if it was asked for."""
-    outputs: tuple[Tensor, ...] = _Solve.apply(method, y0, *inputs)
+def solve(method: Method, adjoint: RootAdjoint, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The answer y, differentiable by an adjoint; its status, error, steps, what `judged` found, and the trace, if there is one."""
+    outputs: tuple[Tensor, ...] = _Solve.apply(method, adjoint, y0, *inputs)
     return outputs
 
 
-def _backward(method: Method, wanted: tuple[bool, ...], v: Tensor, y: Tensor, samples: FailedSamples) -> list[Tensor | None]:
-    """Equation (1)."""
-    adjoint = method.adjoint
-    assert adjoint is not None
+def _backward(method: Method, adjoint: RootAdjoint, wanted: tuple[bool, ...], v: Tensor, y: Tensor, samples: FailedSamples
+              ) -> list[Tensor | None]:  # fmt: skip
+    """Equation (1), from which failed samples are kept away."""
     if samples.all:
         return samples.nothing(wanted, v)
     v, at, inputs = samples.silence(v), samples.answer(y), samples.inputs()
-    if samples.kinds or torch.is_grad_enabled() or transform_active():
-        answer = adjoint.linear_solve(method, True, v, at, inputs)
-    else:
-        answer, found = adjoint.pull(method, wanted, v, at, inputs)
-        if found is not None:
-            return found
-    samples = samples.joined(answer.failed, answer.kinds)
-    if samples.all:
-        return samples.nothing(wanted, v)
-    at, inputs = samples.answer(y), samples.inputs()
-    gradients = input_gradients(method.equation, wanted, samples.silence(answer.value), at, inputs)
+    answer, gradients = adjoint.pull(method, wanted, v, at, inputs)
+    if len(answer.kinds):  # some failed in the adjoint as well
+        samples = samples.joined(answer.failed, answer.kinds)
+        if samples.all:
+            return samples.nothing(wanted, v)
+        at, inputs = samples.answer(y), samples.inputs()
+        gradients = input_gradients(method.equation, wanted, samples.silence(answer.value), at, inputs)
     gradients = adjoint.guard(gradients, (at, *inputs))
     return [samples.mark(k, g, want) for k, (g, want) in enumerate(zip(gradients, wanted, strict=True))]
 
 
-def _jvp(method: Method, tangents: dict[int, Tensor], y: Tensor, samples: FailedSamples) -> Tensor:
+def _jvp(method: Method, adjoint: RootAdjoint, tangents: dict[int, Tensor], y: Tensor, samples: FailedSamples) -> Tensor:
     """dx = −A⁻¹ (∂F/∂inputs) dinputs, for the inputs of these numbers."""
-    adjoint = method.adjoint
-    assert adjoint is not None
     if samples.all:
         return torch.nan * y
     y, inputs = samples.answer(y), samples.inputs()
@@ -383,7 +369,8 @@ def _jvp(method: Method, tangents: dict[int, Tensor], y: Tensor, samples: Failed
         return method.equation.residual(y, *full)
 
     right = -pushforward(residual, [inputs[k] for k in tangents], list(tangents.values()))
-    answer = adjoint.linear_solve(method, False, samples.silence(right), y, inputs)
+    tangent, arguments = linear_equation(method.equation, False, y, inputs)
+    answer = adjoint.linear_solve(method, tangent, samples.silence(right), *arguments)
     samples = samples.joined(answer.failed, answer.kinds)
     (guarded,) = adjoint.guard([answer.value], (y, *inputs))
     assert guarded is not None

@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -170,20 +170,17 @@ class Pull(Task):
     check_every: int | None = None
     observe: Observe | None = None
 
-    def linear(self, y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Linear, tuple[Tensor, ...]]:
-        """The adjoint equation, and its inputs after v."""
-        root, flipped, arguments = self.equation.linearization(y, inputs)
-        return Linear(root, not flipped), arguments
-
     def checked(self, every: int | None, observe: Observe | None = None) -> "Pull":
         return dataclasses.replace(self, check_every=every, observe=observe)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         v, y, inputs = tensors[0], tensors[1], tensors[2:]
-        equation, arguments = self.linear(y, inputs)
-        solve = Solve(equation, self.solver, self.termination, self.check_every, self.observe)
-        outcome = solve(torch.zeros_like(v), v, *arguments)
-        gradients = input_gradients(self.equation, self.wanted, outcome.value, y, inputs)
+
+        def solve(equation: Linear, *arguments: Tensor) -> Outcome:
+            task = Solve(equation, self.solver, self.termination, self.check_every, self.observe)
+            return task(torch.zeros_like(v), *arguments)
+
+        outcome, gradients = pulled_back(self.equation, self.wanted, v, y, inputs, solve)
         found = [v.new_zeros(0) if g is None else g for g, want in zip(gradients, self.wanted) if want]
         return *outcome, *found
 
@@ -192,6 +189,40 @@ class Pull(Task):
         rest = iter(found)
         present = [next(rest) if want else None for want in self.wanted]
         return [None if g is None or g.shape != t.shape else g for g, t in zip(present, inputs, strict=True)]
+
+
+class Solved(Protocol):
+    """The solution of a linear equation, and how it was found."""
+
+    @property
+    def value(self) -> Tensor: ...
+
+
+S = TypeVar("S", bound=Solved)
+
+
+def linear_equation(equation: Equation, transposed: bool, y: Tensor, inputs: tuple[Tensor, ...]
+                    ) -> tuple[Linear, tuple[Tensor, ...]]:  # fmt: skip
+    """A u = v or Aᵀ u = v, with A the Jacobian of an equation at the answer ``y``, and its inputs after v."""
+    root, flipped, arguments = equation.linearization(y, inputs)
+    return Linear(root, transposed != flipped), arguments
+
+
+def pulled_back(equation: Equation, wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...],
+                solve: Callable[..., S]) -> tuple[S, list[Tensor | None]]:  # fmt: skip
+    """Equation (1): the solution u of Aᵀ u = v, and −(∂F/∂inputs)ᵀ u.
+
+    Args:
+        equation: F(y; inputs) = 0, with A = ∂F/∂y.
+        wanted: of which inputs the gradients are wanted.
+        v: the incoming gradient, ``(*batch, n)``.
+        y: the answer, ``(*batch, n)``.
+        inputs: tensors.
+        solve: (linear equation, v, \\*its other inputs) -> its solution.
+    """
+    adjoint, arguments = linear_equation(equation, True, y, inputs)
+    solved = solve(adjoint, v, *arguments)
+    return solved, input_gradients(equation, wanted, solved.value, y, inputs)
 
 
 def input_gradients(equation: Equation, wanted: tuple[bool, ...], u: Tensor, y: Tensor,
