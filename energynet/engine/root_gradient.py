@@ -334,7 +334,7 @@ _Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore
 
 
 def solve(method: Method, adjoint: RootAdjoint, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The answer y, differentiable by an adjoint; its status, error, steps, what `judged` found, and the trace, if there is one."""
+    """The answer y, differentiable by an adjoint; its status, error and steps, what `judged` found, and the trace, if any."""
     outputs: tuple[Tensor, ...] = _Solve.apply(method, adjoint, y0, *inputs)
     return outputs
 
