@@ -53,8 +53,8 @@ def failed(status: Tensor) -> Tensor:
 
 UNSEPARATED = (
     "Samples failed, and cannot be kept away from the others, so every gradient is NaN. Likely cause: samples depend on one "
-    "another, as through a mean over the batch, or on their number, or the energy or map has no value but at the points that "
-    "were met. Let each sample depend on its own rows, mend the failed samples, or solve without them."
+    "another, as through a mean over the batch, or the energy or map has no value but at the points that were met. "
+    "Let each sample depend on its own rows, mend the failed samples, or solve without them."
 )
 _SENTENCES = {
     Status.CONVERGED: "converged.",

@@ -188,6 +188,27 @@ def test_samples_that_depend_on_one_another_have_no_derivative_once_one_fails() 
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("mixing", [False, True])
+def test_numbers_per_sample_that_are_no_input(mixing: bool) -> None:
+    """The weights in a closure are those of this many samples only."""
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    z = double([1, 1], [-1, 2], [2, 2]).requires_grad_()
+    w = double([1, 2], [0, 1]).requires_grad_()
+
+    def energy(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        others = square(x - z.mean(0)) if mixing else 0
+        return (weights * square(x - torch.where(z > 0, z, NAN) @ w) + others) / len(x)
+
+    found = minimize(energy, torch.zeros_like(z), z, w, **OPTIONS)
+    assert found.status.tolist() == [0, Status.NONFINITE, 0]
+    dz, dw = torch.autograd.grad((weights * found.value[:, 0]).sum(), (z, w))
+    if mixing:
+        assert dz.isnan().all() and dw.isnan().all()
+    else:  # x = z w
+        torch.testing.assert_close(dz, double([1, 0], [NAN, NAN], [3, 0]), equal_nan=True)
+        torch.testing.assert_close(dw, double([7, 0], [7, 0]))
+
+
 class Mixing(Energy):
     """BatchNorm before the solve, whose statistics are made of all samples, and whose buffers nobody may change twice."""
 

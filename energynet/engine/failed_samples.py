@@ -15,7 +15,7 @@ from torch import Tensor
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import readable
 from energynet.engine.equation import Equation, Linear, Root
-from energynet.engine.row_inputs import roles, root_roles
+from energynet.engine.row_inputs import replaceable, roles
 from energynet.engine.tasks import Outcome
 from energynet.solution import failed
 from energynet.step import Step
@@ -37,7 +37,7 @@ def _kinds(equation: Equation, x: Tensor, inputs: Sequence[Tensor], bad: Tensor)
     if bool(bad.all()) or not equation.layout.batch_dims:
         return [SHARED] * len(inputs)
     root, x, inputs, bad = _of_one_index(equation, x, inputs, bad)
-    found = root_roles(root, x, inputs, ~bad)
+    found = replaceable(root, x, inputs, ~bad)
     if found is None:
         return [MIXED] * len(inputs)
     kinds = [OWN if role else SHARED for role in found]
@@ -91,7 +91,7 @@ def encoded_apart(root: Root, x: Tensor, inputs: tuple[Tensor, ...], bad: Tensor
         bad: ``(B,)`` bool, the failed samples: some, but not all.
     """
     held, code, context = inputs[: root.num_shared], inputs[root.num_shared :][: root.num_code], inputs[-root.num_context :]
-    found = root_roles(root, x, inputs, ~bad)
+    found = replaceable(root, x, inputs, ~bad)
     rows = None if found is None else found[root.num_shared :][: root.num_code]
     own = None if rows is None else encoder_roles(root, held, context, rows, ~bad)
     if rows is None or own is None:

@@ -31,6 +31,7 @@ MOST_LOOK = 2**40  # a number that doubles overflows in the end
 
 PATIENCE = 8
 REACHED = 50  # rounding units of v, below which no residual of a linear equation can be asked for
+FRACTION = 0.1  # of the default tolerance √ε, which that does not exceed: in half precision there are few such units
 
 
 class LoopState(NamedTuple):
@@ -238,7 +239,8 @@ def _within_tolerance(problem: Problem, termination: Termination, state: LoopSta
     if not isinstance(problem, Linear):
         return (state.error <= termination.tolerance(state.x, state.unit)) & torch.isfinite(state.error)
     eps = torch.finfo(state.x.dtype).eps
-    relative = max(termination.relative(eps), REACHED * eps)  # a sum of products is not known any better
+    reached = min(REACHED * eps, FRACTION * eps**0.5)  # a sum of products is not known any better
+    relative = max(termination.relative(eps), reached)
     return state.error <= relative * termination.size(problem.right) + problem.noise
 
 

@@ -8,6 +8,10 @@ one row per sample if the function f commutes with every choice I of samples, of
 It is tried at generic values, since what happens to hold at the present ones (equal rows, a zero residual, a gate that lets
 nothing through) says nothing. Where no S is found, the samples depend on one another, or the function has no value elsewhere:
 then nothing is known, and nothing may be guessed.
+
+A function may also hold numbers per sample that are no arguments, as a closure does, so that it takes this many samples only.
+Some of its samples can be replaced nevertheless, where every argument with as many rows is seen to have one per sample:
+`replaceable`.
 """
 
 import dataclasses
@@ -50,6 +54,50 @@ def root_roles(root: Root, x: Tensor, inputs: Sequence[Tensor], good: Tensor) ->
     return None if found is None else [*found[1:], *[None] * (len(inputs) - read)]
 
 
+def replaceable(root: Root, x: Tensor, inputs: Sequence[Tensor], good: Tensor) -> list[Role] | None:
+    """`root_roles`, or those that allow no more than to put rows of other samples in place of some."""
+    found = root_roles(root, x, inputs, good)
+    if found is not None:
+        return found
+    read = root.num_shared + root.num_code
+    own = own_by_sight(lambda t: root.residual(*t, *inputs[read:]), [x, *inputs[:read]], good)
+    return None if own is None else [*(k + 1 in own for k in range(read)), *[None] * (len(inputs) - read)]
+
+
+@torch.no_grad()
+def own_by_sight(function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor], good: Tensor) -> list[int] | None:
+    """Those of B rows, if every row of the result depends on their same row and on no other; else None.
+
+    Args:
+        function: tensors -> a tensor of B rows.
+        tensors: the values around which it is tried, the first of which has B rows.
+        good: ``(B,)`` bool, samples whose rows may be used.
+
+    Example:
+        >>> import torch
+        >>> mask, good = torch.tensor([0.0, 1.0, 2.0, 1.0]), torch.ones(4, dtype=torch.bool)
+        >>> x, W = torch.randn(4, 3), torch.randn(3, 3)
+        >>> own_by_sight(lambda t: mask[:, None] + t[0] @ t[1], (x, W), good)
+        [0]
+        >>> own_by_sight(lambda t: mask + t[0].mean(), (x, W), good)
+    """
+    same = [0, *_candidates(tensors, good, [0])]
+    if not bool(good.any()):
+        return None
+    with warnings.catch_warnings(action="ignore"):
+        trials = _trials(lambda t: [function(t)], tensors, [True], good, [0], same[1:])
+        own = bool(trials) and all(_is_own([trial.role(k, odd) for trial in trials for odd in (True, False)]) for k in same)
+    return same if own else None
+
+
+def _is_own(roles: Sequence[Role]) -> bool:
+    return True in roles and False not in roles
+
+
+def _candidates(tensors: Sequence[Tensor], good: Tensor, fixed: Collection[int]) -> list[int]:
+    return [k for k, t in enumerate(tensors) if k not in fixed and t.shape[:1] == good.shape]
+
+
 @torch.no_grad()
 def roles(function: Function, tensors: Sequence[Tensor], results: Sequence[Role], good: Tensor,
           fixed: Collection[int] = ()) -> list[Role] | None:  # fmt: skip
@@ -68,7 +116,7 @@ def roles(function: Function, tensors: Sequence[Tensor], results: Sequence[Role]
         >>> roles(lambda t: [t[0] @ t[1].T - t[2]], (x, A, b), [True], torch.ones(4, dtype=torch.bool), fixed=[0])
         [True, False, True]
     """
-    candidates = [k for k, t in enumerate(tensors) if k not in fixed and t.shape[:1] == good.shape]
+    candidates = _candidates(tensors, good, fixed)
     if not bool(good.any()):
         return None
     with warnings.catch_warnings(action="ignore"):  # those of a loss that broadcasts, for one
@@ -122,9 +170,9 @@ class _Trial:
                 return False
         return True
 
-    def role(self, k: int) -> Role:
+    def role(self, k: int, odd: bool = True) -> Role:
         """That of a tensor, as it seems from what changes with every other of its rows."""
-        some = torch.arange(len(self.tensors[k]), device=self.rows.device) % 2 == 1
+        some = (torch.arange(len(self.tensors[k]), device=self.rows.device) % 2 == 1) == odd
         found = _evaluated(self.function, [_moved_rows(t, some) if j == k else t for j, t in enumerate(self.tensors)])
         if found is None:
             return None
