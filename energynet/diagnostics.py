@@ -1,7 +1,7 @@
 """Measure how well a problem and its answer are conditioned: contraction, curvature, errors, and a solve in words.
 
 Everything is measured for each sample through products with A = ∂F/∂x, where F is the optimality condition of a step g(x) =
-x − γ F(x); no matrix is formed.
+x − γ F(x); a matrix is formed only of a few unknowns.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from energynet.engine.binding import Binding
 from energynet.engine.loop import loop
 from energynet.engine.root_gradient import Adjoint, RootAdjoint
 from energynet.engine.validation import check_start, examine
-from energynet.linear import ConjugateGradient
+from energynet.linear import ConjugateGradient, Dense
 from energynet.solution import ConvergenceError, Solution, Status, describe, samples
 from energynet.solve import fixed_point
 from energynet.solvers import Picard, Solver
@@ -186,7 +186,8 @@ def solution_error(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, s
         x: the point to judge: ``(B, ...)``, a pytree of such, or a `Solution`.
         context: what the step takes besides x.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
-        solver: of the linear equation; default: conjugate gradients for energies, `Picard` for maps.
+        solver: of the linear equation; default: `Picard` for maps, and for energies `Dense` with up to 50 unknowns per
+            sample, which may be scaled ever so badly, and conjugate gradients with more.
 
     Returns:
         ``(B,)``; infinite where nothing can be said, because x is too far from x*, or A is singular or, for an energy,
@@ -340,9 +341,16 @@ class Linearized:
         gamma = per_sample(self.step.step_size, self.x.ndim)
         return gamma.detach() if isinstance(gamma, Tensor) else gamma
 
+    @property
+    def _default_solver(self) -> Solver:
+        """Of a few unknowns the whole Hessian, since conjugate gradients stop early where variables are badly scaled."""
+        if not self.step.symmetric:
+            return Picard()
+        return Dense() if self.x.shape[-1] <= FEW else ConjugateGradient()
+
     def newton(self, x: Tensor, solver: Solver | None) -> tuple[Tensor, Tensor]:
         """A⁻¹F(x), with A at this point, and where that failed, ``(*batch)``."""
-        solver = solver or (ConjugateGradient() if self.step.symmetric else Picard())
+        solver = solver or self._default_solver
         solver.check(Kind.SYMMETRIC if self.step.symmetric else Kind.LINEAR)
         with recording(x) as x, torch.no_grad():
             right = self.residual(x)
@@ -356,6 +364,7 @@ class Linearized:
             return state.x * l2_norm(right).to(v.dtype).unsqueeze(-1), state.status != Status.CONVERGED
 
 
+FEW = 50  # unknowns, whose Hessian costs less than to be wrong
 ANYWHERE = Termination(atol=1e30, rtol=0.0, max_steps=0)  # takes any point for the answer
 
 

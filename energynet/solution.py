@@ -4,13 +4,14 @@ import dataclasses
 import enum
 import math
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from energynet._torch import tree as _tree
-from energynet._torch.autodiff import readable
+from energynet._torch.autodiff import opaque, readable, transform_active
 
 OnFailure = Literal["raise", "warn", "ignore"]
 POLICIES = ("raise", "warn", "ignore")
@@ -111,6 +112,43 @@ class Trace:
 _tree.register_dataclass(Trace)
 
 
+class AnswerEnergy(ABC):
+    """The energy at the answer of a solve, as a `Solution` holds it until it is read; copies share it, pickles leave it out."""
+
+    @abstractmethod
+    def evaluate(self) -> Tensor:
+        """``(*batch)``."""
+
+    def __deepcopy__(self, memo: Any) -> "AnswerEnergy":
+        return self
+
+    def __reduce__(self) -> Any:
+        return NoEnergy, (LEFT_BEHIND,)
+
+
+class NoEnergy(AnswerEnergy):
+    """There is none to read, and why."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def evaluate(self) -> Tensor:
+        raise AttributeError(self.why)
+
+    def __reduce__(self) -> Any:
+        return NoEnergy, (self.why,)
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+NO_ENERGY = "Solution.energy was read, but a fixed point of a map has no energy: only answers of minimize and FPI_GD have one."
+LEFT_BEHIND = (
+    "Solution.energy was read of a copy that cannot evaluate it, since it was made from the tensors alone, as by pickle or "
+    "tree_map, before the energy was read: read it of the original first."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Solution:
     """The answer of a solve and how it went, for each sample.
@@ -135,6 +173,40 @@ class Solution:
     error: Tensor
     num_steps: Tensor
     trace: Trace | None = None
+    _energy: Tensor | AnswerEnergy = dataclasses.field(default=NoEnergy(LEFT_BEHIND), repr=False, compare=False, kw_only=True)
+
+    @property
+    @opaque
+    def energy(self) -> Tensor:
+        """``(B,)``: the energy at the answer, of a minimization; it carries gradients as ``value`` does.
+
+        Its first derivative is ∂E/∂θ at x*, without a solve of the adjoint equation, since ∇E = 0 there (the envelope
+        theorem). Higher ones contain dx*/dθ and are exact. With a ``prox`` it is the smooth part alone, whose derivative is
+        taken through x*: also there it is ∂E/∂θ, unless the set depends on θ. With a budget, or a loose tolerance, ∂E/∂θ is
+        as far from the derivative as x is from x*; with `UnrolledAdjoint` it is that of the iterate's energy.
+
+        It is evaluated when it is first read, or when the solution leaves a transform such as ``vmap``.
+
+        Example:
+            >>> import torch
+            >>> from energynet import minimize
+            >>> z = torch.tensor([[3.0, 4.0]], requires_grad=True)
+            >>> energy = minimize(lambda x, z: (x - z).square().sum(-1) + x.square().sum(-1), torch.zeros(1, 2), z).energy
+            >>> energy.detach().round(decimals=3), torch.autograd.grad(energy.sum(), z)[0].round(decimals=3)    # ½ z², z
+            (tensor([12.5000]), tensor([[3., 4.]]))
+
+        Raises:
+            AttributeError: for a fixed point of a map, which has no energy.
+            ChangedFunctionError: if something that E reads was changed in place since the solve.
+
+        Source: Milgrom and Segal (2002), Envelope theorems for arbitrary choice sets.
+        """
+        if isinstance(self._energy, Tensor):
+            return self._energy
+        found = self._energy.evaluate()
+        if not transform_active():
+            object.__setattr__(self, "_energy", found)
+        return found
 
     @property
     def converged(self) -> Tensor:
@@ -170,7 +242,15 @@ class Solution:
         return f"Solution(value={value}, status=({told}), steps≤{int(self.num_steps.amax()) if told else 0})"
 
 
-_tree.register_dataclass(Solution)
+def _leaf(solution: Solution, name: str) -> Any:
+    """A field as it leaves a transform, or goes through a function of pytrees; the energy only where it is known."""
+    found = getattr(solution, name)
+    if not isinstance(found, AnswerEnergy):
+        return found
+    return solution.energy if transform_active() and not isinstance(found, NoEnergy) else None
+
+
+_tree.register_dataclass(Solution, _leaf)
 
 
 def report(message: str, on_failure: OnFailure, consequence: str = "") -> None:

@@ -16,13 +16,15 @@ from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
 from energynet.engine.curvature import check_hessian
 from energynet.engine.driver import Driver, Eager
+from energynet.engine.envelope import EnergyOf
 from energynet.engine.equation import Arguments, Root
 from energynet.engine.failed_samples import encoded_apart
 from energynet.engine.options import check_batch_dims, check_flag, check_function
 from energynet.engine.purity import unchanged, unwatched
-from energynet.engine.root_gradient import Adjoint, Method
+from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
+from energynet.engine.tasks import Outcome
 from energynet.engine.validation import check_fit, check_options, check_start, examine
-from energynet.solution import OnFailure, Solution, Trace, failed
+from energynet.solution import NO_ENERGY, AnswerEnergy, NoEnergy, OnFailure, Solution, Trace, failed
 from energynet.solvers import LBFGS, Nesterov, Picard, ProjectedLBFGS, Solver
 from energynet.step import GradientStep, Prox, ProximalStep, Step, as_step
 from energynet.termination import Termination
@@ -260,7 +262,15 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
                 inputs = _with_code_apart(method, root, start, inputs)
             x, status, error, steps, *trace = options.adjoint.run(method, start, inputs)
         binding.shared.settle()
-        return Solution(layout.unravel(x), status, error, steps, _trace(layout, trace))
+        outcome = Outcome(x, status, error, steps)
+        return Solution(layout.unravel(x), *outcome[1:], _trace(layout, trace), _energy=_energy(root, outcome, inputs, options))
+
+
+def _energy(root: Root, outcome: Outcome, inputs: tuple[Tensor, ...], options: _Options) -> AnswerEnergy:
+    """At the answer, for whoever reads it."""
+    if root.binding.step.energy_of is None:
+        return NoEnergy(NO_ENERGY)
+    return EnergyOf(root, outcome, inputs, unrolled=not isinstance(options.adjoint, RootAdjoint))
 
 
 def _trace(layout: Layout, tensors: list[Tensor]) -> Trace | None:

@@ -198,6 +198,32 @@ def test_solution_error_is_infinite_where_nothing_can_be_said() -> None:
     assert solution_error(LogEnergy(), tight, 1 + torch.rand(2, 3, dtype=torch.float64)).shape == (2,)
 
 
+MISRA = torch.tensor([[437.369707848, 3.0227324409e-4]], dtype=torch.float64)
+
+
+def misra(b: Tensor) -> Tensor:
+    """The sum of squares of NIST's Misra1d, whose two parameters differ by six orders of magnitude."""
+    y = [10.07, 14.73, 17.94, 23.93, 29.61, 35.18, 40.02, 44.82, 50.76, 55.05, 61.01, 66.40, 75.47, 81.78]
+    x = [77.6, 114.9, 141.1, 190.8, 239.9, 289.0, 332.8, 378.4, 434.8, 477.3, 536.8, 593.1, 689.1, 760.0]
+    y, x = (b.new_tensor(t) for t in (y, x))
+    return ((b[:, :1] * b[:, 1:] * x / (1 + b[:, 1:] * x) - y) ** 2).sum(-1)
+
+
+def test_solution_error_is_not_deceived_by_badly_scaled_variables() -> None:
+    """Conjugate gradients call the error of the third point 4e-6."""
+    points = torch.tensor([[437.0, 3.0260e-4], [420.0, 3.0e-4], [440.0, 3.0227e-4], [339.3, 4.085e-4]], dtype=torch.float64)
+    found, truth = solution_error(GradientStep(misra), points), (points - MISRA).norm(dim=-1)
+    assert ((found[:2] / truth[:2] < 3) & (found[:2] / truth[:2] > 1)).all()
+    assert found[2:].isinf().all()  # outside of Newton's reach, where nothing can be said
+
+
+@pytest.mark.parametrize("point", [[0.0, 0.0, 0.0, 0.0], [1.001, 1.001, 1.001, 1.001], [3.0, 1.0, 1e5, 1.0]])
+def test_solution_error_of_a_badly_scaled_quadratic(point: list[float]) -> None:
+    curvature, x = torch.tensor([1.0, 1e8, 1e-8, 1e16], dtype=torch.float64), torch.tensor([point], dtype=torch.float64)
+    step = GradientStep(lambda x: (curvature * (x - 1).square()).sum(-1) + 1e3 * (x[:, 0] - 1) * (x[:, 1] - 1))
+    assert torch.allclose(solution_error(step, x), 2 * (x - 1).norm(dim=-1), rtol=1e-6)
+
+
 def test_solution_error_of_an_answer_to_rounding_is_finite() -> None:
     z = 1 + torch.rand(5, 3, dtype=torch.float64)
     found = solution_error(LogEnergy(), (z / 0.7).log(), z)

@@ -47,6 +47,7 @@ ORDER = [
     "engine.root_gradient",
     "engine.adjoint",
     "engine.purity",
+    "engine.envelope",
     "engine.curvature",
     "engine.validation",
     "solve",

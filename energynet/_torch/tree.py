@@ -19,11 +19,16 @@ TreeSpec = _pytree.TreeSpec
 leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 
 
-def register_dataclass(cls: type) -> type:
-    """Make a dataclass a pytree, so that it may leave ``torch.func.vmap``; fields that are None are no leaves."""
+def register_dataclass(cls: type, field: Callable[[Any, str], Any] = getattr) -> type:
+    """Make a dataclass a pytree, so that it may leave ``torch.func.vmap``; fields that are None are no leaves.
+
+    Args:
+        cls: the dataclass.
+        field: reads a field of a value, by its name.
+    """
 
     def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        fields = {f.name: field(value, f.name) for f in dataclasses.fields(value)}
         present = {name: v for name, v in fields.items() if v is not None}
         return list(present.values()), tuple(present)
 

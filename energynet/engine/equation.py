@@ -133,6 +133,10 @@ class Root:
         """x -> F(x), with the inputs bound once."""
         return self._mapped(self._optimality, inputs)
 
+    def energy(self, x: Tensor, *inputs: Tensor) -> Tensor:  # (*batch)
+        """That of a minimization, of the smooth part alone where there is a prox."""
+        return self._mapped(self._value, inputs)(x)
+
     def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
         """On plain tensors, for a solve that begins at ``start``, ``(*batch, n)``."""
         residual, step = self.function(inputs), self.binding.step
@@ -198,10 +202,13 @@ class Root:
     def _optimality(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         return self.layout.ravel(step.optimality(self.layout.unravel(x), *code)).to(x.dtype)
 
-    def _energy(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+    def _value(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         energy = step.energy_of
         assert energy is not None
-        value = evaluate(energy, self.layout.unravel(x), code[1:] if isinstance(step, ProximalStep) else code)
+        return evaluate(energy, self.layout.unravel(x), code if step.kind is Kind.ENERGY else code[1:])  # after the prox's
+
+    def _energy(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
+        value = self._value(step, code, x)
         # In the precision to which it is known, so that solvers take no rounding for a change.
         return value if self.precision is None else value.to(self.precision)
 

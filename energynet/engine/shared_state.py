@@ -130,7 +130,7 @@ class Survey:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self._note(f"{name} (a tensor of shape {tuple(value.shape)})", lambda: _version(value), value)
+            self._note(f"{name} (a tensor of shape {tuple(value.shape)})", lambda: version(value), value)
         elif isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
             refuse_scripted(value)
         elif isinstance(value, types.FunctionType):
@@ -272,7 +272,8 @@ def _users(cls: type) -> tuple[type, ...]:
     return tuple(c for c in cls.__mro__ if not of_a_library(c))
 
 
-def _version(tensor: Tensor) -> Any:
+def version(tensor: Tensor) -> Any:
+    """Changes when the tensor is changed in place."""
     return None if tensor.is_inference() else tensor._version
 
 
