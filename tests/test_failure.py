@@ -318,7 +318,7 @@ def test_solvers_that_do_not_fit_are_refused_before_the_first_step() -> None:
         fixed_point(lambda x: 0.5 * x, X0, adjoint=ImplicitAdjoint(ConjugateGradient()))
     with pytest.raises(TypeError, match="ConjugateGradient cannot solve a fixed point"):
         fixed_point(lambda x: 0.5 * x, X0, solver=ConjugateGradient())
-    with pytest.raises(TypeError, match=r"Did you mean Picard\(\)\?"):
+    with pytest.raises(TypeError, match=r"Did you mean an instance, Picard\(\)\?"):
         fixed_point(lambda x: 0.5 * x, X0, solver=Picard)
     with pytest.raises(ValueError, match="on_failure"):
         fixed_point(lambda x: 0.5 * x, X0, on_failure="explode")

@@ -124,7 +124,7 @@ class Inner(NamedTuple):
     step: Tensor  # p, (*batch, n)
     image: Tensor  # H p
     left: Tensor  # g + H p, the model's gradient
-    direction: Tensor  # d
+    direction: Tensor  # d, of length 1, since H d and dᵀH d may overflow for the length of a gradient
     done: Tensor  # bool
 
 
@@ -136,7 +136,7 @@ def truncated_step(product: Callable[[Tensor], Tensor], ball: Ball, most: int, d
     g, radius, size = ball.residual, ball.radius.unsqueeze(-1), norm(ball.residual).unsqueeze(-1)
     steepest = torch.where(ball.steepest > 0, ball.steepest, 1).unsqueeze(-1)
     goal = size * torch.clamp((size / steepest).sqrt(), max=0.1)
-    inner = Inner(torch.zeros_like(g), torch.zeros_like(g), g, -g, done.unsqueeze(-1) | (size == 0))
+    inner = Inner(torch.zeros_like(g), torch.zeros_like(g), g, _unit_length(-g), done.unsqueeze(-1) | (size == 0))
     found: Inner = while_loop(
         lambda inner: ~inner.done.all(),
         lambda inner: _conjugate_gradient(product(inner.direction), inner, radius, goal),
@@ -148,18 +148,24 @@ def truncated_step(product: Callable[[Tensor], Tensor], ball: Ball, most: int, d
 
 def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor) -> Inner:
     """One step; at the edge of the ball, or where the curvature is not positive, it ends on the edge."""
-    p, d, before = inner.step, inner.direction, dot(inner.left, inner.left)
+    p, d = inner.step, inner.direction
     along = dot(d, hd)
     finite = torch.isfinite(along)  # a product that is not counts as zero: the step goes downhill
     along, hd = torch.where(finite, along, 0), torch.where(finite, hd, 0)
-    flat = ~(along > torch.finfo(d.dtype).eps * norm(d).unsqueeze(-1) * norm(hd).unsqueeze(-1))
-    alpha = before / torch.where(flat, 1, along)
+    flat = ~(along > torch.finfo(d.dtype).eps * norm(hd).unsqueeze(-1))
+    curvature = torch.where(flat, 1, along)
+    alpha = -dot(inner.left, d) / curvature
     outside = flat | (norm(p + alpha * d).unsqueeze(-1) >= radius)
     length = torch.where(inner.done, 0, torch.where(outside, _to_edge(p, d, radius), alpha))
     left = inner.left + length * hd
-    beta = dot(left, left) / torch.where(before > 0, before, 1)
     done = inner.done | outside | (norm(left).unsqueeze(-1) <= goal)
-    return Inner(p + length * d, inner.image + length * hd, left, beta * d - left, done)
+    following = _unit_length(dot(left, hd) / curvature * d - left)
+    return Inner(p + length * d, inner.image + length * hd, left, following, done)
+
+
+def _unit_length(d: Tensor) -> Tensor:
+    length = norm(d).unsqueeze(-1)
+    return d / torch.where(length > 0, length, 1)
 
 
 def _to_edge(p: Tensor, d: Tensor, radius: Tensor) -> Tensor:
