@@ -187,6 +187,6 @@ class GradientDescent(Solver):
         energies = torch.where(rows, pushed, state.energies)
         fresh = begin(energies.amax(-1), -gradient.square().sum(-1), self.rule.next_length(progress), state.search)
         search = Search(*(torch.where(taken, new, old) for new, old in zip(fresh, search, strict=True)))
-        failures = torch.where(taken, 0, state.failures + failed.to(torch.int32))
+        failures = torch.where(search.successful(taken), 0, state.failures + search.failed.to(torch.int32))
         unbounded = failed & torch.isinf(search.high)
         return x, GradientDescentState(gradient, energies, search, failures, unbounded)

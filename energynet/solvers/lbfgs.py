@@ -91,7 +91,7 @@ class LBFGS(Solver):
         energy, gradient = problem.value_and_gradient(trial)
         taken, search = self.search.judge(state.search, energy, _dot(gradient, state.direction))
         failed = search.failed & ~taken
-        failures = torch.where(taken, 0, state.failures + failed.to(torch.int32))
+        failures = torch.where(search.successful(taken), 0, state.failures + search.failed.to(torch.int32))
         unbounded = failed & torch.isinf(search.high)
         memory = remember(state.memory, taken, trial - x, gradient - state.residual)
         memory = _either(failed, nothing(x, self.memory), memory)

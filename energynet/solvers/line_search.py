@@ -41,6 +41,10 @@ class Search(NamedTuple):
         """Samples whose search found nothing: the direction is useless, or energies differ by rounding only."""
         return self.trials >= MOST_TRIALS
 
+    def successful(self, taken: Tensor) -> Tensor:
+        """Samples whose search ended well: away from walls, not by taking what was best after all trials, as at a kink."""
+        return taken & (~self.failed | self.met_wall)
+
 
 def begin(energy: Tensor, slope: Tensor, length: Tensor, before: Search | None = None) -> Search:
     """A search that has seen nothing yet but, if there was one, the end of the search before it."""

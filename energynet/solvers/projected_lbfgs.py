@@ -100,7 +100,7 @@ class ProjectedLBFGS(Solver):
         taken, search = SEARCH.judge(state.search, energy, dot(gradient, direction))
         taken = taken | ((search.low >= length) & (length >= most))  # a longer step would leave the box
         failed = search.failed & ~taken
-        failures = torch.where(taken, 0, state.failures + failed.to(torch.int32))
+        failures = torch.where(search.successful(taken), 0, state.failures + search.failed.to(torch.int32))
         unbounded = failed & torch.isinf(search.high) & torch.isinf(most)
         memory = remember(state.memory, taken, trial - x, gradient - state.gradient)
         memory = either(failed, nothing(x, self.memory), memory)
