@@ -200,10 +200,51 @@ def test_a_failed_sample_spoils_no_other(prox: Box | None) -> None:
     assert close(second, -z[1:].square().sum() / 4)
 
 
+@pytest.mark.parametrize("energy", [LogCosh(), EncodedLogCosh()], ids=["plain", "encoded"])
+def test_a_failed_sample_adds_nothing_to_weights(energy: LogCosh) -> None:
+    found, (weight, *_) = [], energy.parameters()
+    good = some_context(3)
+    for context in (good.index_put((torch.tensor(1),), torch.tensor(float("nan"), dtype=torch.float64)), good[[0, 2]]):
+        solution = FPI_GD(energy, solver=Newton(), termination=TIGHT, on_failure="ignore").solve(context)
+        (first,) = torch.autograd.grad(solution.energy.nansum(), weight, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), weight)))
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_failed_samples_under_vmap() -> None:
+    z = torch.tensor([[[1.0], [float("nan")]], [[2.0], [3.0]]], dtype=torch.float64)
+
+    def energy(z: Tensor) -> Tensor:
+        far = lambda x, z: (x - z).square().sum(-1) + x.square().sum(-1)  # noqa: E731
+        return minimize(far, torch.zeros_like(z), z, on_failure="ignore").energy.nansum()
+
+    assert torch.allclose(torch.func.vmap(torch.func.grad(energy))(z), z, rtol=1e-4, equal_nan=True)
+
+
 def test_no_sample_left() -> None:
     z = torch.full((2, 1), float("nan"), dtype=torch.float64, requires_grad=True)
     energy = minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros_like(z), z, on_failure="ignore").energy
     assert torch.autograd.grad(energy.sum(), z)[0].isnan().all()
+
+
+def test_an_energy_made_of_the_answers_energy() -> None:
+    z = torch.tensor([[2.0]], dtype=torch.float64, requires_grad=True)
+
+    def partly(y: Tensor, z: Tensor) -> Tensor:  # ½ (y − z)²
+        both = lambda x, y, z: (x - y).square().sum(-1) + (x - z).square().sum(-1)  # noqa: E731
+        return minimize(both, torch.zeros_like(y), y, z, termination=TIGHT).energy
+
+    outer = lambda y, z: partly(y, z) + y.square().sum(-1)  # noqa: E731
+    solution = minimize(outer, torch.zeros(1, 1, dtype=torch.float64), z, solver=Newton(), termination=TIGHT)
+    assert close(solution.value, z / 3) and close(solution.energy, z[0].square() / 3)
+    assert close(torch.autograd.grad(solution.value.sum(), z, retain_graph=True)[0], torch.full_like(z, 1 / 3))
+    assert close(torch.autograd.grad(solution.energy.sum(), z)[0], 2 * z / 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"vectorize": True}, {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}])
+def test_hessians_of_autograd_functional(options: dict[str, Any], z: Tensor) -> None:
+    found = torch.autograd.functional.hessian(lambda z: answer_of(z).energy.sum(), z.detach(), **options)
+    assert close(found, torch.diag((-1 / z.detach()).flatten()).reshape(2, 2, 2, 2))
 
 
 @pytest.mark.slow
