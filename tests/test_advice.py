@@ -91,6 +91,15 @@ class Case:
 
 
 START = start(-1.2, 1.0)
+SLOW = {"a prox, slow", "separable", "a slow map", "kink, Newton", "kink, stalled", "kink, piecewise linear",
+        "a map that contracts slowly", "steps of a slow solver", "gradient steps"}  # fmt: skip
+
+
+def marked(cases: dict[str, Any]) -> list[Any]:
+    """The cases, of which some take a thousand steps."""
+    return [pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in cases.items()]
+
+
 FORWARD = {
     "separable": Case(
         lambda: minimize(separable, torch.zeros(1, 2, dtype=F64)),
@@ -251,7 +260,7 @@ FORWARD = {
 }
 
 
-@pytest.mark.parametrize("case", FORWARD.values(), ids=FORWARD.keys())
+@pytest.mark.parametrize("case", marked(FORWARD))
 def test_a_failed_solve_says_why_and_what_helps(case: Case) -> None:
     with pytest.raises(ConvergenceError) as caught:
         case.fails()
@@ -337,7 +346,7 @@ ADJOINT = {
 }
 
 
-@pytest.mark.parametrize("case", ADJOINT.values(), ids=ADJOINT.keys())
+@pytest.mark.parametrize("case", marked(ADJOINT))
 def test_a_failed_gradient_says_why_and_what_helps(case: Case) -> None:
     with pytest.raises(ConvergenceError, match=r"The adjoint solve \(the gradient\) failed") as caught:
         backward(case.fails())

@@ -327,7 +327,7 @@ def test_random_stateful_and_in_place_functions_are_told() -> None:
 ])  # fmt: skip
 def test_wrong_energies_are_told_with_shapes(wrong: Callable[[Tensor], Any], words: str | None) -> None:
     if words is None:
-        assert minimize(wrong, X0 + 1, step_size=0.2).status.shape == ()  # one problem
+        assert minimize(wrong, X0 + 1, step_size=0.2, batch_dims=0).status.shape == ()  # one problem
         return
     with pytest.raises((TypeError, ValueError), match=words):
         minimize(wrong, X0, step_size=0.1)
