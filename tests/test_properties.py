@@ -227,7 +227,11 @@ def scaled(case, factor, step_size):
 
 @forall(15, energies())
 def test_scaling_the_energy_and_the_step_size_changes_no_bit_of_the_answer(case):
-    """For a power of two every product is exact; the reported residual is the same too."""
+    """For a power of two every product is exact; the reported residual is the same too.
+
+    The energy itself is multiplied by one: PyTorch has other kernels, which round otherwise, for the cotangent of a bare sum.
+    """
+    case = scaled(case, 1.0, case.step_size)
     for factor in (2.0**-10, 2.0**7):
         other = scaled(case, factor, case.step_size / factor)
         before, after = (layer_of(c).solve(*c.context, x0=c.x0) for c in (case, other))
