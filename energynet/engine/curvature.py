@@ -91,8 +91,8 @@ _MISSING = f"uses an operation that cannot be differentiated twice. {_REMEDY}"
 
 
 def _gradient(step: Step, layout: Layout, code: tuple[Any, ...]) -> Gradient:
-    while isinstance(step, DampedStep):
-        step = step.step
+    if isinstance(step, DampedStep):
+        return _gradient(step.step, layout, code)
     energy, rest = step.energy_of, code[1:] if isinstance(step, ProximalStep) else code
     assert energy is not None
     return lambda flat: layout.ravel(gradient_of_sum(lambda x: evaluate(energy, x, rest), layout.unravel(flat)))
