@@ -397,7 +397,7 @@ def test_every_option_of_the_adjoint_shows():
     assert (adjoint_record({"solver": Picard()}).num_steps > 50).all()
     assert (adjoint_record({"solver": Anderson()}).num_steps < 50).all()
     loose = adjoint_record({"solver": Picard(), "termination": Termination(rtol=1e-2)})
-    assert (loose.num_steps < 40).all() and (loose.error > 1e-4).all() and (loose.error < 1e-2).all()
+    assert (loose.num_steps < 40).all() and (loose.residual > 1e-4).all() and (loose.residual < 1e-2).all()
     short = {"solver": Picard(), "termination": Termination(max_steps=3)}
     assert (adjoint_record(short, on_failure="ignore").status == Status.MAX_STEPS).all()
     z = CONTEXT.clone().requires_grad_()
