@@ -30,7 +30,7 @@ class ImplicitAdjoint(RootAdjoint):
 
     Example:
         >>> ImplicitAdjoint(Picard(), Termination(rtol=1e-6))     # the paper's backward fixed-point iteration
-        ImplicitAdjoint(solver=Picard(), termination=Termination(atol=None, rtol=1e-06, max_steps=1000), report=None)
+        ImplicitAdjoint(solver=Picard(), termination=Termination(atol=None, rtol=1e-06, max_steps=1000, budget=None), report=None)
 
     Args:
         solver: of the adjoint equation. `ConjugateGradient` and `MINRES` need an energy; `GMRES`, `BiCGSTAB` and, for small
