@@ -1,0 +1,147 @@
+"""What each change to the recorded programs and to Inductor's output gains: all of them against all but one.
+
+    python -m tests.benchmarks.rewrites --json docs/results/rewrites.json
+"""
+
+import contextlib
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._inductor.config
+
+from energynet import Compiled
+from energynet.compiled import decompositions
+
+from . import command
+from .contenders.ours import OursCompiled
+from .harness import Call, Options
+from .w1_single import Single
+from .w2_batch import Batch
+from .w3_labels import Labels
+from .w4_images import Images
+from .work import Task, Work, prepare
+
+IN_PLACE = "energynet.compiled.inductor.in_place"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One change, and how it is left out: names of functions and what stands for them."""
+
+    title: str
+    without: dict[str, Callable[..., Any]]
+    when_called: bool = False
+    """Whether it is also left out when a compiled solve is called, and not only when it is compiled."""
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, stand_in in self.without.items():
+                stack.enter_context(mock.patch(name, stand_in))
+            yield
+
+
+def same(source: Any) -> Any:
+    return source
+
+
+def without(*operators: Any) -> Callable[[], dict[Any, Any]]:
+    """The table of operations that are recorded in another form, less these."""
+    kept = {operator: form for operator, form in decompositions.products().items() if operator not in operators}
+    return lambda: kept
+
+
+def table(*operators: Any) -> dict[str, Callable[..., Any]]:
+    return {f"energynet.compiled.{module}.products": without(*operators) for module in ("loops", "tracing")}
+
+
+aten = torch.ops.aten
+REWRITES = [
+    Rewrite("loops keep their memory", {IN_PLACE: same}),
+    Rewrite("pointers are asked for once", {"energynet.compiled.cpu_loops.with_pointers": lambda body: ([], list(body))}),
+    Rewrite("sums of doubles in registers", {"energynet.compiled.inductor.folded": same}),
+    Rewrite("large products by oneDNN", {"energynet.compiled.inductor.mkl_is_slow": lambda: False}),
+    Rewrite("parts of a batch at once", {"energynet.compiled.cache.how_many": lambda *_: 1}, when_called=True),
+    Rewrite("sums apart from products", {"energynet.compiled.inductor.sums_apart": lambda graph: None}),
+    Rewrite("dear functions computed once", {"energynet.compiled.inductor.dear_once": lambda graph: None}),
+    Rewrite("constants leave the loop", {"energynet.compiled.loops._hoist": lambda graph, captured, carried: captured}),
+    Rewrite("products with a whole number of lanes", {"energynet.compiled.loops.ragged": lambda matrix: False}),
+    Rewrite("products with shared matrices, and thin ones", table(aten.mm.default, aten.bmm.default)),
+    Rewrite("powers of zero and ones without values", table(aten.pow.Tensor_Scalar, aten.ones_like.default)),
+    Rewrite("cosh and sinh by one exponential", table(aten.cosh.default, aten.sinh.default)),
+]
+WORKLOADS = [
+    (Single, Task.FORWARD), (Single, Task.GRADIENT), (Single, Task.JACOBIAN), (Batch, Task.FORWARD), (Batch, Task.GRADIENT),
+    (Labels, Task.GRADIENT), (Images, Task.GRADIENT),
+]  # fmt: skip
+
+
+class Ours(OursCompiled):
+    """With programs of its own, since drivers of another capacity share none."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.driver = Compiled(strict=True, capacity=capacity)
+
+
+def calls(work: Work, task: Task) -> list[tuple[Rewrite | None, Call]]:
+    """What is timed, compiled: first with all changes, then with all but one."""
+    found: list[tuple[Rewrite | None, Call]] = []
+    for k, rewrite in enumerate([None, *REWRITES]):
+        with rewrite.left_out() if rewrite else contextlib.nullcontext():
+            call = Ours(1000 + k).call(work, task)
+            call()
+        found.append((rewrite, call))
+    return found
+
+
+def seconds(call: Call, rewrite: Rewrite | None, clock: Callable[[], float], least: float) -> float:
+    """Of one call, the mean over as many as take so long."""
+    with rewrite.left_out() if rewrite and rewrite.when_called else contextlib.nullcontext():
+        count, begin = 0, clock()
+        while (lasted := clock() - begin) < least or not count:
+            call()
+            count += 1
+    return lasted / count
+
+
+def main() -> None:
+    parser = command.parser("rewrites", __doc__)
+    parser.add_argument("--repeats", type=command.positive, default=9)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time, on a busy machine")
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--only", nargs="*", help="names of workloads, such as W1")
+    parser.add_argument("--json", type=Path, help="where to keep the ratios")
+    options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    kept: dict[str, dict[str, float]] = {rewrite.title: {} for rewrite in REWRITES}
+    torch._inductor.config.fx_graph_cache = False  # a program of an earlier run would hide what is left out
+    for workload, task in WORKLOADS:
+        if options.only and workload.name not in options.only:
+            continue
+        work = prepare(workload().problem(Options(quick=options.quick)), [Task.FORWARD, task])
+        racers = calls(work, task)
+        samples: list[list[float]] = [[] for _ in racers]
+        for _ in range(options.repeats):
+            for (rewrite, call), seen in zip(racers, samples, strict=True):
+                seen.append(seconds(call, rewrite, clock, 0.05))
+        times = [statistics.median(seen) for seen in samples]
+        title = f"{workload.name} {task.value}"
+        print(f"\n{title}: {times[0] * 1e3:.3f} ms with all; without", flush=True)
+        for (rewrite, _), took in zip(racers[1:], times[1:], strict=True):
+            assert rewrite is not None
+            kept[rewrite.title][title] = round(took / times[0], 3)
+            print(f"  {rewrite.title:46}{took / times[0]:7.2f} times as long", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
