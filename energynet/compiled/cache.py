@@ -194,7 +194,7 @@ def _task(function: Task, tensors: Sequence[Tensor], parts: int) -> tuple[Hashab
 
 def _options(device: torch.device, parts: int) -> dict[str, Any]:
     """Of Inductor: on a CPU the loops themselves in C++, and less work than this, in elements, left to one thread."""
-    reuse = {"allow_buffer_reuse": torch.torch_version.TorchVersion(torch.__version__) >= "2.13"}  # fails in loops before
+    reuse = {"allow_buffer_reuse": False}  # in loops, Inductor of torch 2.9 to 2.13 may reuse memory that is read once more
     if device.type != "cpu":
         return reuse
     threads = torch.get_num_threads() if parts == 1 else 1
