@@ -64,10 +64,6 @@ class Solver(ABC):
         """``(*batch)`` bool: samples that cannot be improved further in this dtype; None: it cannot detect that."""
         return None
 
-    def walls(self, state: Any) -> Tensor | None:
-        """``(*batch)`` bool: samples whose last trial points were not all finite; None: it tries none."""
-        return None
-
     def check(self, kind: Kind) -> None:
         """Raise for a problem that this solver cannot solve, before its first step.
 

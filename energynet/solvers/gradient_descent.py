@@ -163,9 +163,6 @@ class GradientDescent(Solver):
     def breakdown(self, state: GradientDescentState) -> Tensor:
         return state.unbounded
 
-    def walls(self, state: GradientDescentState) -> Tensor:
-        return state.search.met_wall
-
     def init(self, problem: Minimization, x0: Tensor) -> GradientDescentState:
         energy, gradient = problem.value_and_gradient(x0)
         gamma = problem.gamma.squeeze(-1) if isinstance(problem.gamma, Tensor) else problem.gamma

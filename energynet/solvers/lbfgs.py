@@ -83,9 +83,6 @@ class LBFGS(Solver):
     def breakdown(self, state: LBFGSState) -> Tensor:
         return state.unbounded
 
-    def walls(self, state: LBFGSState) -> Tensor:
-        return state.search.met_wall
-
     def update(self, problem: Minimization, x: Tensor, state: LBFGSState) -> tuple[Tensor, LBFGSState]:
         trial = x + state.search.length.to(x.dtype).unsqueeze(-1) * state.direction
         energy, gradient = problem.value_and_gradient(trial)

@@ -49,8 +49,6 @@ class TrustRegion(Solver):
     def stalled(self, state: Ball) -> Tensor:
         return state.rejected > MOST_REJECTED
 
-    def walls(self, state: Ball) -> Tensor:
-        return state.walled
 
 
 def attempt(problem: Minimization, x: Tensor, ball: Ball, step: Tensor, image: Tensor, along: Tensor) -> tuple[Tensor, Ball]:
