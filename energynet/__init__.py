@@ -2,7 +2,7 @@
 
 import contextlib
 
-from energynet import constraints, diagnostics, regularizers
+from energynet import constraints, diagnostics, losses, regularizers
 from energynet.energy import Energy, gradient
 from energynet.engine.adjoint import ImplicitAdjoint, NeumannAdjoint, OneStepAdjoint, UnrolledAdjoint
 from energynet.engine.driver import Driver, Eager, Progress
@@ -88,6 +88,7 @@ __all__ = [
     "fixed_point",
     "gradient",
     "implicit",
+    "losses",
     "minimize",
     "regularizers",
 ]

@@ -17,8 +17,8 @@ from test_structure import imports
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
-MODULES = ["energynet", "energynet.constraints", "energynet.diagnostics", "energynet.regularizers", "energynet.plotting",
-           "energynet.testing", "energynet.testing.strategies", "energynet.energies"]  # fmt: skip
+MODULES = ["energynet", "energynet.constraints", "energynet.diagnostics", "energynet.losses", "energynet.regularizers",
+           "energynet.plotting", "energynet.testing", "energynet.testing.strategies", "energynet.energies"]  # fmt: skip
 API = "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
 INTERNAL = {"energynet.diagnostics.Linearized"}  # shared with energynet.plotting
 STRAIGHT_LINE = runpy.run_path(str(DOCS / "figures" / "make_straight_line.py"))

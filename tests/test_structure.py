@@ -57,6 +57,7 @@ ORDER = [
     "warm_start",
     "diagnostics",
     "regularizers",
+    "losses",
     "compiled",
     "__init__",
 ]

@@ -1,0 +1,218 @@
+"""Losses that shape an energy: the truth is to have a lower energy than every other answer.
+
+All but `soft_f1` take energies ``(B,)``, those of the truth and those of what the energy prefers, and give one value per
+sample, ``(B,)``; take the mean for a batch. The answers are usually found without a graph, by `energynet.minimize` under
+``torch.no_grad()`` or a few steps of descent, and their energies are then evaluated with one: the derivative of a minimum
+with respect to parameters does not need that of the minimizer. A loss of the answer itself, such as a squared error, needs
+none of this: it is differentiated through the solve.
+"""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from energynet.energy import Energy, EnergyLike, encode, evaluate
+
+__all__ = ["CostAugmented", "hinge", "logistic", "perceptron", "soft_f1", "square_square", "value_regression"]
+
+
+def perceptron(truth: Tensor, lowest: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
+    """E(y) − min E: how far the truth lies above the lowest energy.
+
+    It is zero where the truth is the minimizer, and asks for no margin: an energy that is constant has no loss.
+
+    Example:
+        >>> perceptron(torch.tensor([2.0, 1.0]), torch.tensor([0.5, 1.0]))
+        tensor([1.5000, 0.0000])
+
+    Args:
+        truth: energies of the true answers.
+        lowest: energies of the minimizers.
+
+    Returns:
+        ``(B,)``; negative where what is called lowest is not.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: LeCun et al. (2006), A tutorial on energy-based learning.
+    """
+    _refuse_shapes("perceptron", truth, lowest)
+    return truth - lowest
+
+
+def hinge(truth: Tensor, wrong: Tensor, margin: float | Tensor = 1.0) -> Tensor:  # (B,), (B,) -> (B,)
+    """max(0, margin + E(y) − E(ŷ)): the truth is to lie below a wrong answer by a margin.
+
+    With the cost Δ(ŷ, y) of the wrong answer as the margin, and the minimizer of E − Δ as the wrong answer, see
+    `CostAugmented`, this is the structured hinge loss: it bounds the cost of the minimizer of E from above.
+
+    Example:
+        >>> hinge(torch.tensor([2.0, 0.0]), torch.tensor([2.5, 3.0]))
+        tensor([0.5000, 0.0000])
+        >>> hinge(torch.tensor([2.0, 0.0]), torch.tensor([2.5, 3.0]), margin=torch.tensor([0.5, 4.0]))
+        tensor([0., 1.])
+
+    Args:
+        truth: energies of the true answers.
+        wrong: energies of wrong answers: the lowest among them, or the most violating.
+        margin: a float, or one value per sample.
+
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: LeCun et al. (2006), A tutorial on energy-based learning; Tsochantaridis et al. (2005), Large margin methods for
+    structured and interdependent output variables.
+    """
+    _refuse_shapes("hinge", truth, wrong, margin)
+    return (margin + truth - wrong).relu()
+
+
+def logistic(truth: Tensor, wrong: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
+    """log(1 + exp(E(y) − E(ŷ))): a hinge without a corner, whose margin has no end.
+
+    Example:
+        >>> logistic(torch.tensor([1.0]), torch.tensor([1.0]))
+        tensor([0.6931])
+
+    Args:
+        truth: energies of the true answers.
+        wrong: energies of wrong answers.
+
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: LeCun et al. (2006), A tutorial on energy-based learning, where it is called the log loss.
+    """
+    _refuse_shapes("logistic", truth, wrong)
+    return nn.functional.softplus(truth - wrong)
+
+
+def square_square(truth: Tensor, wrong: Tensor, margin: float | Tensor = 1.0) -> Tensor:  # (B,), (B,) -> (B,)
+    """E(y)² + max(0, margin − E(ŷ))²: truths at zero energy, wrong answers above the margin; for energies that are not negative.
+
+    Example:
+        >>> square_square(torch.tensor([2.0, 0.0]), torch.tensor([0.5, 3.0]))
+        tensor([4.2500, 0.0000])
+
+    Args:
+        truth: energies of the true answers.
+        wrong: energies of wrong answers.
+        margin: a float, or one value per sample.
+
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: LeCun et al. (2006), A tutorial on energy-based learning.
+    """
+    _refuse_shapes("square_square", truth, wrong, margin)
+    return truth.square() + (margin - wrong).relu().square()
+
+
+def value_regression(energy: Tensor, quality: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
+    """Cross-entropy between the value σ(−E) of an answer, good or bad, and its known quality.
+
+    An energy so trained says how good any answer is; its minimizer is the answer that it holds to be best. The loss is
+    lowest, and equal to the entropy of the quality, where σ(−E) is the quality; for the truth, whose quality is 1, that is at
+    E → −∞.
+
+    Example:
+        >>> value_regression(torch.tensor([0.0, -5.0]), torch.tensor([0.5, 1.0]))
+        tensor([0.6931, 0.0067])
+
+    Args:
+        energy: energies of answers.
+        quality: what they are worth, between 0 and 1, such as their `soft_f1`.
+
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Gygli, Norouzi and Angelova (2017), Deep value networks learn to evaluate and iteratively refine structured outputs.
+    """
+    _refuse_shapes("value_regression", energy, quality)
+    return nn.functional.binary_cross_entropy_with_logits(-energy, quality, reduction="none")
+
+
+def soft_f1(predicted: Tensor, labels: Tensor) -> Tensor:  # (B, L), (B, L) -> (B,)
+    """The F1 of a set of labels of which each may be in to a part: 2 Σ min(p, y) / Σ (p + y).
+
+    For p of zeros and ones it is the F1 of the set. Two empty sets have 1.
+
+    Example:
+        >>> soft_f1(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        tensor([1.0000, 0.5000])
+
+    Args:
+        predicted: between 0 and 1.
+        labels: 0 or 1, or between.
+
+    Returns:
+        ``(B,)``, between 0 and 1.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Gygli, Norouzi and Angelova (2017), Deep value networks learn to evaluate and iteratively refine structured outputs.
+    """
+    _refuse_shapes("soft_f1", predicted, labels)
+    total = (predicted + labels).sum(-1)
+    nothing = total == 0
+    shared = 2 * torch.minimum(predicted, labels).sum(-1)
+    return torch.where(nothing, 1, shared / torch.where(nothing, 1, total))
+
+
+@final
+class CostAugmented(Energy):
+    """E(x, \\*context) − Δ(x, y): its minimizer is the answer that violates the margin most, which `hinge` takes.
+
+    Example:
+        >>> from energynet import minimize
+        >>> energy = lambda x, z: 2 * (x - z).square().sum(-1)
+        >>> cost = lambda x, y: (x - y).square().sum(-1)
+        >>> y, z = torch.zeros(3, 2), torch.ones(3, 2)
+        >>> worst = minimize(CostAugmented(energy, cost), y, y, z).value        # 2 (x − 1)² − x² is lowest at 2
+        >>> worst[0].round(decimals=3)
+        tensor([2., 2.])
+        >>> hinge(energy(y, z), energy(worst, z), cost(worst, y))
+        tensor([8., 8., 8.])
+
+    Args:
+        energy: E(x, \\*context) -> ``(B,)``.
+        cost: Δ(x, y) -> ``(B,)``, zero at x = y. E − Δ must have a minimizer.
+
+    Source: Tsochantaridis et al. (2005), Large margin methods for structured and interdependent output variables.
+    """
+
+    def __init__(self, energy: EnergyLike, cost: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.energy, self.cost = energy, cost
+
+    def encode(self, y: Any, *context: Any) -> tuple[Any, ...]:
+        """The truth, and the code of the energy's own context."""
+        return y, *encode(self.energy, context)
+
+    def evaluate(self, x: Any, y: Any, *code: Any) -> Tensor:
+        return evaluate(self.energy, x, code) - self.cost(x, y)
+
+
+def _refuse_shapes(name: str, first: Tensor, second: Tensor, margin: float | Tensor = 0.0) -> None:
+    shapes = [t.shape for t in (first, second, margin) if isinstance(t, Tensor) and (t is not margin or t.ndim)]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"{name} compares sample by sample, but got shapes {', '.join(str(tuple(shape)) for shape in shapes)}, which would "
+            "broadcast. Likely one of them lacks the batch dimension, or has a trailing dimension of one."
+        )
