@@ -81,8 +81,8 @@ def spectrally_normalized(module: M, limit: float = 1.0) -> M:
     Example:
         >>> import torch
         >>> network = spectrally_normalized(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), limit=0.5)
-        >>> torch.linalg.matrix_norm(network[0].weight, 2).round(decimals=2)
-        tensor(0.5000, grad_fn=<RoundBackward1>)
+        >>> bool((torch.linalg.matrix_norm(network[0].weight, 2) - 0.5).abs() < 0.05)
+        True
 
     Args:
         module: holds `torch.nn.Linear`, ``Conv`` or ``ConvTranspose`` layers, or is one.

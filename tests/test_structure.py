@@ -18,6 +18,7 @@ PACKAGE = ROOT / "energynet"
 ORDER = [
     "_torch.tree",
     "_torch.attention",
+    "_torch.normalization",
     "_torch.autodiff",
     "_torch.while_loop",
     "energy",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet._torch.attention import twice_differentiable
+from energynet._torch.normalization import composed
 
 
 def transform_active() -> bool:
@@ -136,13 +137,17 @@ def with_grads_batched(function: Callable[..., Sequence[Tensor | None]], tensors
 
 
 def differentiated_again(function: Function) -> Function:
-    """The function, with attention that has second derivatives."""
+    """The function, with attention that has second derivatives, and where a graph is built with derivatives of every order."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with twice_differentiable:
+        with twice_differentiable, _every_order():
             return function(*args, **kwargs)
 
     return functools.wraps(function)(call)  # type: ignore[return-value]
+
+
+def _every_order() -> contextlib.AbstractContextManager[Any]:
+    return composed() if torch.is_grad_enabled() or transform_active() else contextlib.nullcontext()
 
 
 @differentiated_again
@@ -182,12 +187,13 @@ def value_and_gradient_of_sum(function: Callable[[Tensor], Tensor], x: Tensor) -
 
 def pullback(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
     """Vector-Jacobian products of ``function`` at ``primals``; None where it does not depend on one of them."""
-    if transform_active():
-        with twice_differentiable:
-            gradients: Sequence[Tensor | None] = torch.func.vjp(function, *primals)[1](cotangent)
-            return gradients
-    with twice_differentiable if torch.is_grad_enabled() else contextlib.nullcontext():
+    if not torch.is_grad_enabled() and not transform_active():
         return _pull(function, primals, cotangent)
+    with twice_differentiable, composed():
+        if not transform_active():
+            return _pull(function, primals, cotangent)
+        gradients: Sequence[Tensor | None] = torch.func.vjp(function, *primals)[1](cotangent)
+        return gradients
 
 
 @differentiated_again
