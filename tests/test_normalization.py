@@ -54,10 +54,11 @@ def test_running_statistics_and_other_dtypes_are_as_in_pytorch() -> None:
         for half in (torch.float16, torch.bfloat16):
             assert F.layer_norm(x.to(half), (3,)).dtype is half
         norm.eval()
-        torch.testing.assert_close(norm(x), (x - norm.running_mean[:, None]) / (norm.running_var[:, None] + 1e-5).sqrt())  # type: ignore[index]
+        mean, variance = norm.running_mean[:, None], torch.as_tensor(norm.running_var)[:, None]
+        torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt())
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(4, elementwise_affine=False), nn.InstanceNorm1d(3)], ids=["LayerNorm", "InstanceNorm1d"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4, elementwise_affine=False), nn.InstanceNorm1d(3)], ids=["layer", "instance"])
 def test_a_solve_through_it_to_third_order(norm: nn.Module) -> None:
     norm, z, d, h = norm.double(), tokens(3), tokens(2), 1e-4
 

@@ -6,7 +6,7 @@ being built they are therefore written as what they are: a mean, a variance and 
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class _Composed(TorchFunctionMode):
         return _WRITTEN_OUT[func](*args, **kwargs) if _kernel_is_wrong(func, args, kwargs) else func(*args, **kwargs)
 
 
-_WRITTEN_OUT = {
+_WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     F.batch_norm: batch_norm,
