@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from energynet.experiments.arff import read_arff
-from energynet.experiments.data import MultiLabelData, digits, load, load_npz, split_rows, standardized
+from energynet.experiments.data import Data, Rows
+from energynet.experiments.data.arff import read_arff
+from energynet.experiments.data.multilabel import digits, load, load_npz, standardized
+from energynet.experiments.splits import draw_splits
 
 XML = """<?xml version="1.0"?>
 <labels xmlns="http://mulan.sourceforge.net/labels"><label name="it's"><label name="b"/></label></labels>"""
@@ -42,11 +44,12 @@ def test_dense_and_sparse_arff_give_the_same_rows(tmp_path: Path) -> None:
     dense = write_mulan(tmp_path / "dense", "1.5,0,red,1,0\n0,1,'dark blue',0,1\n3,0,red,0,0\n", "2,1,red,1,1\n")
     sparse = write_mulan(tmp_path / "sparse", "{0 1.5, 3 1}\n{1 1,2 'dark blue',4 1}\n{ 0 3 }\n", "{0 2,1 1,3 1,4 1}\n")
     one, other = load(dense), load(sparse)
-    assert one.label_names == ("it's", "b")
-    assert torch.equal(one.labels, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
-    assert torch.equal(one.features[:, 1:], torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
-    for name in ("features", "labels", "test_features", "test_labels"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert one.target_names == ("it's", "b")
+    assert torch.equal(one.train.targets, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    assert torch.equal(one.train.inputs[:, 1:], torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    for name in ("inputs", "targets"):
+        assert torch.equal(getattr(one.train, name), getattr(other.train, name))
+        assert torch.equal(getattr(one.test, name), getattr(other.test, name))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +74,8 @@ def test_text_columns_and_empty_files_are_refused(tmp_path: Path) -> None:
 
 def test_packed_npz_is_unpacked(tmp_path: Path) -> None:
     data = load(write_npz(tmp_path / "some.npz").parent)
-    assert (data.name, data.features.shape, data.test_labels.shape) == ("some", (6, 9), (4, 3))
-    assert data.label_names == ("label 0", "label 1", "label 2")
+    assert (data.name, data.train.inputs.shape, data.test.targets.shape) == ("some", (6, 9), (4, 3))
+    assert data.target_names == ("label 0", "label 1", "label 2")
 
 
 def test_npz_errors_name_what_is_wrong(tmp_path: Path) -> None:
@@ -102,28 +105,49 @@ def test_folder_errors_say_what_was_there(tmp_path: Path) -> None:
 def test_numeric_features_are_standardized_by_training_rows() -> None:
     features = torch.tensor([[0.0, 1.0, 5.0], [1.0, 3.0, 5.0], [1.0, 5.0, 5.0]])
     labels = torch.zeros(3, 1)
-    data = standardized(MultiLabelData("x", features, labels, features + 1, labels, ("a",)))
-    assert torch.equal(data.features[:, 0], features[:, 0])
-    torch.testing.assert_close(data.features[:, 1], torch.tensor([-1.0, 0.0, 1.0]))
-    assert torch.equal(data.features[:, 2], torch.zeros(3))
-    torch.testing.assert_close(data.test_features[:, 1], torch.tensor([-0.5, 0.5, 1.5]))
+    data = standardized(Data("x", Rows(features, labels), Rows(features + 1, labels), ("a",)))
+    train, test = data.train.inputs, data.test.inputs
+    assert torch.equal(train[:, 0], features[:, 0])
+    torch.testing.assert_close(train[:, 1], torch.tensor([-1.0, 0.0, 1.0]))
+    assert torch.equal(train[:, 2], torch.zeros(3))
+    torch.testing.assert_close(test[:, 1], torch.tensor([-0.5, 0.5, 1.5]))
 
 
 def test_digits_and_their_segments() -> None:
     data = digits()
-    assert data.features.shape == (1198, 64) and data.test_features.shape == (599, 64)
-    assert len(data.labels.unique(dim=0)) == 10
+    assert data.train.inputs.shape == (1198, 64) and data.test.inputs.shape == (599, 64)
+    assert len(data.train.targets.unique(dim=0)) == 10
     assert data.fingerprint == digits().fingerprint
 
 
 def test_split_depends_on_the_seed_alone_and_loses_no_row() -> None:
-    first, again, other = split_rows(100, 3), split_rows(100, 3), split_rows(100, 4)
+    (first,), (again,), (other,) = (draw_splits(100, seed, folds=1) for seed in (3, 3, 4))
     assert torch.equal(first.held_out, again.held_out) and not torch.equal(first.held_out, other.held_out)
+    assert len(first.held_out) == 10
     assert torch.equal(torch.cat([first.fit, first.held_out]).sort().values, torch.arange(100))
-    with pytest.raises(ValueError, match="empty part"):
-        split_rows(5, 0)
+    with pytest.raises(ValueError, match="would be empty"):
+        draw_splits(5, 0, folds=1)
+
+
+def test_folds_hold_out_every_row_once_and_small_sets_get_them() -> None:
+    folds = draw_splits(103, 0)
+    assert len(folds) == 5 and len(draw_splits(1000, 0)) == 1
+    assert torch.equal(torch.cat([fold.held_out for fold in folds]).sort().values, torch.arange(103))
+    for fold in folds:
+        assert torch.equal(torch.cat([fold.fit, fold.held_out]).sort().values, torch.arange(103))
+    with pytest.raises(ValueError, match="would be empty"):
+        draw_splits(3, 0, folds=4)
+
+
+def test_a_share_of_the_rows_is_drawn_with_the_seed() -> None:
+    (part,), (whole,) = draw_splits(4000, 0, share=0.5), draw_splits(4000, 0)
+    assert len(part.fit) == 1800 and len(part.held_out) == 200 and len(whole.fit) == 3600
 
 
 def test_data_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ in rows"):
+        Rows(torch.zeros(3, 2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="do not fit together"):
-        MultiLabelData("x", torch.zeros(3, 2), torch.zeros(2, 1), torch.zeros(3, 2), torch.zeros(3, 1), ("a",))
+        Data("x", Rows(torch.zeros(3, 2), torch.zeros(3, 1)), Rows(torch.zeros(3, 2), torch.zeros(3, 2)))
+    with pytest.raises(ValueError, match="2 names do not fit together"):
+        Data("x", Rows(torch.zeros(3, 2), torch.zeros(3, 1)), Rows(torch.zeros(3, 2), torch.zeros(3, 1)), ("a", "b"))

@@ -1,155 +1,189 @@
-"""The command line: ``energynet run multilabel``."""
+"""The command line: ``energynet run multilabel``, ``energynet list``."""
 
+import inspect
 import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
+import tyro
 from rich.console import Console
 
 from energynet import __version__
 
-from .data import MultiLabelData, digits, load
-from .models import MethodName
-from .multilabel import Plan, read_log, run_one
+from .data import Data
+from .display import Display
+from .find import TASKS, NotFoundError, find_rival, find_task
+from .fits import Setup
 from .plot import plot_curves
-from .report import Display, agreement_lines, result_table, show
-from .results import ResumeError, RunFolder, write_json
-from .training import LossName, Trainer
+from .report import diagnosis_lines, result_table, show
+from .results import ResumeError, write_json
+from .runs import Plan, run_one
+from .task import Rival, Task
+from .test_log import read_log
 
 LOG_FOLDER = Path("docs/results")
 
-# Plain help and errors: boxes and columns cut words short in a narrow window.
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-run = typer.Typer(help="Run an experiment.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(run, name="run")
+USAGE = """usage: energynet COMMAND ...
+
+Define an energy, get a differentiable
+solver: the experiments.
+
+  energynet run TASK [OPTIONS]
+      Train and compare methods. TASK is
+      one of ours, FILE.py:CLASS or
+      MODULE:CLASS.
+  energynet run TASK --help
+      The options of a task.
+  energynet list
+      Tasks, methods and data sets.
+  energynet --version
+      The versions."""
 
 
-class MethodChoice(StrEnum):
-    """The methods, or all of them."""
+@dataclass(frozen=True)
+class Where:
+    """What is run, on what, and where results go."""
 
-    FPI_GD = "fpi-gd"
-    FPI_NN = "fpi-nn"
-    MLP = "mlp"
-    LOGISTIC = "logistic"
-    ALL = "all"
-
-    def methods(self) -> tuple[MethodName, ...]:
-        """The methods that the choice stands for."""
-        return tuple(MethodName) if self is MethodChoice.ALL else (MethodName(self.value),)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"energynet {__version__}, torch {torch.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _top(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
-    ] = False,
-) -> None:
-    """Define an energy, get a differentiable solver: the experiments."""
+    method: tuple[str, ...] = ()
+    """Methods to train, or all."""
+    data: Path | None = None
+    """Folder of a data set; none: ENERGYNET_DATA, or the embedded one."""
+    seeds: int = 3
+    """Train with the seeds 0 to N - 1."""
+    out: Path | None = None
+    """Results folder; none: a new one under results."""
+    resume: bool = False
+    """Continue the run in --out."""
+    test: bool = True
+    """Evaluate on test rows, once, at the end."""
+    test_log: Path | None = None
+    """Log of test evaluations; none: test_log.json in docs/results if that folder exists and --data is given."""
+    threads: int = 0
+    """CPU threads of PyTorch; 0: its own choice."""
 
 
-@run.callback()
-def _run() -> None:
-    """Run an experiment."""
+class CommandError(Exception):
+    """What the user asked for cannot be done; printed without a traceback."""
 
 
-@run.command(short_help="Multi-label classification.")
-def multilabel(
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", envvar="ENERGYNET_DATA", help="Folder with NAME.npz or Mulan's files. Default: scikit-learn's digits."
-        ),
-    ] = None,
-    method: Annotated[MethodChoice, typer.Option(help="What to train.")] = MethodChoice.ALL,
-    loss: Annotated[LossName, typer.Option(help="Cross-entropy, or soft F1 with a little of it.")] = LossName.BCE,
-    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train with the seeds 0 … N-1.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Epochs; held-out rows choose the best.")] = 20,
-    experts: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            show_default=False,
-            help="Networks whose scores a method combines. Default: five for fpi-gd and fpi-nn, one for mlp.",
-        ),
-    ] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results folder. Default: a new one under results/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    threads: Annotated[
-        int, typer.Option(min=0, metavar="N", show_default=False, help="CPU threads of PyTorch. Default: its own choice.")
-    ] = 0,
-    test: Annotated[bool, typer.Option("--test/--no-test", help="Evaluate on test rows, once, at the end.")] = True,
-    test_log: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Log of test evaluations. With --data and a folder docs/results: test_log.json in it."),
-    ] = None,
-) -> None:
-    """Multi-label classification: an energy, a fixed-point network and their rivals under one protocol.
-
-    Trains each method with each seed, prints a table, and writes figures, weights and curves into a folder.
-
-    A first look: energynet run multilabel --seeds 1 --epochs 5
-    """
-    console = Console()
-    if resume and out is None:
-        raise typer.BadParameter("--resume needs --out, the folder of the run to go on with.")
-    if threads:
-        torch.set_num_threads(threads)
-    data_set = _load(data)
-    if test_log is None and data is not None and LOG_FOLDER.is_dir():
-        test_log = LOG_FOLDER / "test_log.json"
+def run(arguments: Sequence[str]) -> None:
+    """``energynet run TASK ...``."""
+    if not arguments or arguments[0].startswith("-"):
+        print(USAGE)
+        raise SystemExit(0 if "--help" in arguments or "-h" in arguments else 2)
+    task_class = find_task(arguments[0])
+    where, options = parse(task_class, arguments)
+    if where.resume and where.out is None:
+        raise CommandError("--resume needs --out, the folder of the run to go on with.")
+    if where.threads:
+        torch.set_num_threads(where.threads)
+    task = task_class(options)
+    rivals = rivals_of(task_class, where.method)
+    data = _load(task, where.data)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = out or Path("results") / f"multilabel-{data_set.name}-{loss.value}-{stamp}"
-    plan = Plan(method.methods(), loss, seeds, epochs, experts, folder, resume, test, test_log)
-    _finish(console, plan, data_set, _train(console, plan, data_set))
+    out = where.out or Path("results") / f"{task.name}-{data.name}-{stamp}"
+    log = LOG_FOLDER / "test_log.json" if where.test_log is None and where.data and LOG_FOLDER.is_dir() else where.test_log
+    setups = [Setup(task, data, rival, options.rates(rival), seed) for rival in rivals for seed in range(where.seeds)]
+    plan = Plan(out, where.resume, where.test, log)
+    console = Console()
+    finish(console, plan, setups, train(console, plan, setups))
 
 
-def _load(folder: Path | None) -> MultiLabelData:
-    try:
-        return digits() if folder is None else load(folder)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+def parse(task: type[Task], arguments: Sequence[str]) -> tuple[Where, Any]:
+    """The options of a task's command line, made from the dataclasses."""
+    if {"-h", "--help"} & set(arguments):
+        print(describe(task) + "\n")  # tyro would not wrap it
+    usual = task.options_class() if _data_named(arguments) else task.first_look()
+    parts: list[Any] = [("where", Where, field(default_factory=Where)), ("training", task.options_class, field(default=usual))]
+    parsed: Any = tyro.cli(
+        make_dataclass("Command", parts, frozen=True), args=list(arguments[1:]), prog=f"energynet run {arguments[0]}",
+        description="", config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
+    return parsed.where, parsed.training
 
 
-def _train(console: Console, plan: Plan, data: MultiLabelData) -> list[dict[str, Any]]:
+def describe(task: type[Task]) -> str:
+    """A task and its methods, wrapped at the width of the terminal."""
+    names = ", ".join(rival.name for rival in task.rivals())
+    told = [*(inspect.getdoc(task) or task.name).split("\n\n"), f"Methods: {names}; yours: FILE.py:CLASS or MODULE:CLASS."]
+    width = shutil.get_terminal_size().columns - 1
+    return "\n\n".join(textwrap.fill(part, width) for part in told)
+
+
+def rivals_of(task: type[Task], names: Sequence[str]) -> list[Rival]:
+    """The rivals that the command line names."""
+    if not names:
+        return list(task.usual())
+    return [rival for name in names for rival in (task.rivals() if name == "all" else [find_rival(name, task)])]
+
+
+def train(console: Console, plan: Plan, setups: Sequence[Setup]) -> list[dict[str, Any]]:
+    """All runs, one after the other; their `metrics.json`."""
     try:
         with Display(console) as display:
-            return [run_one(data, plan, recipe, display.watcher()) for recipe in plan.recipes()]
-    except ResumeError as error:
-        console.print(f"Error: {error}", style="red", soft_wrap=True, markup=False)
-        raise typer.Exit(2) from error
+            return [run_one(setup, plan, display.watcher()) for setup in setups]
     except KeyboardInterrupt as interrupt:
-        message = f"Interrupted. Finished epochs are saved; continue with the same options and --resume --out {plan.out}"
+        message = f"Interrupted. Finished rounds are saved; continue with the same options and --resume --out {plan.out}"
         console.print(message, soft_wrap=True, markup=False)
-        raise typer.Exit(130) from interrupt
+        raise SystemExit(130) from interrupt
 
 
-def _finish(console: Console, plan: Plan, data: MultiLabelData, metrics: list[dict[str, Any]]) -> None:
+def finish(console: Console, plan: Plan, setups: Sequence[Setup], metrics: list[dict[str, Any]]) -> None:
     """Write the summary of all runs and show it."""
-    logged = None if plan.test_log is None else len(read_log(plan.test_log))
+    task, data = setups[0].task, setups[0].data
     write_json(plan.out / "metrics.json", metrics)
-    histories = {}
-    for recipe in plan.recipes():
-        trainer = Trainer(data, recipe)
-        RunFolder(plan.out / recipe.method.value / f"seed-{recipe.seed}").restore(trainer)
-        histories[recipe.method.value, recipe.seed] = trainer.history
-    plot_curves(histories, f"{data.name} · {plan.loss.value} loss", plan.out / "curves.png")
-    show(console, result_table(plan, data.name, metrics, logged))
-    for line in agreement_lines(metrics):
-        console.print(line, highlight=False)
+    histories = {(setup.rival.name, setup.seed): plan.folder(setup).history() for setup in setups}
+    plot_curves(histories, task, data.name, plan.out / "curves.png")
+    logged = None if plan.test_log is None else len(read_log(plan.test_log))
+    show(console, result_table(type(task), metrics, logged))
+    for line in diagnosis_lines(metrics):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"Results in {plan.out}{os.sep}, curves in {plan.out / 'curves.png'}", soft_wrap=True, highlight=False)
+
+
+def list_all(arguments: Sequence[str]) -> None:
+    """``energynet list``: tasks, their methods, data sets in a folder."""
+    for name in TASKS:
+        task = find_task(name)
+        print(f"{name}: {(task.__doc__ or '').splitlines()[0]}")
+        for rival in task.rivals():
+            print(f"  {rival.name}: {(type(rival).__doc__ or '').splitlines()[0]}")
+    folder = Path(arguments[0] if arguments else os.environ.get("ENERGYNET_DATA", "."))
+    found = sorted({path.parent for pattern in ("*.npz", "*-train.arff") for path in folder.glob(f"*/{pattern}")})
+    print(f"data sets under {folder}: {', '.join(path.name for path in found) or 'none'}")
+
+
+def _load(task: Task, folder: Path | None) -> Data:
+    given = os.environ.get("ENERGYNET_DATA")
+    try:
+        return task.load(Path(given) if folder is None and given else folder)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--data: {error}") from error
+
+
+def _data_named(arguments: Sequence[str]) -> bool:
+    return bool(os.environ.get("ENERGYNET_DATA")) or any(word.split("=")[0] == "--data" for word in arguments)
 
 
 def main() -> None:
     """Run the command line."""
-    app()
+    command, arguments = (sys.argv[1:] or ["--help"])[0], sys.argv[2:]
+    commands = {"run": run, "list": list_all}
+    try:
+        if command == "--version":
+            print(f"energynet {__version__}, torch {torch.__version__}")
+        elif command in commands:
+            commands[command](arguments)
+        else:
+            print(USAGE)
+            raise SystemExit(0 if command in ("--help", "-h") else 2)
+    except (CommandError, NotFoundError, ResumeError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,125 +1,43 @@
 """The metrics of multi-label classification, and the one decision threshold that a method is allowed."""
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
+from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 THRESHOLDS = torch.arange(1, 100, dtype=torch.float64) / 100  # of the probability
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Four metrics of one set of predictions, each between 0 and 1."""
+def figures(predicted: Tensor, labels: Tensor) -> dict[str, float]:
+    """Example-F1, micro-F1, macro-F1 and exact match, by scikit-learn.
 
-    example_f1: float
-    micro_f1: float
-    macro_f1: float
-    exact_match: float
-
-
-def figures(predicted: Tensor, labels: Tensor) -> Figures:
-    """Compute all four metrics.
+    A row without labels that is predicted to have none counts 1 in example-F1; a label never true and never predicted
+    counts 0 in macro-F1.
 
     Args:
         predicted: 0/1 or boolean decisions, shape (N, L).
         labels: 0/1 truth, shape (N, L).
 
     Returns:
-        Example-F1, micro-F1, macro-F1 and exact match.
+        Four numbers between 0 and 1.
 
     Raises:
         ValueError: when the shapes differ.
 
-    >>> figures(torch.tensor([[1, 0], [1, 1]]), torch.tensor([[1, 0], [1, 0]])).exact_match
-    0.5
-    """
-    return Figures(
-        example_f1(predicted, labels),
-        micro_f1(predicted, labels),
-        macro_f1(predicted, labels),
-        exact_match(predicted, labels),
-    )
-
-
-def example_f1(predicted: Tensor, labels: Tensor) -> float:
-    """The F1 of each row, averaged over rows; a row without labels that is predicted to have none counts 1.
-
-    Args:
-        predicted: 0/1 or boolean decisions, shape (N, L).
-        labels: 0/1 truth, shape (N, L).
-
-    Returns:
-        A number between 0 and 1; equals scikit-learn's ``f1_score(average="samples", zero_division=1)``.
-
-    Raises:
-        ValueError: when the shapes differ.
-
-    >>> example_f1(torch.tensor([[1, 1], [0, 1]]), torch.tensor([[1, 1], [1, 0]]))
-    0.5
-    """
-    hits, total = _counts(predicted, labels, dim=1)
-    return torch.where(total > 0, 2 * hits / total.clamp(min=1), 1.0).mean().item()
-
-
-def micro_f1(predicted: Tensor, labels: Tensor) -> float:
-    """The F1 of all decisions together.
-
-    Args:
-        predicted: 0/1 or boolean decisions, shape (N, L).
-        labels: 0/1 truth, shape (N, L).
-
-    Returns:
-        A number between 0 and 1; 0 when nothing is true and nothing predicted.
-
-    Raises:
-        ValueError: when the shapes differ.
-
-    >>> micro_f1(torch.tensor([[1, 1], [0, 1]]), torch.tensor([[1, 1], [1, 0]]))
-    0.6666666666666666
-    """
-    hits, total = _counts(predicted, labels, dim=1)
-    return (2 * hits.sum() / total.sum().clamp(min=1)).item()
-
-
-def macro_f1(predicted: Tensor, labels: Tensor) -> float:
-    """The F1 of each label, averaged over labels; a label never true and never predicted counts 0.
-
-    Args:
-        predicted: 0/1 or boolean decisions, shape (N, L).
-        labels: 0/1 truth, shape (N, L).
-
-    Returns:
-        A number between 0 and 1; equals scikit-learn's ``f1_score(average="macro", zero_division=0)``.
-
-    Raises:
-        ValueError: when the shapes differ.
-
-    >>> macro_f1(torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1, 0], [1, 0]]))
-    0.5
-    """
-    hits, total = _counts(predicted, labels, dim=0)
-    return (2 * hits / total.clamp(min=1)).mean().item()
-
-
-def exact_match(predicted: Tensor, labels: Tensor) -> float:
-    """The fraction of rows whose labels are all correct.
-
-    Args:
-        predicted: 0/1 or boolean decisions, shape (N, L).
-        labels: 0/1 truth, shape (N, L).
-
-    Returns:
-        A number between 0 and 1.
-
-    Raises:
-        ValueError: when the shapes differ.
-
-    >>> exact_match(torch.tensor([[1, 1], [0, 1]]), torch.tensor([[1, 1], [1, 0]]))
+    >>> figures(torch.tensor([[1, 0], [1, 1]]), torch.tensor([[1, 0], [1, 0]]))["exact_match"]
     0.5
     """
     _check_shapes(predicted, labels)
-    return (predicted.bool() == labels.bool()).all(1).double().mean().item()
+    truth, told = (tensor.cpu().numpy().astype(np.int8) for tensor in (labels, predicted))
+    if truth.shape[1] == 1:
+        truth, told = (np.concatenate([part, np.zeros_like(part)], axis=1) for part in (truth, told))
+    macro = f1_score(truth, told, average=None, zero_division=0)[: labels.shape[1]].mean()
+    return {
+        "example_f1": float(f1_score(truth, told, average="samples", zero_division=1)),
+        "micro_f1": float(f1_score(truth, told, average="micro", zero_division=0)),
+        "macro_f1": float(macro),
+        "exact_match": float(accuracy_score(truth, told)),
+    }
 
 
 def best_threshold(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -138,9 +56,24 @@ def best_threshold(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     >>> best_threshold(torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, 0.0]]))
     (0.12, 1.0)
     """
-    scores = [example_f1(decide(logits, threshold), labels) for threshold in THRESHOLDS.tolist()]
-    best = max(range(len(scores)), key=scores.__getitem__)
-    return THRESHOLDS[best].item(), scores[best]
+    curve = f1_curve(logits, labels)
+    best = int((curve == curve.max()).nonzero()[0])
+    return THRESHOLDS[best].item(), curve[best].item()
+
+
+def f1_curve(logits: Tensor, labels: Tensor) -> Tensor:  # (N, L), (N, L) -> (99,)
+    """The example-F1 at each threshold, all in one pass: each row counts in which interval its probabilities lie.
+
+    Raises:
+        ValueError: when the shapes differ.
+    """
+    _check_shapes(logits, labels)
+    probabilities = logits.sigmoid()
+    above = torch.bucketize(probabilities, THRESHOLDS.to(probabilities))  # how many thresholds it exceeds
+    empty = probabilities.new_zeros(len(labels), len(THRESHOLDS) + 1, dtype=torch.float64)
+    hits, predicted = (_exceeding(empty.scatter_add(1, above, w.double())) for w in (labels, torch.ones_like(labels)))
+    total = predicted + labels.double().sum(1, keepdim=True)
+    return torch.where(total > 0, 2 * hits / total.clamp(min=1), 1.0).mean(0)
 
 
 def decide(logits: Tensor, threshold: float) -> Tensor:
@@ -156,11 +89,8 @@ def decide(logits: Tensor, threshold: float) -> Tensor:
     return logits.sigmoid() > threshold
 
 
-def _counts(predicted: Tensor, labels: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
-    """True positives, and predicted plus true positives, summed over one dimension."""
-    _check_shapes(predicted, labels)
-    predicted, labels = predicted.double(), labels.double()
-    return (predicted * labels).sum(dim), predicted.sum(dim) + labels.sum(dim)
+def _exceeding(counts: Tensor) -> Tensor:  # (N, 100) by interval -> (N, 99) by threshold
+    return counts.flip(1).cumsum(1).flip(1)[:, 1:]
 
 
 def _check_shapes(predicted: Tensor, labels: Tensor) -> None:

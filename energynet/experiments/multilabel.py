@@ -1,178 +1,165 @@
-"""The multi-label experiment: each method with each seed, its metrics on held-out rows and, once, on test rows."""
+"""Multi-label classification: the task, and its rivals."""
 
-import json
-import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
 
-from .data import MultiLabelData
-from .metrics import Figures, decide, figures
-from .models import DEFAULT_EXPERTS, EnergyClassifier, MethodName, agreement
-from .plot import plot_curves
-from .results import RunFolder, read_json, write, write_json
-from .training import Epoch, LossName, Recipe, Trainer, predict
+from .data import Data, Rows
+from .data.multilabel import digits, load
+from .metrics import best_threshold, decide, figures
+from .models import ContractionClassifier, EnergyClassifier, Experts, Implicit, Logistic, Perceptron, Size, agreement
+from .sklearn_rivals import Chain, LogisticRegressions
+from .task import Column, Options, Rates, Rival, Task
 
-AGREEMENT_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the user asked for. `experts` 0 stands for each method's own number."""
-
-    methods: tuple[MethodName, ...]
-    loss: LossName
-    seeds: int
-    epochs: int
-    experts: int
-    out: Path
-    resume: bool
-    test: bool
-    test_log: Path | None
-
-    def recipes(self) -> list[Recipe]:
-        """One recipe for each method and seed, in the order in which they are run."""
-        return [
-            Recipe(method, self.loss, seed, self.epochs, self._experts(method))
-            for method in self.methods
-            for seed in range(self.seeds)
-        ]
-
-    def _experts(self, method: MethodName) -> int:
-        return self.experts if self.experts and method is not MethodName.LOGISTIC else DEFAULT_EXPERTS[method]
+DIAGNOSED_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Watcher:
-    """The callbacks for progress: at the start of a run, after each batch and after each epoch."""
+class MultiLabelOptions(Options):
+    """Multi-label classification."""
 
-    on_run: Callable[[Recipe, int, int], None]  # recipe, epochs done, batches an epoch
-    on_batch: Callable[[], None]
-    on_epoch: Callable[[Recipe, Epoch], None]
+    loss: Literal["bce", "f1"] = "bce"
+    """Cross-entropy, or soft F1 with a little of it."""
+    experts: int = 1
+    """Networks whose scores a neural method combines."""
+    hidden: int = 512
+    """Hidden units of each network."""
 
 
-def run_one(data: MultiLabelData, plan: Plan, recipe: Recipe, watcher: Watcher) -> dict[str, Any]:
-    """Train one method with one seed, or continue where an earlier call stopped, and write its folder.
+class MultiLabel(Task):
+    """Multi-label classification: an energy, a fixed-point network and their rivals under one protocol.
 
-    Args:
-        data: the data set.
-        plan: where results go, and whether test rows are used.
-        recipe: what to train.
-        watcher: the callbacks for progress.
-
-    Returns:
-        The contents of the run's `metrics.json`.
-
-    Raises:
-        ResumeError: when the folder holds a run and may not be continued.
-        KeyboardInterrupt: passed on; the last finished epoch is saved, with its weights and curves.
+    Trains each method with each seed, prints a table, and writes figures, weights and curves into a folder.
     """
-    folder = RunFolder(plan.out / recipe.method.value / f"seed-{recipe.seed}")
-    rows = {"data": data.name, "fingerprint": data.fingerprint, "shape": [*data.features.shape, data.labels.shape[1]]}
-    folder.begin({**rows, **asdict(recipe), "test": plan.test}, resume=plan.resume)
-    if folder.metrics.is_file():
-        return read_json(folder.metrics)
-    trainer = Trainer(data, recipe)
-    folder.restore(trainer)
-    watcher.on_run(recipe, len(trainer.history), trainer.num_batches)
-    began = time.perf_counter()
-    try:
-        while len(trainer.history) < recipe.epochs:
-            epoch = trainer.run_epoch(watcher.on_batch)
-            folder.save(trainer)
-            watcher.on_epoch(recipe, epoch)
-    finally:
-        publish(folder, trainer, data.name)
-    metrics = evaluate(trainer, data, plan)
-    metrics["seconds"] = time.perf_counter() - began
-    write_json(folder.metrics, metrics)
-    return metrics
+
+    name = "multilabel"
+    options_class = MultiLabelOptions
+    size_class = Size
+    choice = "example_f1"
+    columns: ClassVar[Mapping[str, Column]] = {
+        "example_f1": Column("ex-F1", 100),
+        "micro_f1": Column("mi-F1", 100),
+        "macro_f1": Column("ma-F1", 100),
+        "exact_match": Column("exact", 100),
+    }
+    options: MultiLabelOptions
+
+    @classmethod
+    def rivals(cls) -> Sequence[Rival]:
+        return (FpiGd(), FpiNn(), Mlp(), LinearLayer(), LogisticRegressions(), Chain())
+
+    @classmethod
+    def first_look(cls) -> MultiLabelOptions:
+        return MultiLabelOptions(updates=200, every=25, hidden=128)
+
+    def load(self, folder: Path | None) -> Data:
+        return digits() if folder is None else load(folder)
+
+    def size(self, data: Data) -> Size:
+        widths = data.train.inputs.shape[1], data.train.targets.shape[1]
+        return Size(*widths, self.options.experts, self.options.hidden)
+
+    def loss(self, output: Tensor, batch: Rows) -> Tensor:  # (B, L) -> ()
+        function = cross_entropy if self.options.loss == "bce" else soft_f1_loss
+        return function(output, batch.targets)
+
+    def calibrate(self, output: Tensor, rows: Rows) -> dict[str, float]:
+        return {"threshold": best_threshold(output, rows.targets)[0]}
+
+    def evaluate(self, output: Tensor, rows: Rows, calibration: Mapping[str, float]) -> dict[str, float]:
+        return figures(decide(output, calibration["threshold"]), rows.targets)
 
 
-def publish(folder: RunFolder, trainer: Trainer, name: str) -> None:
-    """Write the chosen weights and the curves of the epochs so far; nothing before the first."""
-    if trainer.best is None:
-        return
-    recipe = trainer.recipe
-    folder.save_model(trainer.best_model(), recipe.method, trainer.size, trainer.best.epoch.threshold)
-    title = f"{name} · {recipe.method.value} · {recipe.loss.value} · seed {recipe.seed}"
-    plot_curves({(recipe.method.value, recipe.seed): trainer.history}, title, folder.path / "curves.png")
+class Mlp(Rival):
+    """A perceptron with one hidden layer and dropout, or the mean of several."""
+
+    name = "mlp"
+
+    def build(self, size: Size) -> nn.Module:
+        return Perceptron(size)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return experts_loss(model, batch, task)
 
 
-def evaluate(trainer: Trainer, data: MultiLabelData, plan: Plan) -> dict[str, Any]:
-    """The metrics of a finished run; this is the only place where test rows are used."""
-    recipe, best, model = trainer.recipe, trainer.best, trainer.best_model()
-    assert best is not None
-    held_out = trainer.split.held_out
-    threshold = best.epoch.threshold
-    metrics: dict[str, Any] = {
-        "method": recipe.method.value, "loss": recipe.loss.value, "seed": recipe.seed, "experts": recipe.experts,
-        "epoch": best.epoch.epoch, "threshold": threshold,
-        "held_out": asdict(figures(decide(predict(model, data.features[held_out]), threshold), data.labels[held_out])),
-        "forward_steps": _mean([epoch.forward_steps for epoch in trainer.history]),
-        "adjoint_steps": _mean([epoch.adjoint_steps for epoch in trainer.history]),
-        "converged": _mean([epoch.converged for epoch in trainer.history]),
-    }  # fmt: skip
-    if isinstance(model, EnergyClassifier):
-        error = agreement(model, data.features[held_out[:AGREEMENT_ROWS]])
-        quantiles = torch.quantile(error, torch.tensor([0.5, 0.99], dtype=error.dtype)).tolist()
-        metrics["agreement"] = {"rows": len(error), "median": quantiles[0], "99th percentile": quantiles[1]}
-    if plan.test:
-        tested = figures(decide(predict(model, data.test_features), threshold), data.test_labels)
-        metrics["test"] = asdict(tested)
-        log_test(plan.test_log, data.name, recipe, tested)
-    return metrics
+class LinearLayer(Rival):
+    """One linear score per label, trained as the networks are."""
+
+    name = "logistic"
+    rates = Rates(learning_rate=1e-2, weight_decay=0.0)
+
+    def build(self, size: Size) -> nn.Module:
+        return Logistic(size)
 
 
-def log_test(path: Path | None, name: str, recipe: Recipe, tested: Figures) -> None:
-    """Append one evaluation on test rows to the log, a JSON list.
+class FpiGd(Rival):
+    """`FPI_GD` on the strongly convex multi-label energy over the experts' scores, with exact implicit gradients."""
 
-    Args:
-        path: the log; None for no log.
-        name: the data set.
-        recipe: what was trained.
-        tested: the figures.
+    name = "fpi-gd"
+
+    def build(self, size: Size) -> nn.Module:
+        return EnergyClassifier(size)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return experts_loss(model, batch, task)
+
+    def diagnose(self, model: nn.Module, rows: Rows) -> dict[str, float]:
+        assert isinstance(model, EnergyClassifier)
+        error = agreement(model, rows.inputs[:DIAGNOSED_ROWS])
+        median, high = torch.quantile(error, torch.tensor([0.5, 0.99], dtype=error.dtype, device=error.device)).tolist()
+        return {**spectrum(model, rows), "agreement_median": median, "agreement_99th_percentile": high}
+
+
+class FpiNn(Rival):
+    """`FPI_NN` on a contracting network over the experts' scores, with exact implicit gradients."""
+
+    name = "fpi-nn"
+
+    def build(self, size: Size) -> nn.Module:
+        return ContractionClassifier(size)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return experts_loss(model, batch, task)
+
+    def diagnose(self, model: nn.Module, rows: Rows) -> dict[str, float]:
+        return spectrum(model, rows)
+
+
+def experts_loss(model: nn.Module, batch: Rows, task: Task) -> Tensor:
+    """The loss of the answer plus that of each expert.
+
+    Each expert learns from its own loss, what combines them from the loss of the answer: through the joint loss the
+    experts would grow alike (held-out rows of Bibtex: 0.2 points of example-F1 worse for each loss).
     """
-    if path is None:
-        return
-    entry = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit(), "data": name}
-    entries = [*read_log(path), {**entry, **asdict(recipe), "figures": asdict(tested)}]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(entries, indent=1) + "\n")
+    assert isinstance(model, Experts)
+    experts = model.features(batch.inputs)
+    answer = task.loss(model.combine(experts.detach()), batch)
+    return sum((task.loss(expert, batch) for expert in experts.unbind(1)), start=answer)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The evaluations on test rows so far; empty without a log.
+def spectrum(model: nn.Module, rows: Rows) -> dict[str, float]:
+    """The spectral radius of the iteration at the answers of some rows: mean and largest."""
+    assert isinstance(model, Implicit)
+    radius = model.eval().spectral_radius(rows.inputs[:DIAGNOSED_ROWS])
+    return {"spectral_radius": radius.mean().item(), "largest_spectral_radius": radius.amax().item()}
 
-    Raises:
-        ValueError: when the file holds no JSON list.
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:  # (B, L), (B, L) -> ()
+    """Binary cross-entropy summed over labels, averaged over rows.
+
+    >>> cross_entropy(torch.zeros(2, 1), torch.ones(2, 1))
+    tensor(0.6931)
     """
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} holds a {type(entries).__name__}; expected a list of evaluations.")
-    return entries
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
 
 
-def _commit() -> str:
-    """The checkout's commit, marked when the working tree differs from it; "unknown" outside a checkout."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return result.stdout.strip()
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def soft_f1_loss(logits: Tensor, labels: Tensor) -> Tensor:  # (B, L), (B, L) -> ()
+    """One minus the F1 of the probabilities, row by row, plus a little cross-entropy to keep gradients alive."""
+    probabilities = logits.sigmoid()
+    total = probabilities.sum(1) + labels.sum(1)
+    soft_f1 = 2 * (probabilities * labels).sum(1) / total.clamp(min=1e-6)
+    return 0.03 * cross_entropy(logits, labels) + (1 - soft_f1).mean()

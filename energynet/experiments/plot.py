@@ -5,35 +5,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .results import replace_by
-from .training import Epoch
+from .task import Task
+from .trainer import Round
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_COLORS = {"fpi-gd": "#0b6e99", "fpi-nn": "#d9730d", "mlp": "#6b7280", "logistic": "#b08968"}
+Runs = Mapping[tuple[str, int], list[Round]]
+"""The rounds of each (method, seed)."""
 
 
-def plot_curves(runs: Mapping[tuple[str, int], list[Epoch]], title: str, path: Path) -> None:
-    """Draw loss, held-out example-F1, steps and fraction converged against epochs, one line per run.
+def plot_curves(runs: Runs, task: Task, title: str, path: Path) -> None:
+    """Draw loss, the chosen held-out figure, steps and share converged against updates, one line per run.
 
     Args:
-        runs: the epochs of each (method, seed).
+        runs: the rounds of each (method, seed).
+        task: what was run.
         title: the figure's heading.
         path: where the PNG goes; written atomically.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A figure of its own canvas: pyplot would keep it alive and would touch the caller's backend.
-    figure = Figure(figsize=(9.6, 6.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, f1, steps, converged = figure.subplots(2, 2).flatten()
-    _lines(loss, runs, "training loss", lambda epoch: epoch.loss)
-    _lines(f1, runs, "held-out example-F1 (%)", lambda epoch: 100 * epoch.held_out_f1)
-    _lines(steps, runs, "mean steps a training batch", lambda epoch: epoch.forward_steps)
-    _lines(steps, runs, "mean steps a training batch", lambda epoch: epoch.adjoint_steps, dashed=True)
-    _lines(converged, runs, "samples converged (%)", lambda epoch: _percent(epoch.converged))
-    f1.legend(frameon=False, fontsize=9)
+    column = task.columns[task.choice]
+    figure = _figure()
+    loss, chosen, steps, converged = figure.subplots(2, 2).flatten()
+    _lines(loss, runs, "training loss", lambda one: one.loss)
+    _lines(chosen, runs, f"held-out {column.heading}", lambda one: column.scale * one.figures[task.choice])
+    _lines(steps, runs, "mean steps a training batch", lambda one: one.forward_steps)
+    _lines(steps, runs, "mean steps a training batch", lambda one: one.adjoint_steps, dashed=True)
+    _lines(converged, runs, "samples converged (%)", lambda one: None if one.converged is None else 100 * one.converged)
+    chosen.legend(frameon=False, fontsize=9)
     _explain_steps(steps)
     if not converged.lines:
         for axes in (steps, converged):
@@ -45,28 +45,39 @@ def plot_curves(runs: Mapping[tuple[str, int], list[Epoch]], title: str, path: P
     replace_by(path, lambda temporary: figure.savefig(temporary))
 
 
+def _figure() -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A figure of its own canvas: pyplot would keep it alive and would touch the caller's backend.
+    figure = Figure(figsize=(9.6, 6.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _lines(
     axes: "Axes",
-    runs: Mapping[tuple[str, int], list[Epoch]],
+    runs: Runs,
     label: str,
-    figure_of: Callable[[Epoch], float | None],
+    figure_of: Callable[[Round], float | None],
     *,
     dashed: bool = False,
 ) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib import colormaps
 
+    methods = list(dict.fromkeys(method for method, _ in runs))
     named: set[str] = set()
     for (method, _), history in runs.items():
-        points = [(epoch.epoch, value) for epoch in history if (value := figure_of(epoch)) is not None]
+        points = [(one.updates, value) for one in history if (value := figure_of(one)) is not None]
         if points:
             axes.plot(
-                *zip(*points, strict=True), color=_COLORS.get(method), linestyle="--" if dashed else "-",
-                linewidth=1.6, label=None if method in named or dashed else method, marker="o", markersize=2.5,
+                *zip(*points, strict=True), color=colormaps["tab20"](methods.index(method) % 20), linewidth=1.6,
+                linestyle="--" if dashed else "-", label=None if method in named or dashed else method,
+                marker="o", markersize=2.5 if len(points) > 1 else 6,
             )  # fmt: skip
             named.add(method)
     axes.set_title(label, fontsize=10, loc="left")
-    axes.set_xlabel("epoch", fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("updates", fontsize=9)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
@@ -82,7 +93,3 @@ def _explain_steps(axes: "Axes") -> None:
 
 def _values(line: object) -> list[float]:
     return [float(value) for value in line.get_ydata()]  # type: ignore[attr-defined]
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value

@@ -4,18 +4,17 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .models import Classifier, MethodName, Size, build
-from .training import Best, Epoch, Trainer
+from .fits import under
+from .trainer import Round, Trainer
 
 
 class ResumeError(RuntimeError):
@@ -62,9 +61,12 @@ class RunFolder:
         write_json(stored, config)
 
     def save(self, trainer: Trainer) -> None:
-        """Save the state after an epoch: the history, then the checkpoint."""
+        """Save the state after a round: the history, then the checkpoint."""
         write(self.path / "history.csv", history_text(trainer.history))
-        tensors, progress = _pack(trainer)
+        tensors = {f"best/{name}": value for name, value in trainer.best_weights.items()}
+        for part, fit in enumerate(trainer.fits):
+            tensors |= {f"fit-{part}/{name}": value for name, value in fit.state().items()}
+        progress = {"history": [asdict(one) for one in trainer.history], "best": trainer.best and trainer.best.round}
         write_tensors(self.checkpoint, tensors, {"progress": json.dumps(progress)})
 
     def restore(self, trainer: Trainer) -> bool:
@@ -75,45 +77,41 @@ class RunFolder:
         """
         if not self.checkpoint.is_file():
             return False
-        with safe_open(self.checkpoint, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-        _unpack(trainer, load_file(self.checkpoint), progress)
+        tensors = load_file(self.checkpoint)
+        for part, fit in enumerate(trainer.fits):
+            fit.restore(under(tensors, f"fit-{part}/"))
+        trainer.best_weights = under(tensors, "best/")
+        trainer.history = self.history()
+        best = self._progress()["best"]
+        trainer.best = trainer.history[best - 1] if best else None
         return True
 
-    def save_model(self, model: Classifier, method: MethodName, size: Size, threshold: float) -> None:
-        """Save the weights of the chosen epoch, and what `load_model` needs to rebuild the model."""
-        tensors = model.state_dict()
-        write_tensors(self.path / "model.safetensors", tensors, {})
-        shapes = {name: list(value.shape) for name, value in tensors.items()}
-        described = {"method": method.value, "size": asdict(size), "threshold": threshold, "shapes": shapes}
-        write_json(self.path / "model.json", described)
+    def history(self) -> list[Round]:
+        """The rounds so far; empty before the first."""
+        return [Round(**one) for one in self._progress()["history"]] if self.checkpoint.is_file() else []
+
+    def _progress(self) -> dict[str, Any]:
+        with safe_open(self.checkpoint, framework="pt") as file:
+            progress: dict[str, Any] = json.loads(file.metadata()["progress"])
+        return progress
 
 
-def load_model(folder: Path) -> tuple[Classifier, float]:
-    """Rebuild a trained classifier from `model.json` and `model.safetensors`, without pickle.
-
-    Args:
-        folder: the folder of one run.
-
-    Returns:
-        The classifier in evaluation mode, and its decision threshold.
-
-    Raises:
-        FileNotFoundError: when the folder holds no finished model.
-    """
-    described = read_json(folder / "model.json")
-    model = build(MethodName(described["method"]), Size(**described["size"]))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval(), float(described["threshold"])
-
-
-def history_text(history: list[Epoch]) -> str:
-    """The epochs as CSV, floats in full precision, empty where a method has no such figure."""
+def history_text(history: Sequence[Round]) -> str:
+    """The rounds as CSV, floats in full precision, empty where a method has no such figure."""
+    names = [field.name for field in fields(Round)]
+    rows = [_flat(one) for one in history]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [field.name for field in fields(Epoch)], lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(epoch) for epoch in history)
+    writer.writerows(rows)
     return buffer.getvalue()
+
+
+def _flat(one: Round) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, value in asdict(one).items():
+        row |= value if isinstance(value, dict) else {name: value}
+    return row
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -163,37 +161,3 @@ def _compare(stored: Mapping[str, Any], config: Mapping[str, Any], path: Path) -
     if differing:
         changed = "; ".join(f"{name}: {stored.get(name)!r} there, {now.get(name)!r} now" for name in differing)
         raise ResumeError(f"--resume: {path} belongs to another run ({changed}). Give the same options, or another --out.")
-
-
-def _pack(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
-    tensors |= {f"averaged/{name}": value for name, value in trainer.averaged.state_dict().items()}
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    best = trainer.best
-    tensors |= {f"best/{name}": value for name, value in best.weights.items()} if best else {}
-    tensors["rng_state"] = trainer.rng_state
-    history = [asdict(epoch) for epoch in trainer.history]
-    return tensors, {
-        "history": history,
-        "best": asdict(best.epoch) if best else None,
-        "num_updates": trainer.num_updates,
-    }
-
-
-def _unpack(trainer: Trainer, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-    trainer.model.load_state_dict(_under(tensors, "model/"))
-    trainer.averaged.load_state_dict(_under(tensors, "averaged/"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in _under(tensors, "optimizer/").items():
-        index, key = name.split("/")
-        state.setdefault(int(index), {})[key] = value
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
-    trainer.history = [Epoch(**epoch) for epoch in progress["history"]]
-    trainer.best = Best(Epoch(**progress["best"]), _under(tensors, "best/")) if progress["best"] else None
-    trainer.num_updates = progress["num_updates"]
-    trainer.rng_state = tensors["rng_state"].to(torch.uint8)
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

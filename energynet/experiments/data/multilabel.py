@@ -1,86 +1,21 @@
 """Multi-label data sets: a folder that the user names, or scikit-learn's digits."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import Data, Rows
 from .arff import read_mulan
 
 # The segments a (top), b, c (right), d (bottom), e, f (left), g (middle) that a seven-segment display lights for 0..9.
 _SEGMENTS = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg")
 
 
-@dataclass(frozen=True)
-class MultiLabelData:
-    """Training and test rows of one multi-label problem; features and labels are float32, labels 0 or 1.
-
-    Source: the published train/test split of each set, in the row order of its files.
-    """
-
-    name: str
-    features: Tensor  # (N, D) training rows
-    labels: Tensor  # (N, L)
-    test_features: Tensor  # (M, D)
-    test_labels: Tensor  # (M, L)
-    label_names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        shapes = [tuple(t.shape) for t in (self.features, self.labels, self.test_features, self.test_labels)]
-        (n, d), (n_labels, width), (m, d_test), (m_labels, width_test) = shapes
-        if (n, m, d, width) != (n_labels, m_labels, d_test, width_test) or len(self.label_names) != width:
-            raise ValueError(
-                f"data set {self.name!r}: train {shapes[0]} and {shapes[1]}, test {shapes[2]} and {shapes[3]}, "
-                f"{len(self.label_names)} label names do not fit together. Likely the files belong to different sets."
-            )
-
-    @property
-    def fingerprint(self) -> str:
-        """The first 16 hex digits of the SHA-256 of all rows, so that a resumed run sees that the data are the same."""
-        digest = hashlib.sha256()
-        for tensor in (self.features, self.labels, self.test_features, self.test_labels):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Row numbers of the training rows that are fitted, and of those held out to choose epoch and threshold."""
-
-    fit: Tensor
-    held_out: Tensor
-
-
-def split_rows(num_rows: int, seed: int, *, fraction: float = 0.1) -> Split:
-    """Draw the held-out training rows with the seed.
-
-    Args:
-        num_rows: number of training rows.
-        seed: seed of the draw.
-        fraction: share of the rows to hold out.
-
-    Returns:
-        Two disjoint sets of row numbers that together are all rows.
-
-    Raises:
-        ValueError: when a part would be empty.
-
-    >>> split_rows(20, seed=0).held_out.shape
-    torch.Size([2])
-    """
-    held_out = int(num_rows * fraction)
-    if not 0 < held_out < num_rows:
-        raise ValueError(f"holding out {fraction:g} of {num_rows} training rows leaves an empty part; give more rows.")
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
-    return Split(fit=order[held_out:], held_out=order[:held_out])
-
-
-def digits() -> MultiLabelData:
+def digits() -> Data:
     """The embedded default: scikit-learn's 8×8 digits, labeled with the display segments that show the digit.
 
     Returns:
@@ -88,7 +23,7 @@ def digits() -> MultiLabelData:
 
     Source: UCI Optical Recognition of Handwritten Digits, as shipped by scikit-learn.
 
-    >>> digits().labels.shape
+    >>> digits().train.targets.shape
     torch.Size([1198, 7])
     """
     from sklearn.datasets import load_digits
@@ -99,11 +34,11 @@ def digits() -> MultiLabelData:
     labels = table[torch.from_numpy(bunch.target).long()]
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 3], order[len(order) // 3 :]
-    rows = (features[train], labels[train], features[test], labels[test])
-    return standardized(MultiLabelData("digits", *rows, tuple("abcdefg")))
+    rows = Rows(features, labels)
+    return standardized(Data("digits", rows[train], rows[test], tuple("abcdefg")))
 
 
-def load(folder: Path) -> MultiLabelData:
+def load(folder: Path) -> Data:
     """Load the data set that a folder holds: NAME.npz, or NAME-train.arff, NAME-test.arff and NAME.xml.
 
     Args:
@@ -130,7 +65,7 @@ def load(folder: Path) -> MultiLabelData:
     return standardized(load_mulan(train))
 
 
-def load_npz(path: Path) -> MultiLabelData:
+def load_npz(path: Path) -> Data:
     """Load a NumPy archive without pickle.
 
     Args:
@@ -154,10 +89,10 @@ def load_npz(path: Path) -> MultiLabelData:
         names = [str(name) for name in archive["label_names"]] if "label_names" in archive.files else None
     names = names or [f"label {k}" for k in range(widths["Y"])]
     _check_binary(train_labels, test_labels, path)
-    return MultiLabelData(path.stem, train, train_labels, test, test_labels, tuple(names))
+    return Data(path.stem, Rows(train, train_labels), Rows(test, test_labels), tuple(names))
 
 
-def load_mulan(train: Path) -> MultiLabelData:
+def load_mulan(train: Path) -> Data:
     """Load a Mulan data set: NAME-train.arff with NAME-test.arff and NAME.xml beside it.
 
     Args:
@@ -177,10 +112,10 @@ def load_mulan(train: Path) -> MultiLabelData:
             raise FileNotFoundError(f"{path} is missing; a Mulan data set is NAME-train.arff, NAME-test.arff and NAME.xml.")
     fitted, held = read_mulan(train, xml), read_mulan(test, xml)
     _check_binary(fitted.labels, held.labels, train)
-    return MultiLabelData(stem, fitted.features, fitted.labels, held.features, held.labels, fitted.label_names)
+    return Data(stem, Rows(fitted.features, fitted.labels), Rows(held.features, held.labels), fitted.label_names)
 
 
-def standardized(data: MultiLabelData) -> MultiLabelData:
+def standardized(data: Data) -> Data:
     """Scale each feature that is not 0/1 to zero mean and unit variance on the training rows.
 
     Args:
@@ -189,11 +124,13 @@ def standardized(data: MultiLabelData) -> MultiLabelData:
     Returns:
         The same set, with its 0/1 features, labels and order unchanged.
     """
-    binary = ((data.features == 0) | (data.features == 1)).all(0)
-    mean = torch.where(binary, 0.0, data.features.mean(0))
-    deviation = data.features.std(0)
+    features = data.train.inputs
+    binary = ((features == 0) | (features == 1)).all(0)
+    mean = torch.where(binary, 0.0, features.mean(0))
+    deviation = features.std(0)
     scale = torch.where(binary | (deviation == 0), 1.0, deviation)
-    return replace(data, features=(data.features - mean) / scale, test_features=(data.test_features - mean) / scale)
+    train, test = (Rows((rows.inputs - mean) / scale, rows.targets) for rows in (data.train, data.test))
+    return replace(data, train=train, test=test)
 
 
 def _preferred(paths: Sequence[Path], folder: Path, suffix: str) -> Path | None:
