@@ -9,7 +9,10 @@ from typing import Any
 
 from .task import Rival, Task
 
-TASKS = {"multilabel": "energynet.experiments.multilabel:MultiLabel"}
+TASKS = {
+    "multilabel": "energynet.experiments.multilabel:MultiLabel",
+    "constrained": "energynet.experiments.constrained:Constrained",
+}
 """Our tasks; each knows its rivals."""
 
 

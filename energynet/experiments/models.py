@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from energynet import FPI_GD, FPI_NN, ConjugateGradient, GradientStep, ImplicitAdjoint, Picard, Solution, Termination
+from energynet import FPI_GD, FPI_NN, Adjoint, ConjugateGradient, GradientStep, ImplicitAdjoint, Picard, Solution, Termination
 from energynet.diagnostics import contraction_factor
 from energynet.energies import LabelContraction, LabelFeatures, MultiLabelEnergy
 
@@ -86,12 +86,17 @@ class Implicit(Experts):
 
 
 class EnergyClassifier(Implicit):
-    """FPI_GD on the ready-made multi-label energy: its minimizer is the answer."""
+    """FPI_GD on the ready-made multi-label energy: its minimizer is the answer.
 
-    def __init__(self, size: Size) -> None:
+    Args:
+        size: sizes.
+        adjoint: how gradients come back; none: exactly, by conjugate gradients.
+    """
+
+    def __init__(self, size: Size, adjoint: Adjoint | None = None) -> None:
         super().__init__(size)
         energy = MultiLabelEnergy(size.num_labels)
-        adjoint = ImplicitAdjoint(ConjugateGradient(), termination=BACKWARD, report=self.solves.report)
+        adjoint = adjoint or ImplicitAdjoint(ConjugateGradient(), termination=BACKWARD, report=self.solves.report)
         self.layer = FPI_GD(energy, step_size=energy.step_size, solver=Picard(), termination=FORWARD,
                             adjoint=adjoint, on_failure="warn")  # fmt: skip
 

@@ -8,10 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from energynet import NeumannAdjoint, OneStepAdjoint
+
 from .data import Data, Rows
 from .data.multilabel import digits, load
 from .metrics import best_threshold, decide, figures
 from .models import ContractionClassifier, EnergyClassifier, Experts, Implicit, Logistic, Perceptron, Size, agreement
+from .multilabel_rivals.rivals import RIVALS
 from .sklearn_rivals import Chain, LogisticRegressions
 from .task import Column, Options, Rates, Rival, Task
 
@@ -50,6 +53,10 @@ class MultiLabel(Task):
 
     @classmethod
     def rivals(cls) -> Sequence[Rival]:
+        return (*cls.usual(), FpiGdOneStep(), FpiGdTruncated(), *RIVALS)
+
+    @classmethod
+    def usual(cls) -> Sequence[Rival]:
         return (FpiGd(), FpiNn(), Mlp(), LinearLayer(), LogisticRegressions(), Chain())
 
     @classmethod
@@ -112,6 +119,36 @@ class FpiGd(Rival):
         error = agreement(model, rows.inputs[:DIAGNOSED_ROWS])
         median, high = torch.quantile(error, torch.tensor([0.5, 0.99], dtype=error.dtype, device=error.device)).tolist()
         return {**spectrum(model, rows), "agreement_median": median, "agreement_99th_percentile": high}
+
+
+class FpiGdOneStep(Rival):
+    """`fpi-gd` with the gradient of a single step at the answer (Fung et al. 2022) in place of the exact one."""
+
+    name = "fpi-gd-one-step"
+
+    def build(self, size: Size) -> nn.Module:
+        return EnergyClassifier(size, OneStepAdjoint())
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return experts_loss(model, batch, task)
+
+    def diagnose(self, model: nn.Module, rows: Rows) -> dict[str, float]:
+        return spectrum(model, rows)
+
+
+class FpiGdTruncated(Rival):
+    """`fpi-gd` with the first three terms of the Neumann series (Geng et al. 2021) in place of the exact gradient."""
+
+    name = "fpi-gd-truncated"
+
+    def build(self, size: Size) -> nn.Module:
+        return EnergyClassifier(size, NeumannAdjoint(terms=3))
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return experts_loss(model, batch, task)
+
+    def diagnose(self, model: nn.Module, rows: Rows) -> dict[str, float]:
+        return spectrum(model, rows)
 
 
 class FpiNn(Rival):
