@@ -8,7 +8,7 @@ import torch
 from conftest import relative_error
 from torch import Tensor, nn
 
-from energynet import GradientStep
+from energynet import GradientStep, Termination, minimize
 from energynet.experiments.models import EnergyClassifier, Size
 from energynet.experiments.multilabel import FpiGdOneStep, FpiGdTruncated, MultiLabel
 from energynet.experiments.multilabel_rivals.base import Ensemble, LabelEnergy, LabelModel, descend
@@ -16,6 +16,7 @@ from energynet.experiments.multilabel_rivals.dvn import DVN, oracle
 from energynet.experiments.multilabel_rivals.icnn import ICNN, ConvexLabelNetwork
 from energynet.experiments.multilabel_rivals.infnet import InfNet
 from energynet.experiments.multilabel_rivals.paper import PaperFPI
+from energynet.experiments.multilabel_rivals.row_threshold import RowThreshold, ThresholdEnergy, threshold_loss
 from energynet.experiments.multilabel_rivals.spen import SPEN, cost
 from energynet.experiments.multilabel_rivals.unrolled_spen import UnrolledSPEN
 from energynet.experiments.task import FittedRival, Rival
@@ -196,7 +197,6 @@ def test_answer_is_the_minimum_of_network_minus_entropy() -> None:
 
 
 def test_gradient_through_the_minimum_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    from energynet import Termination
     from energynet.experiments.multilabel_rivals import icnn
 
     monkeypatch.setattr(icnn, "FORWARD", Termination(rtol=1e-12, max_steps=500))
@@ -279,6 +279,25 @@ def test_inference_network_amortizes_the_minimization() -> None:
             for y in (model.inference(z[test])[1].sigmoid(), u.sigmoid(), torch.full_like(u, 0.5))
         )
         assert found < lowest + 0.25 * (middle - lowest)
+
+
+# ------------------------------------------------------------------------------------------------- the row's threshold
+
+
+def test_threshold_chooses_the_set_of_largest_expected_f1() -> None:
+    p = torch.rand(40, 6, dtype=torch.float64) ** 3
+    threshold = minimize(ThresholdEnergy(), None, p, termination=Termination(rtol=1e-12)).value
+    sets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 6)  # (64, 6)
+    expected = 2 * p @ sets.T / (p.sum(1, keepdim=True) + sets.sum(1))
+    best, which = expected.max(1)
+    torch.testing.assert_close(2 * threshold.squeeze(1), best, rtol=1e-9, atol=0)
+    assert torch.equal((p > threshold).double(), sets[which])
+
+
+def test_threshold_learns_through_the_solve() -> None:
+    model, (z, labels) = RowThreshold(SIZE).double().eval(), rows()
+    model.layer.termination = Termination(rtol=1e-12, max_steps=50)
+    assert_derivatives(lambda: threshold_loss(model, z, labels, bce), model.scale, model.shift)
 
 
 # ------------------------------------------------------------------------------------------------- inexact gradients
@@ -364,6 +383,6 @@ def test_every_neural_method_is_also_an_ensemble() -> None:
 
 def test_names_differ_and_docstrings_name_a_source() -> None:
     names = [rival.name for rival in MultiLabel.rivals()]
-    assert len(names) == len({*names}) == 14
+    assert len(names) == len({*names}) == 15
     for make in MODELS:
         assert "Source:" in (make.__doc__ or "")

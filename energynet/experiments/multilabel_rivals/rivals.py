@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from energynet.experiments.data import Rows
 from energynet.experiments.models import Size
-from energynet.experiments.task import Rival, Task
+from energynet.experiments.task import Rates, Rival, Task
 
 from .base import Ensemble, LabelModel
 from .dvn import DVN
 from .icnn import ICNN
 from .infnet import InfNet
 from .paper import PaperFPI
+from .row_threshold import RowThreshold, threshold_loss
 from .spen import SPEN
 from .unrolled_spen import UnrolledSPEN
 
@@ -85,10 +86,25 @@ class InferenceNetwork(Network):
         return InfNet(size)
 
 
+class FpiGdThreshold(Rival):
+    """`FPI_GD` on the energy of a row's threshold, whose minimizer makes the expected F1 of the row's labels largest."""
+
+    name = "fpi-gd-threshold"
+
+    def build(self, size: Size) -> nn.Module:
+        return RowThreshold(size)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        model = getattr(model, "module", model)
+        assert isinstance(model, RowThreshold)
+        return threshold_loss(model, batch.inputs, batch.targets, lambda u, y: task.loss(u, replace(batch, targets=y)))
+
+
 class FpiGdPaper(Network):
     """FPI_GD in the paper's own setting: logits from zero, its stopping rule, its three-term backward."""
 
     name = "fpi-gd-paper"
+    rates = Rates(learning_rate=1e-2)  # its gradients are small: a mean over hidden units, and logits that start at 0
 
     def make(self, size: Size) -> LabelModel:
         return PaperFPI(size)
@@ -105,4 +121,4 @@ def spectrum(model: nn.Module, rows: Rows) -> dict[str, float]:
     return {"spectral_radius": radius.mean().item(), "largest_spectral_radius": radius.amax().item()}
 
 
-RIVALS = (Spen(), EndToEndSpen(), Icnn(), Dvn(), InferenceNetwork(), FpiGdPaper())
+RIVALS = (Spen(), EndToEndSpen(), Icnn(), Dvn(), InferenceNetwork(), FpiGdThreshold(), FpiGdPaper())
