@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from rich.console import Console
 from energynet import __version__
 
 from .data import Data
-from .display import Display
+from .display import QUIET, Display
 from .find import TASKS, NotFoundError, find_rival, find_task
 from .fits import Setup
+from .jobs import Job, JobError, run_jobs
+from .log import read_log
 from .plot import plot_curves
 from .report import diagnosis_lines, result_table, show
-from .results import ResumeError, write_json
+from .results import ResumeError, read_json, write_json
 from .runs import Plan, run_one
 from .task import Rival, Task
-from .test_log import read_log
+from .tuning import tuned_rates, tuning_file
 
 LOG_FOLDER = Path("docs/results")
 
@@ -56,11 +58,17 @@ class Where:
     data: Path | None = None
     """Folder of a data set; none: ENERGYNET_DATA, or the embedded one."""
     seeds: int = 3
-    """Train with the seeds 0 to N - 1."""
+    """Train with this many seeds."""
+    first_seed: int = 0
+    """The first of the seeds."""
     out: Path | None = None
     """Results folder; none: a new one under results."""
     resume: bool = False
     """Continue the run in --out."""
+    tune: bool = False
+    """Choose each method's learning rate and weight decay on held-out rows first, from one small grid."""
+    jobs: int = 1
+    """Processes; each trains one method with one seed at a time."""
     test: bool = True
     """Evaluate on test rows, once, at the end."""
     test_log: Path | None = None
@@ -69,12 +77,19 @@ class Where:
     """CPU threads of PyTorch; 0: its own choice."""
 
 
+PART = "--part"
+"""Marks the processes of --jobs, which leave the summary to the one that started them."""
+INTERRUPTED = "Interrupted. Finished rounds are saved; continue with the same options and --resume --out {out}"
+
+
 class CommandError(Exception):
     """What the user asked for cannot be done; printed without a traceback."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """``energynet run TASK ...``."""
+    part = PART in arguments
+    arguments = [word for word in arguments if word != PART]
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         raise SystemExit(0 if "--help" in arguments or "-h" in arguments else 2)
@@ -90,10 +105,18 @@ def run(arguments: Sequence[str]) -> None:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = where.out or Path("results") / f"{task.name}-{data.name}-{stamp}"
     log = LOG_FOLDER / "test_log.json" if where.test_log is None and where.data and LOG_FOLDER.is_dir() else where.test_log
-    setups = [Setup(task, data, rival, options.rates(rival), seed) for rival in rivals for seed in range(where.seeds)]
+    seeds = range(where.first_seed, where.first_seed + where.seeds)
+    setups = [Setup(task, data, rival, options.rates(rival), seed) for rival in rivals for seed in seeds]
     plan = Plan(out, where.resume, where.test, log)
     console = Console()
-    finish(console, plan, setups, train(console, plan, setups))
+    if where.jobs > 1:
+        run_jobs(console, jobs_of(arguments, where, setups, out), where.jobs)
+        setups = [replace(setup, rates=tuned_rates(setup, plan, QUIET)) for setup in setups] if where.tune else setups
+        metrics = [read_json(plan.folder(setup).metrics) for setup in setups]
+    else:
+        metrics = train(console, plan, setups, tune=where.tune)
+    if not part:
+        finish(console, plan, setups, metrics)
 
 
 def parse(task: type[Task], arguments: Sequence[str]) -> tuple[Where, Any]:
@@ -124,15 +147,31 @@ def rivals_of(task: type[Task], names: Sequence[str]) -> list[Rival]:
     return [rival for name in names for rival in (task.rivals() if name == "all" else [find_rival(name, task)])]
 
 
-def train(console: Console, plan: Plan, setups: Sequence[Setup]) -> list[dict[str, Any]]:
+def train(console: Console, plan: Plan, setups: Sequence[Setup], *, tune: bool) -> list[dict[str, Any]]:
     """All runs, one after the other; their `metrics.json`."""
+    metrics = []
     try:
         with Display(console) as display:
-            return [run_one(setup, plan, display.watcher()) for setup in setups]
+            for setup in setups:
+                if tune:
+                    setup = replace(setup, rates=tuned_rates(replace(setup, seed=0), plan, display.watcher()))
+                    plan = replace(plan, tuning_seconds=read_json(tuning_file(plan, setup))["seconds"])
+                metrics.append(run_one(setup, plan, display.watcher()))
     except KeyboardInterrupt as interrupt:
-        message = f"Interrupted. Finished rounds are saved; continue with the same options and --resume --out {plan.out}"
-        console.print(message, soft_wrap=True, markup=False)
+        console.print(INTERRUPTED.format(out=plan.out), soft_wrap=True, markup=False)
         raise SystemExit(130) from interrupt
+    return metrics
+
+
+def jobs_of(arguments: Sequence[str], where: Where, setups: Sequence[Setup], out: Path) -> list[Job]:
+    """One process per method and seed; with --tune the first seed of a method comes first, and tunes it."""
+    jobs: dict[str, Job] = {}
+    for setup in setups:
+        own = ["--method", setup.place, "--seeds", "1", "--first-seed", str(setup.seed), "--out", str(out)]
+        first = jobs.get(setup.rival.name) if where.tune else None
+        job = Job(f"{setup.rival.name} seed {setup.seed}", (*arguments, *own, "--jobs", "1", PART), after=first)
+        jobs[setup.rival.name if first is None else job.name] = job
+    return list(jobs.values())
 
 
 def finish(console: Console, plan: Plan, setups: Sequence[Setup], metrics: list[dict[str, Any]]) -> None:
@@ -184,6 +223,6 @@ def main() -> None:
         else:
             print(USAGE)
             raise SystemExit(0 if command in ("--help", "-h") else 2)
-    except (CommandError, NotFoundError, ResumeError) as error:
+    except (CommandError, JobError, NotFoundError, ResumeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

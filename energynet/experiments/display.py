@@ -11,6 +11,9 @@ from .runs import Watcher
 from .task import Task
 from .trainer import Round
 
+QUIET = Watcher(lambda setup, done: None, lambda: None, lambda setup, one: None)
+"""Shows nothing."""
+
 
 class Display:
     """A progress bar on a terminal, one line per round elsewhere; a context manager.

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from energynet import ConvergenceWarning
 
 from .data import Data
+from .find import place_of
 from .solves import SolveCount, take_solves
 from .task import FittedRival, Options, Rates, Rival, Task
 
@@ -29,6 +30,12 @@ class Setup:
     rival: Rival
     rates: Rates
     seed: int
+
+    @property
+    def place(self) -> str:
+        """What `--method` takes for the rival: its name, or its place where the task does not list it."""
+        names = [rival.name for rival in self.task.rivals()]
+        return self.rival.name if self.rival.name in names else place_of(type(self.rival))
 
     def build(self) -> nn.Module:
         """An untrained model on the device of the data; its weights are drawn from PyTorch's global generator."""

@@ -11,10 +11,10 @@ from torch import nn
 
 from .find import find_rival, find_task, place_of
 from .fits import Setup
+from .log import log_test
 from .plot import plot_curves
 from .results import RunFolder, read_json, write_json, write_tensors
 from .solves import mean, take_solves
-from .test_log import log_test
 from .trainer import Round, Trainer
 
 
@@ -26,6 +26,7 @@ class Plan:
     resume: bool = False
     test: bool = True
     test_log: Path | None = None
+    tuning_seconds: float | None = None
 
     def folder(self, setup: Setup) -> RunFolder:
         """The folder of one run."""
@@ -57,9 +58,24 @@ def run_one(setup: Setup, plan: Plan, watcher: Watcher) -> dict[str, Any]:
         KeyboardInterrupt: passed on; the last finished round is saved, with its weights and curves.
     """
     folder = plan.folder(setup)
-    folder.begin({**describe(setup), "test": plan.test}, resume=plan.resume)
-    if folder.metrics.is_file():
+    if folder.metrics.is_file() and plan.resume:
+        folder.begin(describe(setup, plan), resume=True)
         return read_json(folder.metrics)
+    trainer = train(setup, plan, watcher)
+    began = time.perf_counter()
+    model = trainer.final_model()
+    seconds = time.perf_counter() - began
+    save_model(folder, setup, model, trainer.best)
+    metrics = judge(trainer, model, plan)
+    metrics["seconds"] += seconds
+    write_json(folder.metrics, metrics)
+    return metrics
+
+
+def train(setup: Setup, plan: Plan, watcher: Watcher) -> Trainer:
+    """Train one method with one seed to the end of its budget or patience, from where its folder stands."""
+    folder = plan.folder(setup)
+    folder.begin(describe(setup, plan), resume=plan.resume)
     trainer = Trainer(setup)
     folder.restore(trainer)
     watcher.on_run(setup, trainer.history[-1].updates if trainer.history else 0)
@@ -70,23 +86,17 @@ def run_one(setup: Setup, plan: Plan, watcher: Watcher) -> dict[str, Any]:
             watcher.on_round(setup, one)
     finally:
         _publish(folder, trainer)
-    began = time.perf_counter()
-    model = trainer.final_model()
-    save_model(folder, setup, model, trainer.best)
-    metrics = judge(trainer, model, plan)
-    metrics["seconds"] += time.perf_counter() - began
-    write_json(folder.metrics, metrics)
-    return metrics
+    return trainer
 
 
-def describe(setup: Setup) -> dict[str, Any]:
+def describe(setup: Setup, plan: Plan) -> dict[str, Any]:
     """What a run's result depends on, as JSON values."""
     data, task = setup.data, setup.task
     shape = [*data.train.inputs.shape, *data.train.targets.shape[1:]]
     return {
         "task": place_of(type(task)), "data": data.name, "fingerprint": data.fingerprint, "shape": shape,
         "method": setup.rival.name, "rival": place_of(type(setup.rival)), "seed": setup.seed, **asdict(task.options),
-        **asdict(setup.rates),
+        **asdict(setup.rates), "test": plan.test,
     }  # fmt: skip
 
 
@@ -98,6 +108,7 @@ def judge(trainer: Trainer, model: nn.Module, plan: Plan) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "task": task.name, "data": data.name, "method": setup.rival.name, "seed": setup.seed,
         "options": asdict(task.options), "rates": asdict(setup.rates), "folds": len(trainer.splits),
+        "tuning_seconds": plan.tuning_seconds,
         "chosen_round": best.round, "rounds": len(history), "chosen_updates": best.updates, "updates": history[-1].updates,
         "still_rising": trainer.still_rising, "calibration": best.calibration, "held_out": best.figures,
         "forward_steps": mean([one.forward_steps for one in history]),

@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix, hstack, issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -77,20 +77,25 @@ def fit_linear(model: nn.Module, rows: Rows, strength: float, *, chained: bool) 
     """Fit one LogisticRegression per label; a label that is always or never true gets a constant score."""
     assert isinstance(model, LinearScores)
     features, labels = rows.inputs.cpu().double().numpy(), rows.targets.cpu().double().numpy()
+    sparse = (features != 0).mean() < 0.2
+    base = csr_matrix(features) if sparse else features
+    truth = csc_matrix(labels) if sparse else labels
     for label in range(labels.shape[1]):
-        seen = np.concatenate([features, labels[:, :label]], axis=1) if chained else features
+        seen = _beside(base, truth[:, :label]) if chained else base
         weight, bias = _coefficients(seen, labels[:, label], strength)
         model.weight[label] = torch.from_numpy(weight[: features.shape[1]])
         model.coupling[label, : len(weight) - features.shape[1]] = torch.from_numpy(weight[features.shape[1] :])
         model.bias[label] = bias
 
 
-def _coefficients(features: np.ndarray, truth: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+def _beside(one: Any, other: Any) -> Any:
+    return hstack([one, other], format="csr") if issparse(one) else np.concatenate([one, other], axis=1)
+
+
+def _coefficients(features: Any, truth: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
     if truth.min() == truth.max():
         return np.zeros(features.shape[1]), 20.0 if truth[0] else -20.0
-    sparse = (features != 0).mean() < 0.2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        regression = LogisticRegression(C=1 / strength, max_iter=500)
-        regression.fit(csr_matrix(features) if sparse else features, truth)
+        regression = LogisticRegression(C=1 / strength, max_iter=500).fit(features, truth)
     return regression.coef_[0], float(regression.intercept_[0])
