@@ -128,9 +128,8 @@ class GradientFit(Fit):
         with seeded(setup.seed, part, "start"):
             self.model = setup.build()
         self.averaged = AveragedModel(self.model, multi_avg_fn=_averaging(setup.task.options.averaging), use_buffers=True)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=setup.rates.learning_rate, weight_decay=setup.rates.weight_decay
-        )
+        self.optimizer = setup.rival.optimizer(self.model, setup.rates, len(rows))
+        self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def judged(self) -> nn.Module:  # type: ignore[override]
@@ -166,7 +165,8 @@ class GradientFit(Fit):
 
     def _update(self, tally: Tally) -> None:
         task, options = self.setup.task, self.setup.task.options
-        self.optimizer.param_groups[0]["lr"] = self.setup.rates.learning_rate * _decay(self.num_updates, options)
+        for group, rate in zip(self.optimizer.param_groups, self.full_rates):
+            group["lr"] = rate * _decay(self.num_updates, options)
         batch = task.draw(self.setup.data.train[self._batch_rows()])
         with convergence_warnings() as failures:
             loss = self.setup.rival.training_loss(self.model, batch, task)

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
-THRESHOLDS = torch.arange(1, 100, dtype=torch.float64) / 100  # of the probability
+THRESHOLDS = torch.linspace(-9.0, 5.0, 141, dtype=torch.float64).sigmoid()  # of the probability, evenly spaced in log-odds
 
 
 def figures(predicted: Tensor, labels: Tensor) -> dict[str, float]:
@@ -54,14 +54,14 @@ def best_threshold(logits: Tensor, labels: Tensor) -> tuple[float, float]:
         ValueError: when the shapes differ.
 
     >>> best_threshold(torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, 0.0]]))
-    (0.12, 1.0)
+    (0.1301..., 1.0)
     """
     curve = f1_curve(logits, labels)
     best = int((curve == curve.max()).nonzero()[0])
     return THRESHOLDS[best].item(), curve[best].item()
 
 
-def f1_curve(logits: Tensor, labels: Tensor) -> Tensor:  # (N, L), (N, L) -> (99,)
+def f1_curve(logits: Tensor, labels: Tensor) -> Tensor:  # (N, L), (N, L) -> (141,)
     """The example-F1 at each threshold, all in one pass: each row counts in which interval its probabilities lie.
 
     Raises:
@@ -89,7 +89,7 @@ def decide(logits: Tensor, threshold: float) -> Tensor:
     return logits.sigmoid() > threshold
 
 
-def _exceeding(counts: Tensor) -> Tensor:  # (N, 100) by interval -> (N, 99) by threshold
+def _exceeding(counts: Tensor) -> Tensor:  # (N, 142) by interval -> (N, 141) by threshold
     return counts.flip(1).cumsum(1).flip(1)[:, 1:]
 
 

@@ -17,7 +17,7 @@ from .splits import Split, draw_splits
 class Rates:
     """What `--tune` chooses for a method.
 
-    A rival that is fitted by itself takes `weight_decay` for the strength of its own regularization.
+    `weight_decay` is that of AdamW unless the rival gives it another meaning, such as 1/C of scikit-learn.
     """
 
     learning_rate: float = 2e-3
@@ -38,7 +38,7 @@ class Options:
     """Minutes of training per run at most; 0: no limit."""
     every: int = 50
     """Updates per round; after each round the held-out rows are judged."""
-    patience: int = 20
+    patience: int = 15
     """Stop after this many rounds without a better held-out figure; 0: never."""
     batch_size: int = 64
     """Rows per update."""
@@ -181,6 +181,10 @@ class Rival(ABC):
     def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
         """The loss of a batch; the task's loss of the model's output unless the method has its own."""
         return task.loss(model(batch.inputs), batch)
+
+    def optimizer(self, model: nn.Module, rates: Rates, num_rows: int) -> torch.optim.Optimizer:
+        """What updates the weights; the trainer scales the learning rates of all its groups by the same decay."""
+        return torch.optim.AdamW(model.parameters(), lr=rates.learning_rate, weight_decay=rates.weight_decay)
 
     def diagnose(self, model: nn.Module, rows: Rows) -> dict[str, float]:
         """Numbers about the trained model on held-out rows, such as a spectral radius; none by default."""
