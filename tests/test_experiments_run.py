@@ -33,6 +33,7 @@ from energynet.experiments.results import ResumeError, read_json
 from energynet.experiments.runs import Plan, Watcher, load_model, run_one
 from energynet.experiments.task import Column, FittedRival, Rates, Rival, Task
 from energynet.experiments.trainer import Round, Trainer
+from energynet.experiments.tuning import tuned_rates
 
 QUIET = Watcher(lambda setup, done: None, lambda: None, lambda setup, one: None)
 OPTIONS = MultiLabelOptions(updates=8, every=2, loss="f1", batch_size=16, folds=1, experts=2, hidden=8)
@@ -126,7 +127,7 @@ def test_a_finished_run_is_not_tested_again(data: Data, tmp_path: Path) -> None:
     assert run_one(setup, Plan(tmp_path / "out", test_log=log, resume=True), QUIET) == first
     (entry,) = json.loads(log.read_text())
     assert entry["method"] == "logistic" and entry["figures"] == first["test"] and entry["commit"]
-    assert entry["loss"] == "f1" and entry["learning_rate"] == 0.01
+    assert entry["loss"] == "f1" and entry["learning_rate"] == 0.03
 
 
 def test_no_test_leaves_test_rows_alone(data: Data, tmp_path: Path) -> None:
@@ -423,3 +424,51 @@ def test_a_round_in_words() -> None:
     assert describe(MultiLabel(OPTIONS), Round(1, 50, 1.0, {"example_f1": 0.5}, {})) == "loss 1.000, ex-F1 50.0"
     told = describe(MultiLabel(OPTIONS), Round(1, 50, 1.0, {"example_f1": 0.5}, {}, 2.0, None, 0.5, failed=3))
     assert told == "loss 1.000, ex-F1 50.0, steps 2.0 + 0.0, converged 50.0 %, 3 updates failed"
+
+
+def test_rates_are_tuned_once_on_held_out_rows(data: Data, tmp_path: Path) -> None:
+    setup = setup_for(data, "sklearn-logistic")
+    assert isinstance(setup.rival, FittedRival)
+    first = tuned_rates(setup, Plan(tmp_path), QUIET)
+    told = read_json(tmp_path / "sklearn-logistic" / "tuning.json")
+    assert [point["rates"]["weight_decay"] for point in told["tried"]] == [rates.weight_decay for rates in setup.rival.grid]
+    best = max(told["tried"], key=lambda point: point["figure"])
+    assert told["rates"] == best["rates"] == {"learning_rate": first.learning_rate, "weight_decay": first.weight_decay}
+    assert told["seconds"] == pytest.approx(sum(point["seconds"] for point in told["tried"]))
+    poisoned = replace(setup, data=replace(data, train=Rows(data.train.inputs * torch.nan, data.train.targets)))
+    assert tuned_rates(poisoned, Plan(tmp_path), QUIET) == first  # what is known is not tried again
+
+
+def test_interrupted_tuning_goes_on_where_it_was(data: Data, tmp_path: Path) -> None:
+    setup, seen = setup_for(data, "mlp", replace(OPTIONS, updates=4)), []
+
+    def on_round(setup: Setup, one: Round) -> None:
+        seen.append((setup.rates, one.round))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    watcher = replace(QUIET, on_round=on_round)
+    with pytest.raises(KeyboardInterrupt):
+        tuned_rates(setup, Plan(tmp_path), watcher)
+    tuned_rates(setup, Plan(tmp_path), watcher)
+    assert seen == [(rates, one) for rates in setup.rival.grid for one in (1, 2)]
+
+
+@pytest.mark.slow
+def test_seeds_spread_over_processes_give_what_one_process_gives(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ("--method", "mlp", "sklearn-logistic", "--seeds", "2", "--tune")
+    options = ("run", "multilabel", "--data", str(folder), *methods, *SMALL)
+    outputs = {}
+    for jobs in ("1", "2"):
+        log = ("--test-log", str(tmp_path / f"log-{jobs}.json"))
+        code, outputs[jobs] = invoke(capsys, *options, "--jobs", jobs, "--out", str(tmp_path / jobs), *log)
+        assert code == 0, outputs[jobs]
+    assert "mlp seed 1 update 2/2" in outputs["2"] and "test rows, 2 seeds" in outputs["2"]
+    for name in ("mlp/seed-0", "mlp/seed-1", "sklearn-logistic/seed-1"):
+        one, two = (read_json(tmp_path / jobs / name / "metrics.json") for jobs in ("1", "2"))
+        assert one["test"] == two["test"] and one["rates"] == two["rates"]
+    assert len(json.loads((tmp_path / "log-2.json").read_text())) == 4
+    code, output = invoke(capsys, *options, "--jobs", "2", "--out", str(tmp_path / "2"))
+    assert code == 2 and "already holds a run" in output

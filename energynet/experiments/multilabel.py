@@ -110,7 +110,8 @@ class LinearLayer(Rival):
     def optimizer(self, model: nn.Module, rates: Rates, num_rows: int) -> torch.optim.Optimizer:
         assert isinstance(model, Logistic)
         penalized = {"params": [model.scores.weight], "weight_decay": rates.weight_decay / num_rows}
-        return torch.optim.Adam([penalized, {"params": [model.scores.bias]}], lr=rates.learning_rate)
+        free = {"params": [model.scores.bias], "weight_decay": 0.0}
+        return torch.optim.Adam([penalized, free], lr=rates.learning_rate)
 
 
 class FpiGd(Rival):
