@@ -12,7 +12,7 @@ SMALL = 2**20  # elements; beyond, the product of a library is faster, on one th
 LANES = 16  # columns that a library computes at once
 
 
-def products() -> dict[Any, Callable[..., Any]]:
+def recorded_as() -> dict[Any, Callable[..., Any]]:
     """What is recorded otherwise than it comes: a thin product, one with a shared matrix, none; and what cannot be."""
     aten = torch.ops.aten
     return {aten.mm.default: _product, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,

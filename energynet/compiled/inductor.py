@@ -4,18 +4,26 @@ What is done to Inductor's graphs and to the text that it writes is listed in th
 """
 
 import contextlib
+import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.compile_fx as inductor
 import torch._inductor.graph
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, tracing
+from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.utils import output_node
+from torch._inductor.virtualized import V
 
+from energynet.compiled import decompositions
 from energynet.compiled.cpu_loops import in_place
 from energynet.compiled.cpu_parts import in_parts
 from energynet.compiled.cuda_graphs import with_replays
@@ -26,14 +34,35 @@ from energynet.compiled.passes import dear_once, sums_apart
 _FILES = tuple(str(path) for path in sorted(Path(__file__).parent.iterdir()) if path.suffix in {".py", ".h"})
 
 
+@functools.cache
+def recorded_as() -> Mapping[Any, Callable[..., Any]]:
+    """What Inductor wants to be recorded as other operations, after what we want."""
+    theirs: dict[Any, Callable[..., Any]] = select_decomp_table()
+    ours = decompositions.recorded_as()
+    return {**theirs, **{op: _first(way, theirs[op]) if op in theirs else way for op, way in ours.items()}}
+
+
+def _first(way: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """The one way, and the other where that says that it does not apply."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = way(*args, **kwargs)
+        return other(*args, **kwargs) if result is NotImplemented else result
+
+    return call
+
+
 def compile_graph(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], parts: int
                   ) -> Callable[[list[Tensor]], Any]:  # fmt: skip
     """List of tensors -> results, without what PyTorch wraps around the machine code where nothing is left for that to do.
 
+    A graph that changes nothing in place and makes all that it returns goes to Inductor as it is. Others go through AOTAutograd,
+    which records all operations once more, and takes as long as Inductor itself.
+
     The caller holds PyTorch's compile lock: `rewriting` patches a class of the whole process.
 
     Args:
-        graph: of ATen operations, a list of tensors -> a list of tensors.
+        graph: of the operations that `recorded_as` leaves, a list of tensors -> a list of tensors.
         inputs: fake tensors like those that it will be called with.
         options: of Inductor.
         parts: how many sets of inputs are worked on at once, see `in_parts`.
@@ -41,25 +70,47 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Any], options: dict[str, A
     Raises:
         RuntimeError: if the program cannot be run in parts; whatever Inductor raises.
     """
-    inner: list[Any] = []
-    simple: list[bool] = []
-    expected = _outputs(graph)
-
-    def compile_inner(inside: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Any:
-        outputs = _outputs(inside)
-        alike = (len(examples), len(outputs)) == (len(inputs), len(expected))
-        simple.append(alike and all(isinstance(o, fx.Node) and o.op != "placeholder" for o in outputs))
-        inner.append(compile_fx_inner(inside, examples, **options))
-        return inner[-1]
-
+    options = {**options, "post_grad_custom_pre_pass": _Passes(parts), **_KEPT_ON_DISK}
     with rewriting(parts):
-        whole: Any = compile_fx(graph, inputs, compile_inner, {**options, "post_grad_custom_pre_pass": _Passes(parts)})
-    if simple == [True]:
-        run: Callable[[list[Tensor]], Any] = inner[0].current_callable
-        return run
-    if parts > 1:
-        raise RuntimeError("a part of the batch cannot be computed by itself")
+        if not _changes_memory(graph) and _makes_all(_outputs(graph)):
+            with config.patch(options), config.patch(inductor.get_cpp_wrapper_config() if config.cpp_wrapper else {}):
+                return _machine_code(graph, inputs)
+        if parts > 1:
+            raise RuntimeError("a part of the batch cannot be computed by itself")
+        whole: Any = inductor.compile_fx(graph, inputs, config_patches=options)
     return lambda tensors: whole(*tensors)
+
+
+_KEPT_ON_DISK = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": "a loop is its graphs"}}
+"""PyTorch's cache on disk takes programs with loops too: its keys are made of the graphs of their bodies as well."""
+
+
+def _machine_code(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Tensor]], Any]:
+    """What `compile_fx` does after AOTAutograd."""
+    mode = inductor.detect_fake_mode(inputs)
+    with V.set_real_inputs(inputs), enable_python_dispatcher(), V.set_fake_mode(mode), tracing(TracingContext(mode)):
+        extra = inductor.create_compiler_config_extra(graph)
+        device = next(iter(inductor.get_inputs_devices(inputs, graph)))
+        graph = inductor._recursive_joint_graph_passes(graph, input_device=device)
+        output = output_node(graph)
+        output.args = (tuple(_outputs(graph)),)
+        output.meta["user_visible_output_idxs"] = list(range(len(_outputs(graph))))
+        compiled: Any = inductor.compile_fx_inner(
+            graph, inputs, static_input_idxs=range(0), cudagraphs=extra.cudagraphs, graph_id=extra.graph_id, is_inference=True,
+            boxed_forward_device_index=extra.forward_device, cpp_wrapper=config.cpp_wrapper,
+        )  # fmt: skip
+    run: Callable[[list[Tensor]], Any] = compiled.current_callable
+    return run
+
+
+def _changes_memory(graph: fx.GraphModule) -> bool:
+    graphs = [module.graph for module in graph.modules() if isinstance(module, fx.GraphModule)]
+    targets = [node.target for each in graphs for node in each.nodes]
+    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
+
+
+def _makes_all(outputs: Sequence[Any]) -> bool:
+    return all(isinstance(o, fx.Node) and o.op != "placeholder" for o in outputs)
 
 
 def _outputs(graph: fx.GraphModule) -> Sequence[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from energynet._torch import tree as _tree
-from energynet.compiled.decompositions import products, ragged, widened
+from energynet.compiled.decompositions import ragged, widened
 
 
 def record_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
@@ -68,9 +68,11 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
     """The function as a graph, its captured tensors as further inputs, and these."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
+    from energynet.compiled.inductor import recorded_as
+
     with disable_proxy_modes_tracing():
         fresh = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in examples]
-        graph = make_fx(function, products(), _allow_non_fake_inputs=True)(*fresh)
+        graph = make_fx(function, recorded_as(), _allow_non_fake_inputs=True)(*fresh)
     return graph, lift(graph)
 
 

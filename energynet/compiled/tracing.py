@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import recording_program
 from energynet.compiled.cuda_graphs import Recordings
-from energynet.compiled.decompositions import products
 from energynet.compiled.loops import lift, record_loop
 
 _OFFSET = re.compile(r" and L\['t\d+'\]\.storage_offset\(\) == 0")  # of no matter: a program is given addresses
@@ -40,14 +39,14 @@ class Program:
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        from energynet.compiled.inductor import compile_graph
+        from energynet.compiled.inductor import compile_graph, recorded_as
 
         self.sizes, self.parts = [t.shape for t in examples], parts
         self._shapes = ShapeEnv()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
         fakes: list[Any] = [_fake(mode, t, dims) for t, dims in zip(examples, dynamic, strict=True)]
         with _alone(), torch.no_grad(), recording_program(record_loop), ValuesUnread(), mode:
-            graph = make_fx(lambda *t: list(function(*t)), products(), _allow_non_fake_inputs=True)(*fakes)
+            graph = make_fx(lambda *t: list(function(*t)), recorded_as(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
         """Tensors that the function took from elsewhere."""
         if any(lazy(t) for t in self.captured):

@@ -54,7 +54,7 @@ def same(source: Any) -> Any:
 
 def without(*operators: Any) -> Callable[[], dict[Any, Any]]:
     """The table of operations that are recorded in another form, less these."""
-    kept = {operator: form for operator, form in decompositions.products().items() if operator not in operators}
+    kept = {operator: form for operator, form in decompositions.recorded_as().items() if operator not in operators}
     return lambda: kept
 
 
