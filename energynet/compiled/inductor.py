@@ -16,7 +16,8 @@ import torch._inductor.compile_fx as inductor
 import torch._inductor.graph
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import TracingContext, tracing
+from torch._dynamo.utils import get_inputs_devices
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
@@ -87,10 +88,10 @@ _KEPT_ON_DISK = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.w
 
 def _machine_code(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Tensor]], Any]:
     """What `compile_fx` does after AOTAutograd."""
-    mode = inductor.detect_fake_mode(inputs)
+    mode = detect_fake_mode(inputs)
     with V.set_real_inputs(inputs), enable_python_dispatcher(), V.set_fake_mode(mode), tracing(TracingContext(mode)):
         extra = inductor.create_compiler_config_extra(graph)
-        device = next(iter(inductor.get_inputs_devices(inputs, graph)))
+        device = next(iter(get_inputs_devices(inputs, graph)))
         graph = inductor._recursive_joint_graph_passes(graph, input_device=device)
         output = output_node(graph)
         output.args = (tuple(_outputs(graph)),)
