@@ -1,6 +1,5 @@
 """Tasks, training, the results folder and the command line, on a data set of a few rows."""
 
-import io
 import json
 import os
 import subprocess
@@ -13,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +26,6 @@ from energynet.experiments.fits import Setup
 from energynet.experiments.metrics import decide, figures
 from energynet.experiments.models import FORWARD, Size
 from energynet.experiments.multilabel import FpiGd, MultiLabel, MultiLabelOptions, soft_f1_loss
-from energynet.experiments.report import result_table, show
 from energynet.experiments.results import ResumeError, read_json
 from energynet.experiments.runs import Plan, Watcher, load_model, run_one
 from energynet.experiments.task import Column, FittedRival, Rates, Rival, Task
@@ -386,28 +383,7 @@ def test_list_names_tasks_methods_and_data(folder: Path, capsys: pytest.CaptureF
     assert code == 0 and "multilabel: " in output and "  sklearn-chain: " in output and output.endswith(": tiny\n")
 
 
-def run_of(**changes: object) -> dict[str, object]:
-    figure = {"example_f1": 0.5, "micro_f1": 0.5, "macro_f1": 0.25, "exact_match": 0.125}
-    return {
-        "data": "tiny", "method": "fpi-gd", "options": {"experts": 3}, "test": figure, "held_out": figure, "seed": 0,
-        "forward_steps": 5.0, "adjoint_steps": 4.0, "converged": 1.0, "seconds": 2.0, "still_rising": False,
-        "failed_updates": 0, "diagnostics": {}, **changes,
-    }  # fmt: skip
-
-
-def test_table_fits_a_narrow_terminal() -> None:
-    runs = [run_of(), run_of(seed=1, still_rising=True)]
-    console = Console(width=80, record=True, file=io.StringIO(), no_color=True)
-    console.print(result_table(MultiLabel, runs))
-    assert max(len(line) for line in console.export_text().splitlines()) <= 80
-    narrow = Console(width=40, record=True, file=io.StringIO(), no_color=True)
-    show(narrow, result_table(MultiLabel, runs))
-    told = narrow.export_text()
-    assert "…" not in told and "  steps   5.0+4.0\n" in told and "fpi-gd ×3 ↑\n" in told and "still rising" in told
-    assert max(len(line) for line in told.splitlines()) <= 40
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "multilabel", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "multilabel", "--help"], ["report", "--help"]])
 def test_help_is_whole_in_a_narrow_window(arguments: list[str]) -> None:
     environment = {**os.environ, "COLUMNS": "40", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "energynet", *arguments]

@@ -24,7 +24,8 @@ from .fits import Setup
 from .jobs import Job, JobError, run_jobs
 from .log import read_log
 from .plot import plot_curves
-from .report import diagnosis_lines, result_table, show
+from .report import ReportError, diagnosis_lines, result_table
+from .report_command import report
 from .results import ResumeError, read_json, write_json
 from .runs import Plan, run_one
 from .task import Rival, Task
@@ -45,6 +46,8 @@ solver: the experiments.
       The options of a task.
   energynet list
       Tasks, methods and data sets.
+  energynet report FOLDER... [OPTIONS]
+      Tables, tests and plots over runs.
   energynet --version
       The versions."""
 
@@ -179,9 +182,9 @@ def finish(console: Console, plan: Plan, setups: Sequence[Setup], metrics: list[
     task, data = setups[0].task, setups[0].data
     write_json(plan.out / "metrics.json", metrics)
     histories = {(setup.rival.name, setup.seed): plan.folder(setup).history() for setup in setups}
-    plot_curves(histories, task, data.name, plan.out / "curves.png")
+    plot_curves(histories, type(task), data.name, plan.out / "curves.png")
     logged = None if plan.test_log is None else len(read_log(plan.test_log))
-    show(console, result_table(type(task), metrics, logged))
+    result_table(type(task), metrics, logged).show(console)
     for line in diagnosis_lines(metrics):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"Results in {plan.out}{os.sep}, curves in {plan.out / 'curves.png'}", soft_wrap=True, highlight=False)
@@ -214,7 +217,7 @@ def _data_named(arguments: Sequence[str]) -> bool:
 def main() -> None:
     """Run the command line."""
     command, arguments = (sys.argv[1:] or ["--help"])[0], sys.argv[2:]
-    commands = {"run": run, "list": list_all}
+    commands = {"run": run, "list": list_all, "report": report}
     try:
         if command == "--version":
             print(f"energynet {__version__}, torch {torch.__version__}")
@@ -223,6 +226,6 @@ def main() -> None:
         else:
             print(USAGE)
             raise SystemExit(0 if command in ("--help", "-h") else 2)
-    except (CommandError, JobError, NotFoundError, ResumeError) as error:
+    except (CommandError, JobError, NotFoundError, ReportError, ResumeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -1,8 +1,8 @@
 """The curves of one run or of several, as a PNG."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .results import replace_by
 from .task import Task
@@ -16,7 +16,7 @@ Runs = Mapping[tuple[str, int], list[Round]]
 """The rounds of each (method, seed)."""
 
 
-def plot_curves(runs: Runs, task: Task, title: str, path: Path) -> None:
+def plot_curves(runs: Runs, task: type[Task], title: str, path: Path) -> None:
     """Draw loss, the chosen held-out figure, steps and share converged against updates, one line per run.
 
     Args:
@@ -45,6 +45,27 @@ def plot_curves(runs: Runs, task: Task, title: str, path: Path) -> None:
     replace_by(path, lambda temporary: figure.savefig(temporary))
 
 
+def plot_times(runs: Mapping[str, Sequence[Mapping[str, Any]]], task: type[Task], title: str, path: Path) -> None:
+    """Draw the chosen figure of each run against its training time, one color per method.
+
+    Args:
+        runs: the metrics of the runs of each method.
+        task: what was run.
+        title: the figure's heading.
+        path: where the PNG goes; written atomically.
+    """
+    figure = _figure()
+    axes, column = figure.subplots(), task.columns[task.choice]
+    for number, (method, own) in enumerate(runs.items()):
+        values = [column.scale * run.get("test", run["held_out"])[task.choice] for run in own]
+        axes.plot([run["seconds"] for run in own], values, "o", color=_color(number), label=method)
+    _style(axes, f"{column.heading} against seconds of training", "seconds")
+    axes.set_xscale("log")
+    axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    replace_by(path, lambda temporary: figure.savefig(temporary))
+
+
 def _figure() -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,24 +84,33 @@ def _lines(
     *,
     dashed: bool = False,
 ) -> None:
-    from matplotlib import colormaps
-
     methods = list(dict.fromkeys(method for method, _ in runs))
     named: set[str] = set()
     for (method, _), history in runs.items():
         points = [(one.updates, value) for one in history if (value := figure_of(one)) is not None]
         if points:
             axes.plot(
-                *zip(*points, strict=True), color=colormaps["tab20"](methods.index(method) % 20), linewidth=1.6,
+                *zip(*points, strict=True), color=_color(methods.index(method)), linewidth=1.6,
                 linestyle="--" if dashed else "-", label=None if method in named or dashed else method,
                 marker="o", markersize=2.5 if len(points) > 1 else 6,
             )  # fmt: skip
             named.add(method)
-    axes.set_title(label, fontsize=10, loc="left")
-    axes.set_xlabel("updates", fontsize=9)
+    _style(axes, label, "updates")
+
+
+def _style(axes: "Axes", title: str, across: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(across, fontsize=9)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
+
+
+def _color(number: int) -> Any:
+    """The same for the same place in the order of methods."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](number % 20)
 
 
 def _explain_steps(axes: "Axes") -> None:

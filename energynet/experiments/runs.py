@@ -167,4 +167,4 @@ def _publish(folder: RunFolder, trainer: Trainer) -> None:
     setup = trainer.setup
     save_model(folder, setup, trainer.chosen_model(), trainer.best)
     title = f"{setup.data.name} · {setup.rival.name} · seed {setup.seed}"
-    plot_curves({(setup.rival.name, setup.seed): trainer.history}, setup.task, title, folder.path / "curves.png")
+    plot_curves({(setup.rival.name, setup.seed): trainer.history}, type(setup.task), title, folder.path / "curves.png")
