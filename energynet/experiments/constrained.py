@@ -231,10 +231,10 @@ class CvxpyModel(nn.Module):
         self.layer = cvxpy_layer(CONSTRAINTS[size.problem], size.num_unknowns)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, d) -> (B, n)
-        matrix, right = self.energy.encode(z)
-        root = torch.linalg.cholesky(matrix).T
-        (x,) = self.layer(root, right)
-        return x
+        with torch.enable_grad():  # without, the solver is handed the options of its derivative, which it does not know
+            matrix, right = self.energy.encode(z)
+            (x,) = self.layer(torch.linalg.cholesky(matrix).T, right)
+        return x if torch.is_grad_enabled() else x.detach()
 
 
 def cvxpy_layer(constraint: Constraint, num_unknowns: int) -> Any:
