@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from energynet import Termination, minimize
+from energynet.constraints import Box
 from energynet.experiments.data import Rows
 from energynet.experiments.models import Size
 from energynet.experiments.multilabel_partial import (
@@ -54,6 +56,18 @@ def test_energy_holds_what_is_known_and_is_stationary_in_the_rest() -> None:
     assert torch.equal(matrix, matrix.T) and not matrix.diagonal().any()
     mean_field = (model.energy.local(scores) + u.sigmoid() @ matrix).detach()
     assert float(((u - mean_field) * (1 - known)).abs().max()) < 2e-3
+    u.requires_grad_()
+    (slope,) = torch.autograd.grad(model.energy(u, scores).sum(), u)
+    assert float((slope * (1 - known)).abs().max()) < 1e-3
+
+
+def test_fixed_point_is_the_minimum_within_a_box_that_holds_what_is_known() -> None:
+    model, (z, labels) = coupled(), rows(20)
+    known = reveal(labels)[1]
+    scores, value = model.features(z)[1].detach(), CERTAIN * (2 * labels - 1)
+    box = Box(torch.where(known > 0, value, -torch.inf), torch.where(known > 0, value, torch.inf))
+    expected = minimize(model.energy, scores, scores, prox=box, termination=Termination(rtol=1e-8)).value
+    torch.testing.assert_close(model.complete(z, known, labels * known).detach(), expected.detach(), rtol=0, atol=2e-3)
     assert bool(model.solve(scores, known, labels).converged.all())
 
 
