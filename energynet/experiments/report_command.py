@@ -18,7 +18,7 @@ from .task import Task
 class Report:
     """Tables, tests, plots of runs."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
     """Results folders, or folders of them."""
     format: Literal["terminal", "markdown", "latex", "csv"] = "terminal"
     """How tables are written."""

@@ -24,7 +24,7 @@ class Rates:
     weight_decay: float = 0.01
 
 
-GRID = tuple(Rates(rate, decay) for rate in (5e-4, 2e-3, 8e-3) for decay in (0.0, 0.1, 1.0))
+GRID = tuple(Rates(rate, decay) for rate in (1e-3, 4e-3) for decay in (0.0, 0.5))
 """What `--tune` tries for every method that is trained by gradients."""
 
 
@@ -67,6 +67,11 @@ class Options:
 
 
 @dataclass(frozen=True)
+class NoSize:
+    """The models of a task that are all of one size."""
+
+
+@dataclass(frozen=True)
 class Column:
     """One column of a task's table: its heading, and how a figure is written.
 
@@ -94,7 +99,7 @@ class Task(ABC):
     """What the task is called in tables and folders."""
     options_class: ClassVar[type[Options]] = Options
     """The dataclass of its options; each field is an option of the command line."""
-    size_class: ClassVar[type]
+    size_class: ClassVar[type] = NoSize
     """The dataclass that `size` returns."""
     choice: ClassVar[str]
     """The figure of `evaluate` by which held-out rows choose round and rates."""
@@ -125,9 +130,9 @@ class Task(ABC):
     def load(self, folder: Path | None) -> Data:
         """Read the data set in a folder that the user names, or the embedded default."""
 
-    @abstractmethod
     def size(self, data: Data) -> Any:
-        """What a rival must know to build its model: a frozen dataclass of numbers."""
+        """What a rival must know to build its model: a frozen dataclass of numbers, an instance of `size_class`."""
+        return NoSize()
 
     @abstractmethod
     def loss(self, output: Any, batch: Rows) -> Tensor:
