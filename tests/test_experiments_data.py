@@ -53,7 +53,12 @@ def test_dense_and_sparse_arff_give_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"), [("1,0,red,1", "4 values for 5"), ("{9 1}", "column 9 of 5"), ("1,0,green,1,0", "cannot read")]
+    ("row", "said"),
+    [
+        ("1,0,red,1", "Bad @DATA instance"),
+        ("1,0,green,1,0", "green not found"),
+        ("x,0,red,1,0", "Invalid numerical value"),
+    ],
 )
 def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: str, said: str) -> None:
     folder = write_mulan(tmp_path / "bad", f"0,0,red,0,0\n{row}\n", "0,0,red,0,0\n")
@@ -64,11 +69,14 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: str, said: s
 
 def test_text_columns_and_empty_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.arff"
-    path.write_text("@attribute name string\n@data\nx\n")
-    with pytest.raises(ValueError, match=r"line 1.*string"):
+    path.write_text("@relation x\n@attribute name string\n@data\nx\n")
+    with pytest.raises(ValueError, match="column 'name' is of type string"):
+        read_arff(path)
+    path.write_text("@relation x\n@attribute size numeric\n@data\n?\n")
+    with pytest.raises(ValueError, match=r"a value of column 'size' is missing"):
         read_arff(path)
     path.write_text("nothing\n")
-    with pytest.raises(ValueError, match="is it an ARFF file"):
+    with pytest.raises(ValueError, match=r"[iI]s it an ARFF file"):
         read_arff(path)
 
 

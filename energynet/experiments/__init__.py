@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 EXTRAS = 'pip install "energynet[experiments,cli,plot]"'
-_NEEDED = ("numpy", "sklearn", "safetensors", "tyro", "rich", "matplotlib")
+_NEEDED = ("numpy", "sklearn", "scipy", "arff", "safetensors", "tyro", "rich", "matplotlib")
 
 _missing = [name for name in _NEEDED if find_spec(name) is None]
 if _missing:

@@ -1,11 +1,10 @@
 """Mulan's files: ARFF, dense and sparse, and the XML that names the labels."""
 
-import csv
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import arff
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ class Attribute:
         try:
             return float(text)
         except ValueError:
-            return float(self.values.index(_unquoted(text)))
+            return float(self.values.index(text))
 
 
 def read_mulan(path: Path, xml: Path) -> MulanRows:
@@ -83,7 +82,7 @@ def read_label_names(path: Path) -> set[str]:
 
 
 def read_arff(path: Path) -> tuple[list[Attribute], Tensor]:
-    """Read an ARFF file of numeric and nominal columns.
+    """Read an ARFF file of numeric and nominal columns with liac-arff.
 
     Args:
         path: the file; its data lines may be dense (``1,0,2``) or sparse (``{0 1, 2 2}``).
@@ -94,76 +93,34 @@ def read_arff(path: Path) -> tuple[list[Attribute], Tensor]:
     Raises:
         ValueError: when a line cannot be read; the message names file and line and shows it.
     """
-    attributes: list[Attribute] = []
-    rows: list[Tensor] = []
-    in_data = False
-    for number, line in _lines(path):
-        try:
-            if in_data:
-                rows.append(_row(line, attributes))
-            elif line.lower().startswith("@attribute"):
-                attributes.append(_attribute(line))
-            in_data = in_data or line.lower().startswith("@data")
-        except (ValueError, IndexError) as error:
-            shown = line if len(line) <= 60 else line[:57] + "..."
-            raise ValueError(f"{path}, line {number}: cannot read {shown!r} ({error}).") from error
-    if not attributes or not rows:
-        raise ValueError(f"{path} has {len(attributes)} attributes and {len(rows)} data rows; is it an ARFF file?")
-    return attributes, torch.stack(rows)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        content = arff.loads("\n".join(lines))
+    except arff.ArffException as error:
+        number = error.line
+        shown = lines[number - 1].strip() if 0 < number <= len(lines) else ""
+        told = str(error).split(", at line")[0].split(" in line")[0]
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise ValueError(f"{path}, line {number}: cannot read {shown!r} ({told}). Is it an ARFF file?") from error
+    attributes = [_attribute(path, name, kind) for name, kind in content["attributes"]]
+    if not attributes or not content["data"]:
+        raise ValueError(f"{path} has {len(attributes)} attributes and {len(content['data'])} data rows; is it an ARFF file?")
+    return attributes, torch.tensor([_numbers(path, attributes, row) for row in content["data"]])
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            stripped = line.strip()
-            if stripped and not stripped.startswith("%"):
-                yield number, stripped
+def _attribute(path: Path, name: str, kind: str | list[str]) -> Attribute:
+    if isinstance(kind, list):
+        return Attribute(_plain(name), tuple(kind))
+    if kind not in ("NUMERIC", "REAL", "INTEGER"):
+        raise ValueError(f"{path}: column {name!r} is of type {kind.lower()}; numeric and nominal columns can be read.")
+    return Attribute(_plain(name), ())
 
 
-def _attribute(line: str) -> Attribute:
-    rest = line[len("@attribute") :].strip()
-    name, kind = _name_and_kind(rest)
-    if kind.startswith("{"):
-        return Attribute(name, tuple(_fields(kind.strip("{} \t"))))
-    if kind.split()[0].lower() not in ("numeric", "real", "integer"):
-        raise ValueError(f"column {name!r} is of type {kind!r}; numeric and nominal columns can be read")
-    return Attribute(name, ())
+def _numbers(path: Path, attributes: list[Attribute], row: list[str | float | None]) -> list[float]:
+    if None in row:
+        raise ValueError(f"{path}: a value of column {attributes[row.index(None)].name!r} is missing ('?'); fill it in first.")
+    return [value if isinstance(value, float) else a.number(str(value)) for a, value in zip(attributes, row)]
 
 
-def _name_and_kind(rest: str) -> tuple[str, str]:
-    if rest[0] not in "'\"":
-        name, kind = rest.split(None, 1)
-        return name, kind
-    end = 1
-    while rest[end] != rest[0] or rest[end - 1] == "\\":
-        end += 1
-    return _unquoted(rest[: end + 1]), rest[end + 1 :].strip()
-
-
-def _row(line: str, attributes: list[Attribute]) -> Tensor:
-    values = torch.zeros(len(attributes))
-    if line.startswith("{"):
-        # What a sparse row leaves out is 0, also for a nominal column, where it is the first value.
-        for field in filter(None, _fields(line.strip("{} \t"))):
-            column, text = field.split(None, 1)
-            if not 0 <= int(column) < len(attributes):
-                raise ValueError(f"column {column} of {len(attributes)}")
-            values[int(column)] = attributes[int(column)].number(text)
-        return values
-    fields = _fields(line)
-    if len(fields) != len(attributes):
-        raise ValueError(f"{len(fields)} values for {len(attributes)} columns")
-    return torch.tensor([attribute.number(text) for attribute, text in zip(attributes, fields, strict=True)])
-
-
-def _fields(text: str) -> list[str]:
-    quote = "'" if "'" in text else '"'
-    fields = next(csv.reader([text], quotechar=quote, escapechar="\\", skipinitialspace=True), [])
-    return [field.strip() for field in fields]
-
-
-def _unquoted(text: str) -> str:
-    text = text.strip()
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    return text.replace("\\", "")
+def _plain(name: str) -> str:
+    return name.replace("\\", "")
