@@ -80,6 +80,19 @@ def test_with_all_others_known_the_answer_is_the_conditional() -> None:
     torch.testing.assert_close(u, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_pairs_learn_over_scores_of_a_network_that_has_not_seen_the_row() -> None:
+    model, (z, _) = Clamped(SIZE).double().eval(), rows(100)
+    half = model.side(z)[:, 0]
+    assert 20 < int(half.sum()) < 80 and torch.equal(half, torch.cat([model.side(row[None])[:, 0] for row in z]))
+    seen, unseen = model.seen_and_unseen(z)
+    first, second = (network(z)[1] for network in model.halves)
+    assert torch.equal(seen[half], first[half]) and torch.equal(seen[~half], second[~half])
+    assert torch.equal(unseen[half], second[half]) and torch.equal(unseen[~half], first[~half])
+    assert not unseen.requires_grad
+    (slope,) = torch.autograd.grad(seen[half].sum(), model.halves[1].head.weight)
+    assert not slope.any()  # the second network learns nothing of the rows of the first
+
+
 def test_plain_network_takes_no_notice_and_the_masked_one_does() -> None:
     z, labels = rows()
     known = reveal(labels)[2]
