@@ -26,6 +26,7 @@ from energynet.experiments.fits import Setup
 from energynet.experiments.metrics import decide, figures
 from energynet.experiments.models import FORWARD, Size
 from energynet.experiments.multilabel import FpiGd, MultiLabel, MultiLabelOptions, soft_f1_loss
+from energynet.experiments.processes import Alone
 from energynet.experiments.results import ResumeError, read_json
 from energynet.experiments.runs import Plan, Watcher, load_model, run_one
 from energynet.experiments.task import Column, FittedRival, Rates, Rival, Task
@@ -448,3 +449,55 @@ def test_seeds_spread_over_processes_give_what_one_process_gives(
     assert len(json.loads((tmp_path / "log-2.json").read_text())) == 4
     code, output = invoke(capsys, *options, "--jobs", "2", "--out", str(tmp_path / "2"))
     assert code == 2 and "already holds a run" in output
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_give_what_one_gives(folder: Path, tmp_path: Path) -> None:
+    options = ("run", "multilabel", "--data", str(folder), "--method", "logistic", "fpi-gd", "--seeds", "1", "--no-test")
+    budget = ("--updates", "20", "--every", "5", "--folds", "1", "--hidden", "8", "--batch-size", "15")
+    plain = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *plain)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(energynet.__file__).parent.parent)}
+    for name, how in (("one", ()), ("two", launch)):
+        command = [sys.executable, *how, "-m", "energynet", *options, *budget, "--out", str(tmp_path / name)]
+        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=280)
+    one, two = (load_file(tmp_path / name / "logistic" / "seed-0" / "model.safetensors") for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+    assert (tmp_path / "two" / "fpi-gd" / "seed-0" / "metrics.json").is_file()
+
+
+def test_a_batch_is_shared_so_that_the_mean_is_that_of_the_whole() -> None:
+    class Two(Alone):
+        count = 2
+
+    rows, values = torch.arange(7), torch.rand(7)
+    total = 0.0
+    for rank in (0, 1):
+        process = Two()
+        process.rank = rank
+        own, weight = process.share(rows)
+        total += weight * values[own].mean() / 2
+    assert total == pytest.approx(values.mean().item())
+    process.rank = 1
+    assert process.share(rows[:1])[1] == 0
+
+
+def test_tensorboard_gets_every_round(data: Data, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_one(setup_for(data, "logistic"), Plan(tmp_path, test=False, tensorboard=True), QUIET)
+    events = EventAccumulator(str(tmp_path / "logistic" / "seed-1" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("example_f1")] == [2, 4, 6, 8]
+    assert "threshold" in events.Tags()["scalars"] and "forward_steps" not in events.Tags()["scalars"]
+
+
+@pytest.mark.slow
+def test_compiled_solves_give_what_eager_ones_give(data: Data, tmp_path: Path) -> None:
+    setup = setup_for(data, "fpi-gd", replace(OPTIONS, updates=4))
+    eager, compiled = (
+        run_one(replace(setup, compiled=choice), Plan(tmp_path / str(choice), test=False), QUIET) for choice in (False, True)
+    )
+    assert compiled["held_out"] == pytest.approx(eager["held_out"])
+    assert compiled["forward_steps"] == pytest.approx(eager["forward_steps"], abs=0.5)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from energynet import __version__
 
+from .board import TensorBoardMissingError
 from .data import Data
 from .display import QUIET, Display
 from .find import TASKS, NotFoundError, find_rival, find_task
@@ -24,12 +25,13 @@ from .fits import Setup
 from .jobs import Job, JobError, run_jobs
 from .log import read_log
 from .plot import plot_curves
+from .processes import started_processes
 from .report import ReportError, diagnosis_lines, result_table
 from .report_command import report
 from .results import ResumeError, read_json, write_json
 from .runs import Plan, run_one
 from .task import Rival, Task
-from .tuning import tuned_rates, tuning_file
+from .tuning import tuned_rates
 
 LOG_FOLDER = Path("docs/results")
 
@@ -78,6 +80,12 @@ class Where:
     """Log of test evaluations; none: test_log.json in docs/results if that folder exists and --data is given."""
     threads: int = 0
     """CPU threads of PyTorch; 0: its own choice."""
+    device: str = ""
+    """Such as cpu or cuda; none: cuda where there is one."""
+    compile: bool = False
+    """Run solves as compiled programs, and compile networks."""
+    tensorboard: bool = False
+    """Write curves as TensorBoard's events into each run's folder."""
 
 
 PART = "--part"
@@ -104,21 +112,24 @@ def run(arguments: Sequence[str]) -> None:
         torch.set_num_threads(where.threads)
     task = task_class(options)
     rivals = rivals_of(task_class, where.method)
-    data = _load(task, where.data)
+    device = torch.device(where.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    data, processes = _load(task, where.data).to(device), started_processes()
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = where.out or Path("results") / f"{task.name}-{data.name}-{stamp}"
     log = LOG_FOLDER / "test_log.json" if where.test_log is None and where.data and LOG_FOLDER.is_dir() else where.test_log
     seeds = range(where.first_seed, where.first_seed + where.seeds)
-    setups = [Setup(task, data, rival, options.rates(rival), seed) for rival in rivals for seed in seeds]
-    plan = Plan(out, where.resume, where.test, log)
-    console = Console()
+    setups = [
+        Setup(task, data, rival, options.rates(rival), seed, processes, where.compile) for rival in rivals for seed in seeds
+    ]
+    plan = Plan(out, where.resume, where.test, log, where.tune, where.tensorboard)
+    console = Console(quiet=not processes.is_main)
     if where.jobs > 1:
         run_jobs(console, jobs_of(arguments, where, setups, out), where.jobs)
         setups = [replace(setup, rates=tuned_rates(setup, plan, QUIET)) for setup in setups] if where.tune else setups
         metrics = [read_json(plan.folder(setup).metrics) for setup in setups]
     else:
         metrics = train(console, plan, setups, tune=where.tune)
-    if not part:
+    if not part and processes.is_main:
         finish(console, plan, setups, metrics)
 
 
@@ -158,7 +169,6 @@ def train(console: Console, plan: Plan, setups: Sequence[Setup], *, tune: bool) 
             for setup in setups:
                 if tune:
                     setup = replace(setup, rates=tuned_rates(replace(setup, seed=0), plan, display.watcher()))
-                    plan = replace(plan, tuning_seconds=read_json(tuning_file(plan, setup))["seconds"])
                 metrics.append(run_one(setup, plan, display.watcher()))
     except KeyboardInterrupt as interrupt:
         console.print(INTERRUPTED.format(out=plan.out), soft_wrap=True, markup=False)
@@ -226,6 +236,6 @@ def main() -> None:
         else:
             print(USAGE)
             raise SystemExit(0 if command in ("--help", "-h") else 2)
-    except (CommandError, JobError, NotFoundError, ReportError, ResumeError) as error:
+    except (CommandError, JobError, NotFoundError, ReportError, ResumeError, TensorBoardMissingError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

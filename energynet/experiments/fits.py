@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from energynet import ConvergenceWarning
+from energynet import FPI_GD, FPI_NN, Compiled, ConvergenceWarning
 
 from .data import Data
 from .find import place_of
+from .processes import Alone, Processes
 from .solves import SolveCount, take_solves
 from .task import FittedRival, Options, Rates, Rival, Task
 
@@ -30,6 +31,8 @@ class Setup:
     rival: Rival
     rates: Rates
     seed: int
+    processes: Processes = field(default_factory=Alone)
+    compiled: bool = False
 
     @property
     def place(self) -> str:
@@ -39,7 +42,10 @@ class Setup:
 
     def build(self) -> nn.Module:
         """An untrained model on the device of the data; its weights are drawn from PyTorch's global generator."""
-        return self.rival.build(self.task.size(self.data)).to(self.data.train.inputs.device)
+        model = self.rival.build(self.task.size(self.data)).to(self.data.train.inputs.device)
+        if self.compiled:
+            compile_model(model)
+        return model
 
 
 @dataclass
@@ -139,7 +145,8 @@ class GradientFit(Fit):
     def train(self, updates: int, on_update: Callable[[], None]) -> Tally:
         tally = Tally()
         self.model.train()
-        with seeded(self.setup.seed, self.part, self.num_updates):
+        rank = self.setup.processes.rank
+        with seeded(self.setup.seed, self.part, self.num_updates, *([rank] if rank else [])):
             for _ in range(updates):
                 self._update(tally)
                 on_update()
@@ -167,11 +174,13 @@ class GradientFit(Fit):
         task, options = self.setup.task, self.setup.task.options
         for group, rate in zip(self.optimizer.param_groups, self.full_rates):
             group["lr"] = rate * _decay(self.num_updates, options)
-        batch = task.draw(self.setup.data.train[self._batch_rows()])
+        rows, weight = self.setup.processes.share(self._batch_rows())
+        batch = task.draw(self.setup.data.train[rows])
         with convergence_warnings() as failures:
             loss = self.setup.rival.training_loss(self.model, batch, task)
             self.optimizer.zero_grad()
-            loss.backward()
+            (weight * loss).backward()
+        self.setup.processes.average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -187,6 +196,15 @@ class GradientFit(Fit):
         number, batch = divmod(self.num_updates, per_pass)
         order = torch.randperm(len(self.rows), generator=_generator(self.setup.seed, self.part, "pass", number))
         return self.rows[torch.tensor_split(order, per_pass)[batch]]
+
+
+def compile_model(model: nn.Module) -> None:
+    """Run the solves of a model as compiled programs; compile a model without solves as a whole."""
+    layers = [module for module in model.modules() if isinstance(module, FPI_GD | FPI_NN)]
+    for layer in layers:
+        layer.driver = Compiled()
+    if not layers:
+        model.compile()
 
 
 @contextmanager

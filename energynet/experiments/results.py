@@ -30,6 +30,7 @@ class RunFolder:
     """
 
     path: Path
+    writes: bool = True  # False in all but the main one of several processes
 
     @property
     def checkpoint(self) -> Path:
@@ -51,6 +52,8 @@ class RunFolder:
         Raises:
             ResumeError: when the folder holds a run and `resume` is not set, or it holds another run.
         """
+        if not self.writes:
+            return
         stored = self.path / "config.json"
         if stored.is_file():
             if not resume:
@@ -62,6 +65,8 @@ class RunFolder:
 
     def save(self, trainer: Trainer) -> None:
         """Save the state after a round: the history, then the checkpoint."""
+        if not self.writes:
+            return
         write(self.path / "history.csv", history_text(trainer.history))
         tensors = {f"best/{name}": value for name, value in trainer.best_weights.items()}
         for part, fit in enumerate(trainer.fits):

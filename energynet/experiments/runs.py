@@ -9,12 +9,14 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from .board import write_board
 from .find import find_rival, find_task, place_of
 from .fits import Setup
 from .log import log_test
 from .plot import plot_curves
 from .results import RunFolder, read_json, write_json, write_tensors
 from .solves import mean, take_solves
+from .task import Rival
 from .trainer import Round, Trainer
 
 
@@ -26,11 +28,16 @@ class Plan:
     resume: bool = False
     test: bool = True
     test_log: Path | None = None
-    tuning_seconds: float | None = None
+    tuned: bool = False
+    tensorboard: bool = False
 
     def folder(self, setup: Setup) -> RunFolder:
         """The folder of one run."""
-        return RunFolder(self.out / setup.rival.name / f"seed-{setup.seed}")
+        return RunFolder(self.out / setup.rival.name / f"seed-{setup.seed}", writes=setup.processes.is_main)
+
+    def tuning_file(self, rival: Rival) -> Path:
+        """What `--tune` chose for a method, and from what."""
+        return self.out / rival.name / "tuning.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ def run_one(setup: Setup, plan: Plan, watcher: Watcher) -> dict[str, Any]:
     began = time.perf_counter()
     model = trainer.final_model()
     seconds = time.perf_counter() - began
+    if not folder.writes:
+        return {}
     save_model(folder, setup, model, trainer.best)
     metrics = judge(trainer, model, plan)
     metrics["seconds"] += seconds
@@ -83,6 +92,8 @@ def train(setup: Setup, plan: Plan, watcher: Watcher) -> Trainer:
         while not trainer.finished:
             one = trainer.run_round(watcher.on_update)
             folder.save(trainer)
+            if plan.tensorboard and folder.writes:
+                write_board(folder.path, trainer.history)
             watcher.on_round(setup, one)
     finally:
         _publish(folder, trainer)
@@ -108,7 +119,7 @@ def judge(trainer: Trainer, model: nn.Module, plan: Plan) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "task": task.name, "data": data.name, "method": setup.rival.name, "seed": setup.seed,
         "options": asdict(task.options), "rates": asdict(setup.rates), "folds": len(trainer.splits),
-        "tuning_seconds": plan.tuning_seconds,
+        "tuning_seconds": read_json(plan.tuning_file(setup.rival))["seconds"] if plan.tuned else None,
         "chosen_round": best.round, "rounds": len(history), "chosen_updates": best.updates, "updates": history[-1].updates,
         "still_rising": trainer.still_rising, "calibration": best.calibration, "held_out": best.figures,
         "forward_steps": mean([one.forward_steps for one in history]),
@@ -162,7 +173,7 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, float]]:
 
 def _publish(folder: RunFolder, trainer: Trainer) -> None:
     """Write the chosen weights and the curves of the rounds so far; nothing before the first."""
-    if trainer.best is None:
+    if trainer.best is None or not folder.writes:
         return
     setup = trainer.setup
     save_model(folder, setup, trainer.chosen_model(), trainer.best)

@@ -77,6 +77,7 @@ class Trainer:
         updates = min(options.every, options.updates - done)
         tallies = [fit.train(updates, on_update) for fit in self.fits]
         seconds = time.perf_counter() - began + (self.history[-1].seconds if self.history else 0.0)
+        seconds = self.setup.processes.agree(seconds)
         outputs = [self.predict(fit.judged, self.setup.data.train[split.held_out]) for fit, split in zip(self.fits, self.splits)]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         calibration = self.setup.task.calibrate(output, self.held_out)

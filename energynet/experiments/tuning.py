@@ -1,7 +1,6 @@
 """`--tune`: learning rate and regularization, chosen for each method on held-out rows from one small grid."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from .fits import Setup
@@ -23,7 +22,7 @@ def tuned_rates(setup: Setup, plan: Plan, watcher: Watcher) -> Rates:
     Returns:
         The rates; `METHOD/tuning.json` says what they were chosen from and what that cost.
     """
-    path = tuning_file(plan, setup)
+    path = plan.tuning_file(setup.rival)
     if path.is_file():
         return Rates(**read_json(path)["rates"])
     tried = [_try(replace(setup, rates=rates), plan, watcher) for rates in setup.rival.grid]
@@ -31,19 +30,15 @@ def tuned_rates(setup: Setup, plan: Plan, watcher: Watcher) -> Rates:
     for point in tried[1:]:
         if setup.task.better(point["figure"], best["figure"]):
             best = point
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"rates": best["rates"], "seconds": sum(point["seconds"] for point in tried), "tried": tried})
+    if setup.processes.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"rates": best["rates"], "seconds": sum(point["seconds"] for point in tried), "tried": tried})
     return Rates(**best["rates"])
-
-
-def tuning_file(plan: Plan, setup: Setup) -> Path:
-    """Where the choice is kept."""
-    return plan.out / setup.rival.name / "tuning.json"
 
 
 def _try(setup: Setup, plan: Plan, watcher: Watcher) -> dict[str, Any]:
     point = f"rate-{setup.rates.learning_rate:g}-decay-{setup.rates.weight_decay:g}"
-    trainer = train(setup, replace(plan, out=plan.out / "tuning" / point, resume=True, test=False), watcher)
+    trainer = train(setup, replace(plan, out=plan.out / "tuning" / point, resume=True, test=False, tuned=False), watcher)
     assert trainer.best is not None
     figure = trainer.best.figures[setup.task.choice]
     told = {"figure": figure, "still_rising": trainer.still_rising, "chosen_updates": trainer.best.updates}
