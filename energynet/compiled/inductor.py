@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import get_inputs_devices
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor import config
+from torch._inductor import config, cpp_builder
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import output_node
@@ -143,22 +143,30 @@ def rewritten(source: str, parts: int) -> str:
 def rewriting(parts: int) -> Iterator[None]:
     """In here, what Inductor writes is rewritten before it is compiled.
 
-    The one place where PyTorch is patched. `GraphLowering._compile_to_module_lines` is handed the finished text of a program;
+    The one place where PyTorch is patched, with the C++ compiler's level of optimization. `GraphLowering._compile_to_module_lines` is handed the finished text of a program;
     a registered wrapper class would see it only in pieces, before memory is planned, and would stay registered for everyone.
     """
     lowering: Any = torch._inductor.graph.GraphLowering
-    original = lowering._compile_to_module_lines
+    original, flags = lowering._compile_to_module_lines, cpp_builder._get_optimization_cflags
 
     def compile_lines(self: Any, wrapper_code: Any) -> Any:
         wrapper_code.value = rewritten(wrapper_code.value, parts)
         return original(self, wrapper_code)
 
-    lowering._compile_to_module_lines = compile_lines
+    def fewer(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
+        compiling, linking = flags(*args, **kwargs)
+        return [_ENOUGH if flag == "O3" else flag for flag in compiling], linking
+
+    lowering._compile_to_module_lines, cpp_builder._get_optimization_cflags = compile_lines, fewer
     try:
         with _without_remarks():
             yield
     finally:
-        lowering._compile_to_module_lines = original
+        lowering._compile_to_module_lines, cpp_builder._get_optimization_cflags = original, flags
+
+
+_ENOUGH = "O2"
+"""Of the C++ compiler: the text is vectorized already, and a program with several loops takes it four times as long at O3."""
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from unittest import mock
 
 import torch
 import torch._inductor.config
+from torch._inductor.decomposition import select_decomp_table
 
 from energynet import Compiled
-from energynet.compiled import decompositions
+from energynet.compiled import decompositions, inductor
 
 from . import command
 from .contenders.ours import OursCompiled
@@ -54,12 +55,13 @@ def same(source: Any) -> Any:
 
 def without(*operators: Any) -> Callable[[], dict[Any, Any]]:
     """The table of operations that are recorded in another form, less these."""
-    kept = {operator: form for operator, form in decompositions.recorded_as().items() if operator not in operators}
-    return lambda: kept
+    theirs, ours = select_decomp_table(), decompositions.recorded_as()
+    kept = {**inductor.recorded_as(), **{operator: theirs[operator] for operator in operators if operator in theirs}}
+    return lambda: {op: form for op, form in kept.items() if op in theirs or (op in ours and op not in operators)}
 
 
 def table(*operators: Any) -> dict[str, Callable[..., Any]]:
-    return {f"energynet.compiled.{module}.products": without(*operators) for module in ("loops", "tracing")}
+    return {"energynet.compiled.inductor.recorded_as": without(*operators)}
 
 
 aten = torch.ops.aten
