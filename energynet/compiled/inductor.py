@@ -143,8 +143,9 @@ def rewritten(source: str, parts: int) -> str:
 def rewriting(parts: int) -> Iterator[None]:
     """In here, what Inductor writes is rewritten before it is compiled.
 
-    The one place where PyTorch is patched, with the C++ compiler's level of optimization. `GraphLowering._compile_to_module_lines` is handed the finished text of a program;
-    a registered wrapper class would see it only in pieces, before memory is planned, and would stay registered for everyone.
+    The one place where PyTorch is patched, with the C++ compiler's level of optimization.
+    `GraphLowering._compile_to_module_lines` is handed the finished text of a program; a registered wrapper class would see it
+    only in pieces, before memory is planned, and would stay registered for everyone.
     """
     lowering: Any = torch._inductor.graph.GraphLowering
     original, flags = lowering._compile_to_module_lines, cpp_builder._get_optimization_cflags
