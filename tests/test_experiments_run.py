@@ -456,7 +456,7 @@ def test_two_processes_of_accelerate_give_what_one_gives(folder: Path, tmp_path:
     options = ("run", "multilabel", "--data", str(folder), "--method", "logistic", "fpi-gd", "--seeds", "1", "--no-test")
     budget = ("--updates", "20", "--every", "5", "--folds", "1", "--hidden", "8", "--batch-size", "15")
     plain = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *plain)
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *plain)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(energynet.__file__).parent.parent)}
     for name, how in (("one", ()), ("two", launch)):
         command = [sys.executable, *how, "-m", "energynet", *options, *budget, "--out", str(tmp_path / name)]

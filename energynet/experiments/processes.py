@@ -48,7 +48,7 @@ class Together(Processes):
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
 
     def average_gradients(self, model: nn.Module) -> None:
