@@ -54,10 +54,10 @@ def learnable_rows() -> tuple[Tensor, Tensor]:
 def test_learns_and_answers_the_same_twice(make: Callable[[Size], LabelModel]) -> None:
     z, labels = learnable_rows()
     model = make(SIZE).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-2)
     before = bce(model.eval()(z), labels).item()
     model.train()
-    for _ in range(30):
+    for _ in range(15):
         optimizer.zero_grad()
         model.training_loss(z, labels, bce).backward()
         optimizer.step()
@@ -229,8 +229,8 @@ def test_network_is_trained_on_the_truth_with_value_one_and_on_what_it_gets_most
 def test_trained_value_network_knows_good_from_bad() -> None:
     z, labels = learnable_rows()
     model = DVN(SIZE).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    for _ in range(80):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-2)
+    for _ in range(40):
         optimizer.zero_grad()
         model.training_loss(z, labels, bce).backward()
         optimizer.step()
@@ -261,7 +261,7 @@ def test_inference_network_amortizes_the_minimization() -> None:
     with torch.no_grad():
         hidden, scores = (3 * t for t in model.features(z))
         worse = 1 - (scores > 0).double()  # answers that every hinge is active against
-    optimizer = torch.optim.AdamW(model.inference.parameters(), lr=2e-2)
+    optimizer = torch.optim.AdamW(model.inference.parameters(), lr=4e-2)
 
     def play(part: slice) -> Tensor:
         logits = model.inference(z[part])[1]

@@ -1,13 +1,12 @@
 """The paper's toy problems: constrained energies learned end to end, by `FPI_GD` with a prox and by cvxpylayers.
 
-``python -m tests.benchmarks.constrained_toy [UPDATES]`` writes docs/results/constrained_toy.json and constrained_toy.png. Each
+``python -m tests.benchmarks.constrained_toy`` writes docs/results/constrained_toy.json and constrained_toy.png. Each
 method trains in a process of its own, so that memory is its own too; seconds are those of the processor.
 """
 
 import json
 import multiprocessing
 import resource
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -20,7 +19,7 @@ from energynet.experiments.constrained import Constrained, ConstrainedOptions
 from energynet.experiments.task import Rival
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-PROBLEMS = ("box", "simplex", "matching")
+UPDATES = {"box": 100, "simplex": 100, "matching": 30}
 BATCH = 32
 
 
@@ -71,7 +70,7 @@ def compared(problem: str, updates: int) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[rival.name] = pool.apply(measured, (problem, rival.name, updates))
     ours, theirs = found.values()
-    x, y, g, h = (torch.tensor(one.pop(key)).double() for key in ("solution", "gradient") for one in (ours, theirs))
+    x, y, g, h = (torch.tensor(one.pop(key), dtype=torch.float64) for key in ("solution", "gradient") for one in (ours, theirs))
     difference = {"solutions": (x - y).abs().max().item(), "gradients": ((g - h).norm() / h.norm()).item()}
     ratio = ours["seconds_per_update"] / theirs["seconds_per_update"]
     return {"methods": found, "largest_difference": difference, "time_ratio": ratio}
@@ -88,8 +87,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    updates = int(sys.argv[1]) if len(sys.argv) > 1 else 150
-    results = {problem: compared(problem, updates) for problem in PROBLEMS}
+    results = {problem: compared(problem, updates) for problem, updates in UPDATES.items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "constrained_toy.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
     draw(results, RESULTS / "constrained_toy.png")
