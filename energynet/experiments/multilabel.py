@@ -102,7 +102,7 @@ class LinearLayer(Rival):
 
     name = "logistic"
     rates = Rates(learning_rate=3e-2, weight_decay=0.3)
-    grid: ClassVar[Sequence[Rates]] = tuple(Rates(3e-2, decay) for decay in (10.0, 3.0, 1.0, 0.3, 0.1, 0.03))
+    grid: ClassVar[Sequence[Rates]] = tuple(Rates(3e-2, decay) for decay in (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03))
 
     def build(self, size: Size) -> nn.Module:
         return Logistic(size)

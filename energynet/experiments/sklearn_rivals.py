@@ -15,7 +15,7 @@ from .data import Rows
 from .models import Size
 from .task import FittedRival, Rates
 
-STRENGTHS = tuple(Rates(weight_decay=decay) for decay in (10.0, 3.0, 1.0, 0.3, 0.1, 0.03))
+STRENGTHS = tuple(Rates(weight_decay=decay) for decay in (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03))
 """1/C of scikit-learn, from strong to weak."""
 
 
