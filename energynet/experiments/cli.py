@@ -78,8 +78,8 @@ class Where:
     """Evaluate on test rows, once, at the end."""
     test_log: Path | None = None
     """Log of test evaluations; none: test_log.json in docs/results if that folder exists and --data is given."""
-    threads: int = 0
-    """CPU threads of PyTorch; 0: its own choice."""
+    threads: int = 1
+    """CPU threads of PyTorch; 0: its own choice. More than one pay for large models only."""
     device: str = ""
     """Such as cpu or cuda; none: cuda where there is one."""
     compile: bool = False
