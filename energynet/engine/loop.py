@@ -24,7 +24,7 @@ from energynet.solvers.problem import Descent, Differentiable, Linear, Problem
 from energynet.termination import Termination
 
 RUNNING = -1
-GROWTH = 1e6  # a distance this many times larger than where the sample began is called divergence
+FAR = 1e6  # a distance this many times larger than where the sample began is called divergence
 LOOK = 64  # updates, then twice as many, after which all running samples are measured: their scale may have become wrong
 
 MOST_LOOK = 2**40  # a number that doubles overflows in the end
@@ -207,8 +207,8 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
         scale = first_scale(problem, termination, x, inner.residual)
         left = termination.size(inner.residual)
         error = error_estimate(problem, termination, x, left, scale)
-        limit = GROWTH * (termination.size(problem.right) if isinstance(problem, Linear) else 1 + size + error)
-        limit = GROWTH * GROWTH * (1 + size + error.nan_to_num(0, 0, 0)) if solver.descends else limit
+        limit = FAR * (termination.size(problem.right) if isinstance(problem, Linear) else 1 + size + error)
+        limit = FAR * FAR * (1 + size + error.nan_to_num(0, 0, 0)) if solver.descends else limit
         steps = torch.zeros_like(size, dtype=torch.int32)
         merit = solver.merit(inner, left)
         state = LoopState(x, inner, steps.to(torch.int8), steps, error, scale, limit, x, merit, size)
@@ -276,7 +276,7 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.
         known = measured & (seen.scale > 0)
         scale = torch.where(known, seen.scale, torch.where(reopened, 0.1 * state.scale, state.scale))
-        grown = torch.maximum(state.limit, GROWTH * error.nan_to_num(0, 0, 0))
+        grown = torch.maximum(state.limit, FAR * error.nan_to_num(0, 0, 0))
         limit = state.limit if solver.descends else torch.where(reopened, grown, state.limit)
         merit = torch.where(left, torch.inf, state.merit)
     x = torch.where(left.unsqueeze(-1), x, state.x)  # with the graph that unrolling differentiates

@@ -14,11 +14,13 @@ from energynet._torch.autodiff import readable, tracing
 from energynet._torch.while_loop import while_loop
 from energynet.solvers.problem import Descent, Proximal
 from energynet.solvers.spectrum import normalized, some_direction
+from energynet.solvers.vectors import dot
+from energynet.solvers.vectors import length as length_of
 from energynet.termination import max_norm
 
 MOST_PRODUCTS = 10  # up to so many unknowns the whole Hessian costs no more than a look along some directions
 PROBES = 3  # products along a fixed direction, in search of a negative curvature
-GROWTH = 1.1  # a Newton step that grows by less in two further products is believed
+BELIEVED = 1.1  # a Newton step that grows by less in two further products is believed
 NOISE = 10  # rounding errors add up to some units
 NEGATIVE = 100  # units beyond which a curvature is believed to be negative
 
@@ -136,7 +138,7 @@ def _along_some(product: Callable[[Tensor], Tensor], x: Tensor, energy: Tensor, 
     one = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
     rows, eps = one.to(image.dtype).unsqueeze(-1), torch.finfo(image.dtype).eps
     image, across = image / rows, across / rows
-    top = torch.maximum(_length(image), _length(across))
+    top = torch.maximum(length_of(image), length_of(across))
 
     def run(right: Tensor, image: Tensor, falling: Tensor, bend: Tensor, most: int) -> _CG:
         zero = torch.zeros_like(top)
@@ -151,10 +153,10 @@ def _along_some(product: Callable[[Tensor], Tensor], x: Tensor, energy: Tensor, 
     noise = NOISE * eps * (top * (top * x.square().sum(-1).to(size.dtype) + energy)).sqrt()
     # What is left where the curvature is lost in rounding is rounding as well, or the energy falls there for a long way.
     end = done.end.squeeze(-1).to(size.dtype)
-    left = torch.where(end < 0, 0, _length(done.left).squeeze(-1).to(size.dtype) * size)
+    left = torch.where(end < 0, 0, length_of(done.left).squeeze(-1).to(size.dtype) * size)
     flat = end <= NOISE * eps * top
     left = torch.where(flat & (left <= noise), 0, left)
-    length = _length(done.step).squeeze(-1).to(size.dtype) * size
+    length = length_of(done.step).squeeze(-1).to(size.dtype) * size
     length = torch.where(left > 0, length + left / torch.maximum(end, eps * top), length)
     saddle = (done.bend < -NEGATIVE * eps * done.top).squeeze(-1)
     length = torch.where(torch.isfinite(largest), length, torch.nan)
@@ -179,8 +181,8 @@ class _CG(NamedTuple):
 
 def _longer(product: Callable[[Tensor], Tensor], state: _CG) -> _CG:
     e, left, d, image, length, top, slow, end, falling, bend = state
-    along, before, squared = _dot(d, image), _dot(left, left), _dot(d, d)
-    top = torch.maximum(top, _length(image) / torch.where(squared > 0, squared, 1).sqrt())
+    along, before, squared = dot(d, image), dot(left, left), dot(d, d)
+    top = torch.maximum(top, length_of(image) / torch.where(squared > 0, squared, 1).sqrt())
     goes_on, curvature = slow < 2, along / torch.where(squared > 0, squared, 1)
     lower = goes_on & (curvature < bend) & (curvature < 0)
     falling, bend = torch.where(lower, d, falling), torch.where(lower, curvature, bend)
@@ -189,17 +191,9 @@ def _longer(product: Callable[[Tensor], Tensor], state: _CG) -> _CG:
     end = torch.where(lost, curvature.abs(), end)
     alpha = torch.where(grows, before / torch.where(grows, along, 1), 0)
     e, left = e + alpha * d, left - alpha * image
-    longer = _length(e)
-    slow = torch.where(grows, torch.where(longer > GROWTH * length, 0, slow + 1), 2)
-    d = torch.where(lost, d, left + _dot(left, left) / torch.where(before > 0, before, 1) * d)
+    longer = length_of(e)
+    slow = torch.where(grows, torch.where(longer > BELIEVED * length, 0, slow + 1), 2)
+    d = torch.where(lost, d, left + dot(left, left) / torch.where(before > 0, before, 1) * d)
     if readable(slow) and not bool((slow < 2).any()):
         return _CG(e, left, d, image, longer, top, slow, end, falling, bend)
     return _CG(e, left, d, product(d), longer, top, slow, end, falling, bend)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch, 1)
-    return (a * b).sum(-1, keepdim=True)
-
-
-def _length(a: Tensor) -> Tensor:  # (*batch, n) -> (*batch, 1)
-    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)

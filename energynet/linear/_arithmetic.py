@@ -4,14 +4,7 @@ import torch
 from torch import Tensor
 
 from energynet.solvers.problem import Linear
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1, keepdim=True)
-
-
-def length(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+from energynet.solvers.vectors import length
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Linear
+from energynet.solvers.vectors import dot
 from energynet.step import Kind
 
 
@@ -43,24 +44,20 @@ class ConjugateGradient(Solver):
 
     def init(self, problem: Linear, x0: Tensor) -> ConjugateGradientState:
         residual = problem.residual(x0)
-        none = torch.zeros_like(_dot(residual, residual))
+        none = torch.zeros_like(dot(residual, residual))
         return ConjugateGradientState(residual, -residual, none, none.bool())
 
     def update(self, problem: Linear, x: Tensor, state: ConjugateGradientState) -> tuple[Tensor, ConjugateGradientState]:
         residual, p = state.residual, state.direction
         hp = problem.hvp(x, p)
-        before, along, length = _dot(residual, residual), _dot(p, hp), _dot(p, p)
+        before, along, length = dot(residual, residual), dot(p, hp), dot(p, p)
         curvature = torch.maximum(state.curvature, torch.where(length > 0, along / length, 0))
         broken = (length > 0) & ~(along > torch.finfo(x.dtype).eps * curvature * length) & torch.isfinite(along)
         alpha = torch.where(broken | (length == 0), 0, before / along)
         x = x + alpha * p
         residual = residual + alpha * hp
-        p = torch.where(before > 0, _dot(residual, residual) / before, 0) * p - residual
+        p = torch.where(before > 0, dot(residual, residual) / before, 0) * p - residual
         return x, ConjugateGradientState(residual, p, curvature, broken)
 
     def breakdown(self, state: ConjugateGradientState) -> Tensor:
         return state.broken.squeeze(-1)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n), (*batch, n) -> (*batch, 1)
-    return (a * b).sum(-1, keepdim=True)

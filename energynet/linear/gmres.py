@@ -6,9 +6,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.linear._arithmetic import divide, dot, length, singular, working_residual
+from energynet.linear._arithmetic import divide, singular, working_residual
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Linear
+from energynet.solvers.vectors import dot, length
 from energynet.step import Kind
 
 

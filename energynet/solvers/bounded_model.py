@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from energynet.solvers.vectors import inner
+
 
 class Memory(NamedTuple):
     """The last pairs, oldest first, divided by the lengths of their moves; a zero row is not yet filled."""
@@ -53,7 +55,7 @@ def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Mem
     move, change = move.to(memory.moves.dtype), change.to(memory.moves.dtype)
     length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
     noise = 10 * torch.finfo(move.dtype).eps * length.squeeze(-1) * torch.linalg.vector_norm(change, dim=-1)
-    keep = taken & (dot(move, change) > noise)
+    keep = taken & (inner(move, change) > noise)
     rows = keep.unsqueeze(-1)
     s, y = (torch.where(rows, t, 0) / torch.where(rows, length, 1) for t in (move, change))
     moves = torch.cat([memory.moves[..., 1:, :], s.unsqueeze(-2)], -2)
@@ -104,7 +106,7 @@ def model_minimum(point: Bounded, model: Model) -> Tensor:  # (*batch, n)
     multiples, first = first_bound(start, step, point.lower, point.upper)
     length = torch.clamp(first.unsqueeze(-1), max=1)
     short = torch.where(multiples <= length, torch.where(step > 0, point.upper, point.lower), start + length * step)
-    descends = dot(point.gradient, target - point.x).unsqueeze(-1) < 0
+    descends = inner(point.gradient, target - point.x).unsqueeze(-1) < 0
     return torch.where(descends, target, inside(short, point.lower, point.upper))
 
 
@@ -158,9 +160,9 @@ def _free_newton_step(model: Model, slope: Tensor, free: Tensor) -> Tensor:  # (
     theta = model.theta.unsqueeze(-1)
     P, Q = (torch.where(free.unsqueeze(-2), rows, 0) for rows in (model.plus, model.minus))
     identity = theta * torch.eye(P.shape[-2], dtype=P.dtype, device=P.device)
-    inner, _ = torch.linalg.cholesky_ex(identity + P @ P.mT)
+    factor, _ = torch.linalg.cholesky_ex(identity + P @ P.mT)
     across, ps = P @ Q.mT, _times(P, slope).unsqueeze(-1)
-    left, a = torch.cholesky_solve(torch.cat([across, ps], -1), inner).split([P.shape[-2], 1], -1)
+    left, a = torch.cholesky_solve(torch.cat([across, ps], -1), factor).split([P.shape[-2], 1], -1)
     outer, _ = torch.linalg.cholesky_ex(identity - Q @ Q.mT + across.mT @ left)
     b = torch.cholesky_solve(across.mT @ a - _times(Q, slope).unsqueeze(-1), outer)
     a = a - left @ b
@@ -169,10 +171,6 @@ def _free_newton_step(model: Model, slope: Tensor, free: Tensor) -> Tensor:  # (
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:  # (*batch, k, n), (*batch, n) -> (*batch, k)
     return (matrix @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch)
-    return (a * b).sum(-1)
 
 
 def inside(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

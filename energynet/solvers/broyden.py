@@ -8,6 +8,7 @@ from torch import Tensor
 
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Problem
+from energynet.solvers.vectors import dot
 
 
 class BroydenState(NamedTuple):
@@ -26,7 +27,7 @@ class Broyden(Solver):
     observed.
 
     It begins with the map's own step, and begins again when the memory is full, since without the oldest correction the
-    others would be wrong. If a step makes the move ``GROWTH`` times longer, or not finite, it is undone and the memory is
+    others would be wrong. If a step makes the move ``TOO_LONG`` times longer, or not finite, it is undone and the memory is
     dropped.
 
     Example:
@@ -74,7 +75,7 @@ class Broyden(Solver):
         left, right, filled = state.left, state.right, state.filled
         step = step.to(left.dtype)
         seen = _product(left, right, filled, state.move - move)
-        along, length = _dot(step, seen), _dot(step, step)
+        along, length = dot(step, seen), dot(step, step)
         damping = _damping(along, length)
         bottom = length + damping * (along - length)
         correction = damping * (step - seen) / torch.where(bottom == 0, 1, bottom)
@@ -83,13 +84,13 @@ class Broyden(Solver):
         return torch.where(here, correction.unsqueeze(-2), left), new_right, torch.where(filled == self.memory, 0, filled + 1)
 
 
-GROWTH = 10.0  # a move this many times longer than the last one: the corrections mislead
+TOO_LONG = 10.0  # a move this many times longer than the last one: the corrections mislead
 
 
 def _worse(state: BroydenState, move: Tensor) -> Tensor:  # (*batch, 1)
     """Whether the memory, if there is any, has led to a much longer move."""
     before, after = (torch.linalg.vector_norm(m, dim=-1, keepdim=True, dtype=state.left.dtype) for m in (state.move, move))
-    return (state.filled > 0) & ~(after <= GROWTH * before)
+    return (state.filled > 0) & ~(after <= TOO_LONG * before)
 
 
 def _damping(along: Tensor, length: Tensor) -> Tensor:  # (*batch, 1)
@@ -106,7 +107,3 @@ def _product(left: Tensor, right: Tensor, filled: Tensor, vector: Tensor) -> Ten
     used = torch.arange(left.shape[-2], device=left.device) < filled  # (*batch, m)
     weights = torch.where(used, (right @ vector.unsqueeze(-1)).squeeze(-1), 0)
     return vector + (weights.unsqueeze(-2) @ left).squeeze(-2)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n), (*batch, n) -> (*batch, 1)
-    return (a * b).sum(-1, keepdim=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import LineSearch, Search, StrongWolfe, begin
 from energynet.solvers.problem import Minimization
+from energynet.solvers.vectors import inner
 from energynet.step import Kind
 
 
@@ -73,7 +74,7 @@ class LBFGS(Solver):
 
     def init(self, problem: Minimization, x0: Tensor) -> LBFGSState:
         energy, gradient = problem.value_and_gradient(x0)
-        search = begin(energy, -_dot(gradient, gradient), first_length(problem, x0, gradient))
+        search = begin(energy, -inner(gradient, gradient), first_length(problem, x0, gradient))
         none = torch.zeros_like(search.trials)
         return LBFGSState(gradient, energy, -gradient, search, nothing(x0, self.memory), none, none.bool())
 
@@ -86,7 +87,7 @@ class LBFGS(Solver):
     def update(self, problem: Minimization, x: Tensor, state: LBFGSState) -> tuple[Tensor, LBFGSState]:
         trial = x + state.search.length.to(x.dtype).unsqueeze(-1) * state.direction
         energy, gradient = problem.value_and_gradient(trial)
-        taken, search = self.search.judge(state.search, energy, _dot(gradient, state.direction))
+        taken, search = self.search.judge(state.search, energy, inner(gradient, state.direction))
         failed = search.failed & ~taken
         failures = torch.where(search.successful(taken), 0, state.failures + search.failed.to(torch.int32))
         unbounded = failed & torch.isinf(search.high)
@@ -108,7 +109,7 @@ def first_length(problem: Minimization, x: Tensor, gradient: Tensor) -> Tensor: 
         step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
         return torch.zeros_like(gradient.sum(-1)) + step_size
     size = torch.linalg.vector_norm(gradient, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
-    curvature = _dot(gradient, problem.hvp(x, gradient))
+    curvature = inner(gradient, problem.hvp(x, gradient))
     bends = curvature > 0
     parabola = size.square() / torch.where(bends, curvature, 1)
     # A parabola of little curvature would lead to another country.
@@ -133,7 +134,7 @@ def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Mem
     """
     move, change = move.to(memory.moves.dtype), change.to(memory.moves.dtype)
     length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
-    keep = taken & (_dot(move, change) > 10 * torch.finfo(move.dtype).eps * length.squeeze(-1) * _dot(change, change).sqrt())
+    keep = taken & (inner(move, change) > 10 * torch.finfo(move.dtype).eps * length.squeeze(-1) * inner(change, change).sqrt())
     rows = keep.unsqueeze(-1)
     s, y = (torch.where(rows, t, 0) / torch.where(rows, length, 1) for t in (move, change))  # neither under- nor overflow
     moves = torch.cat([memory.moves[..., 1:, :], s.unsqueeze(-2)], -2)
@@ -165,7 +166,7 @@ def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tens
     """
     walled = torch.isinf(state.search.high_energy)
     direction = -quasi_newton(gradient, memory, walled)
-    slope, squared = _dot(gradient, direction), _dot(gradient, gradient)
+    slope, squared = inner(gradient, direction), inner(gradient, gradient)
     empty = (memory.moves[..., -1, :] == 0).all(-1)
     downhill = empty | ~(slope < 0) | ~torch.isfinite(slope)
     direction = torch.where(downhill.unsqueeze(-1), -gradient, direction)
@@ -194,7 +195,3 @@ def quasi_newton(gradient: Tensor, memory: Memory, walled: Tensor) -> Tensor:  #
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:  # (*batch, k, n), (*batch, n) -> (*batch, k)
     return (matrix @ x.unsqueeze(-1)).squeeze(-1)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch)
-    return (a * b).sum(-1)

@@ -14,7 +14,6 @@ from energynet.solvers.base import Solver
 from energynet.solvers.bounded_model import (
     Bounded,
     Memory,
-    dot,
     either,
     first_bound,
     inside,
@@ -25,6 +24,7 @@ from energynet.solvers.bounded_model import (
 )
 from energynet.solvers.line_search import Search, StrongWolfe, begin
 from energynet.solvers.problem import Proximal
+from energynet.solvers.vectors import inner
 from energynet.step import Kind
 
 
@@ -86,7 +86,7 @@ class ProjectedLBFGS(Solver):
     def init(self, problem: Proximal, x0: Tensor) -> ProjectedLBFGSState:
         energy, gradient = problem.value_and_gradient(x0)
         target = _downhill(problem, x0, gradient, problem.gamma)
-        search = begin(energy, dot(gradient, target - x0), torch.ones_like(energy))
+        search = begin(energy, inner(gradient, target - x0), torch.ones_like(energy))
         residual, none = _prox_gradient(problem, x0, gradient), torch.zeros_like(search.trials)
         memory = nothing(x0, self.memory)
         return ProjectedLBFGSState(residual, energy, gradient, target, search, memory, none, none.bool())
@@ -97,7 +97,7 @@ class ProjectedLBFGS(Solver):
         trial = inside(x + length.to(x.dtype).unsqueeze(-1) * direction, *problem.bounds)
         trial = torch.where((length == 1).unsqueeze(-1), state.target, trial)  # to the bounds without rounding
         energy, gradient = problem.value_and_gradient(trial)
-        taken, search = SEARCH.judge(state.search, energy, dot(gradient, direction))
+        taken, search = SEARCH.judge(state.search, energy, inner(gradient, direction))
         taken = taken | ((search.low >= length) & (length >= most))  # a longer step would leave the box
         failed = search.failed & ~taken
         failures = torch.where(search.successful(taken), 0, state.failures + search.failed.to(torch.int32))
@@ -135,9 +135,9 @@ def _begin_search(problem: Proximal, x: Tensor, energy: Tensor, gradient: Tensor
     point = Bounded(*(t.to(memory.moves.dtype) for t in (x, gradient, *problem.bounds)))
     model = model_of(memory, 1 / problem.each_gamma(x))
     target = inside(model_minimum(point, model).to(x.dtype), *problem.bounds)
-    useless = failed | ~(dot(gradient, target - x) < 0)
+    useless = failed | ~(inner(gradient, target - x) < 0)
     target = torch.where(useless.unsqueeze(-1), _downhill(problem, x, gradient, _tiny(x, gradient)), target)
-    return target, begin(energy, dot(gradient, target - x), torch.ones_like(energy))
+    return target, begin(energy, inner(gradient, target - x), torch.ones_like(energy))
 
 
 def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch, 1)

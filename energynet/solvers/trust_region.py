@@ -10,6 +10,7 @@ from energynet._torch.while_loop import while_loop
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import CANCELLED
 from energynet.solvers.problem import Minimization
+from energynet.solvers.vectors import dot
 from energynet.step import Kind
 
 MOST_REJECTED = 30  # each shortens the ball at least four times
@@ -177,11 +178,6 @@ def _to_edge(p: Tensor, d: Tensor, radius: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
     """max(1, ‖x‖)."""
     return torch.clamp(norm(x), min=1)
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch, 1)
-    """Products of samples."""
-    return (a * b).sum(-1, keepdim=True)
 
 
 def norm(a: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
