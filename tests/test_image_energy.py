@@ -249,6 +249,7 @@ def test_what_would_be_broadcast_over_other_samples_is_told() -> None:
         torch.testing.assert_close(energy(x, y, right), energy(x, y, 0.5))
 
 
+@pytest.mark.slow
 def test_compiled_solve_as_eager() -> None:
     energy = image_energy(Boundary.INSIDE)  # the smallest program: the C++ compiler takes minutes on a busy machine
     y = torch.randn(2, 1, 6, 6, dtype=DOUBLE)
