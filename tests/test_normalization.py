@@ -53,6 +53,9 @@ def test_running_statistics_and_other_dtypes_are_as_in_pytorch() -> None:
         assert norm.running_mean is not None and norm.running_mean.abs().sum() > 0
         for half in (torch.float16, torch.bfloat16):
             assert F.layer_norm(x.to(half), (3,)).dtype is half
+        for refused in (lambda: F.batch_norm(x, None, None), lambda: F.instance_norm(x, use_input_stats=False)):
+            with pytest.raises(RuntimeError, match="running_mean"):
+                refused()
         norm.eval()
         mean, variance = norm.running_mean[:, None], torch.as_tensor(norm.running_var)[:, None]
         torch.testing.assert_close(norm(x), (x - mean) / (variance + 1e-5).sqrt())

@@ -45,6 +45,8 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm``, of the batch's own mean and variance."""
+    if not training:  # without running statistics PyTorch refuses, in its own words
+        return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
     return _by_channel(input, (0, *range(2, input.ndim)), (weight, bias), eps)
 
 
@@ -59,6 +61,8 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``torch.nn.functional.instance_norm``, of each sample's own mean and variance."""
+    if not use_input_stats:
+        return F.instance_norm(input, None, None, weight, bias, use_input_stats, momentum, eps)
     return _by_channel(input, tuple(range(2, input.ndim)), (weight, bias), eps)
 
 
