@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from energynet import FPI_GD, Compiled, Picard, minimize
-from energynet.energies import Boundary, BoundedFilters, ImageEnergy, filter_bank, largest_response
+from energynet.energies import Boundary, BoundedFilters, ImageEnergy, cosine_filters, filter_bank, largest_response
 from energynet.testing import check_energy
 
 DOUBLE = torch.float64
@@ -112,7 +112,7 @@ def test_energy_is_what_its_docstring_says() -> None:
     x, y = torch.randn(2, 2, 2, 6, 5, dtype=DOUBLE)
     p = torch.rand(2, 2, 6, 5, dtype=DOUBLE)
     s, strength = energy.log_scale.exp(), 8.0 * torch.sigmoid(energy.raw_strength)
-    kappa = 0.5 / 8.0 * torch.sigmoid(energy.raw_mixing)
+    kappa = 0.5 / strength.clamp(min=0.5) * torch.sigmoid(energy.raw_mixing)
 
     def huber(t: Tensor, s: Tensor) -> Tensor:
         return s * ((s**2 + t**2).sqrt() - s)
@@ -137,6 +137,53 @@ def test_hessian_is_symmetric_and_within_its_bounds(seed: int, boundary: Boundar
     assert eigenvalues[0] >= 1 - concavity - 1e-9
     assert eigenvalues[-1] <= 1 + 8.0 + 1e-9
     assert energy.step_size == pytest.approx(2 / (1 - concavity + 1 + 8.0))
+
+
+@pytest.mark.parametrize("boundary", [Boundary.INSIDE, Boundary.ZERO, Boundary.PERIODIC])
+def test_cosines_come_close_to_the_bound(boundary: Boundary) -> None:
+    """Where λ = S, the strongest curvature of a flat image is near p + S."""
+    energy = ImageEnergy(size=3, num_filters=8, strength=10.0, concavity=0.9, boundary=boundary).to(DOUBLE)
+    with torch.no_grad():
+        energy.raw_strength.fill_(30.0)
+        energy.raw_mixing.fill_(-30.0)
+    flat = torch.zeros(1, 9, 9, dtype=DOUBLE)
+    assert 9.0 < torch.linalg.eigvalsh(hessian(energy, flat, flat[None]))[-1] - 1 <= 10.0
+
+
+@pytest.mark.parametrize("raw_strength", [-6.0, -1.0, 30.0])
+def test_concavity_has_its_bound_at_every_strength(raw_strength: float) -> None:
+    energy = image_energy(Boundary.ZERO, concavity=0.9)
+    with torch.no_grad():
+        energy.raw_strength.fill_(raw_strength)
+        energy.raw_mixing.fill_(30.0)
+    _, _, _, factor, mixing = energy.encode(torch.zeros(1, 1, 6, 6, dtype=DOUBLE))
+    strength = (factor / energy.log_scale.exp().square())[0].detach()
+    torch.testing.assert_close((strength * mixing.detach()).amax(), strength.clamp(max=0.9))
+
+
+def test_filters_can_be_set_and_begin_as_cosines() -> None:
+    energy = ImageEnergy(num_filters=8, size=3, boundary=Boundary.ZERO)
+    cosines = cosine_filters(3)
+    ratio = energy.weight.detach() / cosines
+    torch.testing.assert_close(ratio[cosines.abs() > 1e-3], ratio[0, 0, 0, 0].expand(int((cosines.abs() > 1e-3).sum())))
+    flat = cosine_filters(5).flatten(1)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(24), rtol=0, atol=1e-6)
+    assert cosine_filters(3, 2).shape == (16, 2, 3, 3) and not cosine_filters(3, 2)[0::2, 1].any()
+    given = 0.1 * torch.randn(8, 1, 3, 3)
+    energy.weight = given
+    centered = given - given.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(energy.weight, centered / largest_response(centered).sqrt())
+    kept = energy.weight.detach().clone()
+    energy.weight = kept
+    torch.testing.assert_close(energy.weight, kept)
+
+
+def test_each_sample_may_have_its_own_filters() -> None:
+    x, weight = torch.randn(3, 2, 6, 7, dtype=DOUBLE), torch.randn(3, 4, 2, 3, 3, dtype=DOUBLE)
+    expected = torch.cat([conv2d(one[None], own) for one, own in zip(x, weight)])
+    torch.testing.assert_close(filter_bank(x, weight), expected)
+    with pytest.raises(ValueError, match="with the same C"):
+        filter_bank(x, weight[:2])
 
 
 def test_concavity_makes_the_regularizer_concave_somewhere() -> None:

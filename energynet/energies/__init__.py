@@ -1,7 +1,7 @@
 """Ready-made energies."""
 
 from energynet.energies.convex import ConvexNetwork, NonNegative, Quadratic, StronglyConvex
-from energynet.energies.filters import Boundary, BoundedFilters, filter_bank, largest_response
+from energynet.energies.filters import Boundary, BoundedFilters, cosine_filters, filter_bank, largest_response
 from energynet.energies.image import ImageEnergy
 from energynet.energies.multilabel import BoundedNorm, LabelContraction, LabelFeatures, MultiLabelEnergy, StructuredEnergy
 
@@ -18,6 +18,7 @@ __all__ = [
     "Quadratic",
     "StronglyConvex",
     "StructuredEnergy",
+    "cosine_filters",
     "filter_bank",
     "largest_response",
 ]

@@ -50,7 +50,7 @@ def filter_bank(x: Tensor, weight: Tensor, boundary: Boundary = Boundary.INSIDE)
 
     Args:
         x: images ``(B, C, H, W)``.
-        weight: filters ``(F, C, k, k)``, k odd except with ``Boundary.INSIDE``.
+        weight: filters ``(F, C, k, k)``, k odd except with ``Boundary.INSIDE``; or those of each sample, ``(B, F, C, k, k)``.
         boundary: what a filter sees beyond the border.
 
     Returns:
@@ -68,7 +68,7 @@ def filter_bank(x: Tensor, weight: Tensor, boundary: Boundary = Boundary.INSIDE)
     # In two rounds 2 k slices do, where at once it takes k².
     down = torch.cat([x[..., i : i + rows, :] for i in range(size)], 1)  # (B, k C, rows, W)
     windows = torch.cat([down[..., j : j + columns] for j in range(size)], 1)  # (B, k k C, rows, columns)
-    matrix = weight.permute(0, 3, 2, 1).flatten(1)  # (F, k k C), in the order of the windows
+    matrix = weight.transpose(-1, -3).flatten(-3)  # (F, k k C) or (B, F, k k C), in the order of the windows
     return (matrix @ windows.flatten(2)).unflatten(2, (rows, columns))
 
 
@@ -97,8 +97,27 @@ def largest_response(weight: Tensor) -> Tensor:  # (F, C, k, k) -> 0-d
     return (trace.amax().pow(1 / 4) / between).to(weight.dtype)
 
 
+def cosine_filters(size: int, channels: int = 1) -> Tensor:  # -> ((size² − 1) channels, channels, size, size)
+    """The patterns of the discrete cosine transform without the constant one, for each channel: slow waves come first.
+
+    Example:
+        >>> filters = cosine_filters(3)
+        >>> filters.shape, float(filters.flatten(1).norm(dim=1).round(decimals=4).unique())
+        (torch.Size([8, 1, 3, 3]), 1.0)
+    """
+    places = (torch.arange(size) + 0.5) * (math.pi / size)
+    waves = torch.cos(torch.arange(size)[:, None] * places)
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    patterns = torch.einsum("ai,bj->abij", waves, waves).flatten(0, 1)  # (k², k, k)
+    speed = torch.arange(size).square()
+    order = (speed[:, None] + speed).flatten().argsort(stable=True)[1:]
+    return torch.einsum("pij,cd->pcdij", patterns[order], torch.eye(channels)).flatten(0, 1)
+
+
 class BoundedFilters(nn.Module):
     """A parametrization of a filter bank: zero mean in every channel, and ‖responses‖ ≤ ‖image‖ with the boundary given.
+
+    Filters that are assigned are taken with zero mean, and scaled together until the bound is met.
 
     Example:
         >>> weight = BoundedFilters(Boundary.ZERO)(torch.randn(8, 1, 5, 5))
@@ -124,6 +143,10 @@ class BoundedFilters(nn.Module):
         repeats = self.boundary.repeats(weight.shape[-1] // 2)
         return weight / (repeats * largest_response(weight)).sqrt()
 
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The filters themselves: those that are already what `forward` returns stay as they are."""
+        return weight
+
     def extra_repr(self) -> str:
         return f"{self.boundary}"
 
@@ -131,10 +154,11 @@ class BoundedFilters(nn.Module):
 def _check(x: Tensor, weight: Tensor, boundary: Boundary) -> None:
     size = weight.shape[-1]
     seen = f"images {tuple(x.shape)} and filters {tuple(weight.shape)}, {boundary}"
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or weight.shape[-2] != size:
+    fits = x.ndim == 4 and (weight.ndim == 4 or (weight.ndim == 5 and len(weight) in (1, len(x))))
+    if not fits or x.shape[1] != weight.shape[-3] or weight.shape[-2] != size:
         raise ValueError(
-            f"filter_bank needs images (B, C, H, W) and square filters (F, C, k, k) with the same C, got {seen}. "
-            "A gray image has C = 1: x.unsqueeze(1) adds it."
+            "filter_bank needs images (B, C, H, W) and square filters (F, C, k, k), or (B, F, C, k, k), with the same C, got "
+            f"{seen}. A gray image has C = 1: x.unsqueeze(1) adds it."
         )
     if boundary is not Boundary.INSIDE and size % 2 == 0:
         raise ValueError(f"filter_bank keeps the size of an image for filters of odd size only, got {seen}. Use 3, 5 or 7.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from energynet.energies.filters import Boundary, BoundedFilters, filter_bank
+from energynet.energies.filters import Boundary, BoundedFilters, cosine_filters, filter_bank
 from energynet.energy import Energy
 
 
@@ -21,9 +21,10 @@ class ImageEnergy(Energy):
     (with zero mean), scales and λ are learned. The norm of a filter says how strongly it counts. With ``concavity`` c > 0
     the κ are learned too: the potentials level off, which preserves edges. c = 0 means κ = 0, a convex energy.
 
-    The filters are scaled so that ‖(w₁ * x, w₂ * x, …)‖ ≤ ‖x‖, λ stays below the strength S, and λκ stays below c. So the
-    eigenvalues of the Hessian lie between p − c and p + S for all weights: with p = 1 and c < 1 there is one minimizer, and
-    gradient steps of size `step_size` reach it.
+    The filters are scaled so that ‖(w₁ * x, w₂ * x, …)‖ ≤ ‖x‖, λ stays below the strength S, and λκ stays below c. They begin
+    as those of the discrete cosine transform, and can be set: ``energy.weight = filters``. The eigenvalues of the Hessian
+    lie between p − c and p + S for all weights: with p = 1 and c < 1 there is one minimizer, and gradient steps of size
+    `step_size` reach it.
 
     Example:
         >>> from energynet import FPI_GD
@@ -37,15 +38,16 @@ class ImageEnergy(Energy):
 
     Args:
         channels: C, 1 for gray images.
-        num_filters: number of filters.
+        num_filters: number of filters; those beyond the (k² − 1) C of the cosine transform begin at random.
         size: k, of the k × k filters, odd (with ``Boundary.INSIDE`` any).
         strength: S, the largest curvature of the regularizer. More noise needs more: noise of a tenth of the range needs
             about 10.
         concavity: c, in [0, 1) and below the strength.
         scale: of the potentials at first, in units of the filters' responses.
-        boundary: what a filter sees beyond the border. S is reached with ``INSIDE``, ``ZERO`` and ``PERIODIC``. With
-            ``REFLECT`` a filter may see a pixel four times, which the bound allows for, so that λ effectively stays below
-            about S/2.
+        boundary: what a filter sees beyond the border. With ``INSIDE``, ``ZERO`` and ``PERIODIC`` the curvature comes close to
+            S. With ``REFLECT`` a filter may see a pixel four times, which the bound allows for: images reach about S/4, and c
+            and the step size act as a quarter of what they say; with ``REPLICATE`` it is less still. To treat the border as
+            the rest, pad the image by reflection, solve with ``INSIDE``, and crop.
 
     Raises:
         ValueError: if a number is out of range; by a call, if y or p is not of the shape that is needed.
@@ -58,12 +60,12 @@ class ImageEnergy(Energy):
         self,
         channels: int = 1,
         *,
-        num_filters: int = 32,
+        num_filters: int = 24,
         size: int = 5,
         strength: float = 10.0,
         concavity: float = 0.0,
         scale: float = 0.01,
-        boundary: Boundary = Boundary.REFLECT,
+        boundary: Boundary = Boundary.INSIDE,
     ) -> None:
         super().__init__()
         if min(channels, num_filters) < 1:
@@ -84,7 +86,7 @@ class ImageEnergy(Energy):
         self.raw_strength = nn.Parameter(torch.zeros(()))
         self.log_scale = nn.Parameter(torch.full((num_filters,), math.log(scale)))
         self.raw_mixing = nn.Parameter(torch.zeros(num_filters)) if concavity else None
-        self.weight = nn.Parameter(torch.randn(num_filters, channels, size, size))
+        self.weight = nn.Parameter(first_filters(num_filters, channels, size))
         register_parametrization(self, "weight", BoundedFilters(boundary))
 
     @property
@@ -109,10 +111,12 @@ class ImageEnergy(Energy):
         precision = _checked(y, precision)
         scale = self.log_scale.exp()
         filters = self.weight / scale[:, None, None, None]
-        factor = self.strength * torch.sigmoid(self.raw_strength) * scale.square()
+        strength = self.strength * torch.sigmoid(self.raw_strength)  # λ
+        factor = strength * scale.square()
         if self.raw_mixing is None:
             return y, precision, filters, factor, None
-        return y, precision, filters, factor, self.concavity / self.strength * torch.sigmoid(self.raw_mixing)
+        most = self.concavity / strength.clamp_min(self.concavity)  # κ stays below this and below 1, so that λκ < c
+        return y, precision, filters, factor, most * torch.sigmoid(self.raw_mixing)
 
     def evaluate(self, x: Tensor, y: Tensor, precision: Tensor | float, filters: Tensor, factor: Tensor,
                  mixing: Tensor | None) -> Tensor:  # -> (B,)  # fmt: skip
@@ -121,6 +125,15 @@ class ImageEnergy(Energy):
         if mixing is not None:
             potential = potential - _bend(mixing[:, None] * u) / mixing[:, None]
         return 0.5 * (precision * (x - y).square()).sum((1, 2, 3)) + potential.sum(-1) @ factor
+
+
+def first_filters(num_filters: int, channels: int, size: int) -> Tensor:  # -> (F, C, k, k)
+    """Those of the cosine transform, and random ones of the same norm where more are needed."""
+    cosines = cosine_filters(size, channels)
+    more = torch.randn(max(num_filters - len(cosines), 0), channels, size, size)
+    more = more - more.mean((2, 3), keepdim=True)
+    norms = more.flatten(1).norm(dim=1)[:, None, None, None]
+    return torch.cat([cosines[:num_filters], more / norms])
 
 
 def _checked(y: Tensor, precision: Tensor | float) -> Tensor | float:
