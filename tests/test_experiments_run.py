@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -365,6 +366,24 @@ def test_the_command_line_refuses_in_words(tmp_path: Path, capsys: pytest.Captur
     ]:
         code, output = invoke(capsys, *arguments)
         assert code == 2 and said in output and "Traceback" not in output
+
+
+class Shows(Slope):
+    """It has finished weights, which it shows where no data are named."""
+
+    def use(self, out: Path | None, *, named: bool, say: Callable[[str], None]) -> bool:
+        if named:
+            raise ValueError("a picture of 1 × 1 pixels is too small.")
+        say(f"written to [{out}]")
+        return True
+
+
+def test_a_task_applies_finished_weights_in_place_of_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_task", lambda name: Shows)
+    assert invoke(capsys, "run", "shows", "--out", "here") == (0, "written to [here]\n")
+    assert invoke(capsys, "run", "shows", "--method", "line") == (2, "Error: a picture of 1 × 1 pixels is too small.\n")
 
 
 def test_ctrl_c_says_how_to_resume(

@@ -111,6 +111,8 @@ def run(arguments: Sequence[str]) -> None:
     if where.threads:
         torch.set_num_threads(where.threads)
     task = task_class(options)
+    if _used(task, where, named=bool(where.method) or _data_named(arguments)):
+        return
     rivals = rivals_of(task_class, where.method)
     device = torch.device(where.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data, processes = _load(task, where.data).to(device), started_processes()
@@ -218,6 +220,17 @@ def _load(task: Task, folder: Path | None) -> Data:
         return task.load(Path(given) if folder is None and given else folder)
     except (OSError, ValueError) as error:
         raise CommandError(f"--data: {error}") from error
+
+
+def _used(task: Task, where: Where, *, named: bool) -> bool:
+    """Whether finished weights were applied to what the options name."""
+    console = Console()
+    try:
+        return task.use(
+            where.out, named=named, say=lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)
+        )
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
 
 
 def _data_named(arguments: Sequence[str]) -> bool:

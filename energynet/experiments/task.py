@@ -1,7 +1,7 @@
 """What an experiment says of itself: a `Task`, and the `Rival`s that it compares."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -163,6 +163,22 @@ class Task(ABC):
 
     def pictures(self, model: nn.Module, data: Data, folder: Path) -> None:
         """Draw what the finished model does on training rows into a folder; nothing by default."""
+
+    def use(self, out: Path | None, *, named: bool, say: Callable[[str], None]) -> bool:
+        """Apply finished weights, in place of training, where the options ask for that.
+
+        Args:
+            out: the folder for results, if one is named.
+            named: whether the command line names data or methods; a task may show what it can do where it names neither.
+            say: prints a line.
+
+        Returns:
+            Whether anything was done; if not, methods are trained and compared.
+
+        Raises:
+            OSError, ValueError: if a file cannot be used; the message is printed without a traceback.
+        """
+        return False
 
     def better(self, one: float, other: float) -> bool:
         """Whether the first value of the chosen figure is strictly better."""
