@@ -53,6 +53,8 @@ ORDER = [
     "engine.validation",
     "solve",
     "implicit",
+    "projections",
+    "total_variation",
     "constraints",
     "layer",
     "warm_start",
