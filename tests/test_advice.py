@@ -178,14 +178,14 @@ FORWARD = {
     "start outside of the domain": Case(
         lambda: minimize(lambda x: (x - x.log()).sum(-1), torch.tensor([[1.0], [-2.0], [3.0]])),
         r"1 of 3 samples \(number 1\).*the energy is not finite at x0 = \(-2\)",
-        {"begin where it is finite": lambda: minimize(lambda x: (x - x.log()).sum(-1), torch.tensor([[1.0], [2.0], [3.0]]))},
+        {"start where it is finite": lambda: minimize(lambda x: (x - x.log()).sum(-1), torch.tensor([[1.0], [2.0], [3.0]]))},
         "steps that Termination|max_steps",
     ),
     "start where the gradient is not finite": Case(
         lambda: minimize(lambda x: x.square().sum(-1).sqrt() + (x - 1).square().sum(-1), torch.zeros(1, 2)),
-        r"E\(x0\) is finite and its gradient is not",
+        r"E\(x0\) is finite but its gradient is not",
         {
-            "begin elsewhere": lambda: minimize(
+            "start elsewhere": lambda: minimize(
                 lambda x: x.square().sum(-1).sqrt() + (x - 1).square().sum(-1), torch.full((1, 2), 0.1)
             ),
             r"\+ 1e-6\)": lambda: minimize(

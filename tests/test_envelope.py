@@ -326,7 +326,7 @@ def test_it_is_that_of_the_problem_that_was_solved() -> None:
     solution = minimize(lambda x, w: (x - w).square().sum(-1) + w, torch.zeros(1, 1, dtype=torch.float64), weight)
     with torch.no_grad():
         weight.add_(1)
-    with pytest.raises(ChangedFunctionError, match="read the energy before"):
+    with pytest.raises(ChangedFunctionError, match="Read the energy before"):
         _ = solution.energy
 
 

@@ -210,7 +210,7 @@ BROKEN_ENERGIES = {
     ),
     "constant": (lambda x, z: z.square().sum(-1), "does not depend on x"),
     "captured": (lambda x, z: bowl(x * CAPTURED, z), r"uses a tensor of shape \(2,\) from outside that requires grad"),
-    "captured layer": ((lambda lost: lambda x, z: bowl(lost(x), z))(nn.Linear(2, 2)), "Pass it as context, or hold it"),
+    "captured layer": ((lambda lost: lambda x, z: bowl(lost(x), z))(nn.Linear(2, 2)), "Pass it as context, or make it"),
     "detached x": (
         lambda x, z: bowl(x, z) * x.detach().square().sum(-1),
         "The derivative of E in x is .* finite differences give",

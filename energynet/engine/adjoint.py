@@ -1,4 +1,4 @@
-"""The adjoints: how gradients of a solution come back. The derivation stands in `energynet.engine.root_gradient`."""
+"""Adjoints, which differentiate a solution. The module `energynet.engine.root_gradient` contains the derivation."""
 
 import contextlib
 import dataclasses
@@ -26,20 +26,20 @@ from energynet.termination import Termination
 
 @dataclasses.dataclass(frozen=True)
 class ImplicitAdjoint(RootAdjoint):
-    """Exact gradients of any order by the implicit function theorem, in memory that does not grow with the iterations.
+    """Computes exact gradients of any order by the implicit function theorem; memory does not grow with the iterations.
 
     Example:
         >>> ImplicitAdjoint(Picard(), Termination(rtol=1e-6))     # the paper's backward fixed-point iteration
         ImplicitAdjoint(solver=Picard(), termination=Termination(atol=None, rtol=1e-06, max_steps=1000, budget=None), report=None)
 
     Args:
-        solver: of the adjoint equation. `ConjugateGradient` and `MINRES` need an energy; `GMRES`, `BiCGSTAB` and, for small
-            problems, `Dense` take any map, and so do the paper's backward fixed-point iteration, `Picard`, and its
-            accelerated forms, `Anderson` and `Broyden`. Default: conjugate gradients for energies, the backward iteration
-            for networks that the forward solve has seen to contract, by `Picard` or `Nesterov` and without a budget, and
-            GMRES for other networks and for proximal steps.
-        termination: relative to the incoming gradient; default: the forward solve's, without its budget. With a ``budget``
-            of its own the gradient is what so many steps give.
+        solver: solves the adjoint equation. `ConjugateGradient` and `MINRES` need an energy; `GMRES`, `BiCGSTAB` and, for
+            small problems, `Dense` work for any map, and so do the paper's backward fixed-point iteration, `Picard`, and its
+            accelerated forms, `Anderson` and `Broyden`. Default: conjugate gradients for energies; the backward iteration
+            for networks that the forward solve found to contract, that is, with `Picard` or `Nesterov` and without a
+            budget; GMRES for other networks and for proximal steps.
+        termination: tolerances relative to the incoming gradient; default: those of the forward solve, without its budget.
+            With a ``budget`` of its own, the gradient is the result of that many steps.
         report: an `AdjointReport` that collects the status, residual and steps of each backward solve.
 
     Source: arXiv 2002.02868, equations of the backward FPI layer; Christianson (1994) for its higher orders.
@@ -75,7 +75,7 @@ class ImplicitAdjoint(RootAdjoint):
         return Answer(value, failed(status), kinds), function.gradients(tuple(found), inputs)
 
     def _linear(self, method: Method, equation: Linear) -> Method:
-        # A budget of the forward solve is none of this one, which makes a gradient exact.
+        # The budget of the forward solve does not apply here: the gradient is to be exact.
         termination = self.termination or dataclasses.replace(method.termination, budget=None)
         solver = self.solver or _default_solver(method)
         return dataclasses.replace(
@@ -87,17 +87,17 @@ class ImplicitAdjoint(RootAdjoint):
 
 
 def _default_solver(method: Method) -> Solver:
-    """Conjugate gradients for energies, the paper's iteration for maps that have been seen to contract, GMRES for all else."""
+    """Conjugate gradients for energies, the paper's iteration for maps that were found to contract, GMRES otherwise."""
     equation = method.equation
     if equation.symmetric:
-        minimum = equation.linearized.kind is Kind.ENERGY  # where the matrix is positive
+        minimum = equation.linearized.kind is Kind.ENERGY  # where the matrix is positive definite
         return ConjugateGradient() if minimum else MINRES()
     contracts = equation.normalized and method.solver.contracts and method.termination.budget is None
     return Picard() if contracts else GMRES()
 
 
 class _FirstOrderAdjoint(RootAdjoint):
-    """Σ_k<terms of a damped Neumann series in place of A⁻¹: approximate, so its own derivative is refused."""
+    """Replaces A⁻¹ by the first terms of a damped Neumann series: an approximation, which refuses second derivatives."""
 
     terms: int
     damping: float
@@ -120,10 +120,10 @@ class _FirstOrderAdjoint(RootAdjoint):
 
 @dataclasses.dataclass(frozen=True)
 class OneStepAdjoint(_FirstOrderAdjoint):
-    """Gradient of a single step at the solution, (∂g/∂θ)ᵀ v: cheap, first order only, and *not exact*.
+    """Takes the gradient of a single step at the solution, (∂g/∂θ)ᵀ v: cheap, first order only, and *not exact*.
 
-    Its relative error is of the size of the contraction factor; it is exact only where ∂g/∂x = 0. Differentiating it again
-    raises.
+    Its relative error is about the contraction factor, so it is exact only where ∂g/∂x = 0. Differentiating it again
+    raises an error.
 
     Example:
         >>> OneStepAdjoint()
@@ -138,9 +138,9 @@ class OneStepAdjoint(_FirstOrderAdjoint):
 
 @dataclasses.dataclass(frozen=True)
 class NeumannAdjoint(_FirstOrderAdjoint):
-    """The first terms of the Neumann series of (I − ∂g/∂x)⁻¹, a phantom gradient: first order only, and *not exact*.
+    """Uses the first terms of the Neumann series of (I − ∂g/∂x)⁻¹, a phantom gradient: first order only, and *not exact*.
 
-    With contraction factor ρ, the relative error is ρ^terms. Differentiating it again raises.
+    With contraction factor ρ, the relative error is ρ^terms. Differentiating it again raises an error.
 
     Example:
         >>> import torch
@@ -151,8 +151,8 @@ class NeumannAdjoint(_FirstOrderAdjoint):
         tensor([[1.7500]])
 
     Args:
-        terms: the number of terms; each one after the first costs one vector-Jacobian product.
-        damping: damping of the map whose series is taken, in (0, 1]; choose less than 1 where ∂g/∂x does not contract.
+        terms: the number of terms; each term after the first costs one vector-Jacobian product.
+        damping: the damping factor of the map, in (0, 1]; choose a value below 1 if ∂g/∂x does not contract.
 
     Raises:
         ValueError: if terms < 1 or damping is out of range.
@@ -170,24 +170,25 @@ class NeumannAdjoint(_FirstOrderAdjoint):
 
 @dataclasses.dataclass(frozen=True)
 class UnrolledAdjoint(Adjoint):
-    """Ordinary backpropagation through the iterations: exact for the iterate that is returned, to any order.
+    """Backpropagates through the iterations, which is exact for the returned iterate, to any order.
 
-    Memory grows with the number of iterations. The gradient is that of the truncated iteration, also with respect to
-    ``x0`` and the step size, and through the lengths that a line search finds. A step size that is estimated, where none is
-    given, has no derivative, so it is refused; `LBFGS` needs none. With ``last`` only that many steps of the map, taken after
-    the solve, are differentiated: *not exact*, first order only, and differentiating it again raises.
+    Memory grows with the number of iterations. The gradient is that of the truncated iteration, including its dependence on
+    ``x0``, on the step size, and on the step lengths that a line search chooses. If no step size is passed, the estimated
+    one has no derivative, so such a solve is refused; `LBFGS` needs no step size. With ``last``, only that many steps of the
+    map, taken after the solve, are differentiated: this is *not exact*, first order only, and differentiating it again
+    raises an error.
 
     Example:
         >>> UnrolledAdjoint(checkpoint=True)
         UnrolledAdjoint(last=None, checkpoint=True)
 
     Args:
-        last: the number of steps that are differentiated; None: all.
-        checkpoint: keep one iterate in 32 and recompute the others: less memory, twice the time. It does not work under
+        last: the number of steps to differentiate; None: all.
+        checkpoint: store every 32nd iterate and recompute the others: less memory, twice the time. It does not work under
             ``torch.func``.
 
     Raises:
-        ValueError: if last < 1, or at a solve whose solver would take an estimated step size.
+        ValueError: if last < 1, or when a solve would use an estimated step size.
 
     Source: Shaban et al. (2019), Truncated back-propagation for bilevel optimization; Griewank and Walther (2000).
     """
@@ -224,7 +225,7 @@ class UnrolledAdjoint(Adjoint):
         with twice_differentiable if torch.is_grad_enabled() or transform_active() else contextlib.nullcontext():
             outcome, trace = method.run(x0, inputs, wrap)
         if readable(outcome.status):
-            method.tell(Outcome(*(t.detach() for t in outcome)), x0.detach(), tuple(t.detach() for t in inputs))
+            method.apply_policy(Outcome(*(t.detach() for t in outcome)), x0.detach(), tuple(t.detach() for t in inputs))
         else:
             _Judge.apply(method.on_failure, outcome.status, outcome.error, outcome.steps)
         return *outcome, *trace
@@ -240,14 +241,14 @@ class UnrolledAdjoint(Adjoint):
 
 
 def _differentiable(kind: Kind) -> str:
-    """What else to use, in words."""
+    """The alternative that an error message suggests."""
     if kind is Kind.ENERGY:
         return "another solver, such as LBFGS(), or FixedStep() as the rule of GradientDescent"
-    return "gradient steps of a size that you give, step_size=... with solver=Picard()"
+    return "gradient steps of a given size, step_size=... with solver=Picard()"
 
 
 def _checkpointed(function: Callable[[Any], Any], shared: SharedState, times: int = 32) -> Callable[[Any], Any]:
-    """The function several times over, of which only the result is kept; what it reads must be the same when it runs again."""
+    """The function applied several times, under a checkpoint; whatever it reads must not have changed when it is recomputed."""
 
     def run(value: Any) -> Any:
         for _ in range(times):
@@ -267,9 +268,10 @@ def _checkpointed(function: Callable[[Any], Any], shared: SharedState, times: in
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """The identity on inexact gradients, which would give wrong second derivatives in silence: so it gives none.
+    """The identity on inexact gradients, which raises when it is differentiated: second derivatives would be silently wrong.
 
-    What they were made from is an argument too: an approximation that does not depend on it has a wrong derivative 0.
+    The tensors from which the gradients were computed are arguments as well. Otherwise, an approximation that does not
+    depend on one of them would have the derivative 0, which is wrong.
     """
 
     generate_vmap_rule = True
@@ -298,7 +300,7 @@ def _refuse(name: str) -> NoReturn:
 
 
 class _Truncated(torch.autograd.Function):
-    """The identity on an iterate with a graph of its last steps only: its derivatives may not be differentiated again."""
+    """The identity on an iterate whose graph contains its last steps only; it refuses second derivatives."""
 
     generate_vmap_rule = True
 
@@ -325,7 +327,7 @@ class _Truncated(torch.autograd.Function):
 
 
 class _Judge(torch.autograd.Function):
-    """Applies the failure policy where values can be read: under ``vmap`` only the inside of a Function sees them."""
+    """Applies the failure policy where values can be read: under ``vmap``, this is only possible inside a Function."""
 
     @staticmethod
     def forward(on_failure: OnFailure, status: Tensor, error: Tensor, steps: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Every sentence about a failure: what happened to which samples, the likely cause, and the remedy.
+"""The text of failure messages: what happened to which samples, the likely cause, and the remedy.
 
-The advice follows the kind of problem, the solver that was used, and what a `PostMortem` sees. The first finding that holds
-for a sample is the one that is told.
+The advice depends on the kind of problem, on the solver, and on the measurements of a `PostMortem`. For each sample the
+first finding that applies is reported.
 """
 
 import math
@@ -20,13 +20,13 @@ from energynet.solvers import Anderson, Broyden, Nesterov, Newton, NewtonCG, Pic
 from energynet.solvers.problem import Descent
 from energynet.step import Kind, OptimalityStep, ProximalStep
 
-MODERATE = 300  # unknowns, up to which a whole matrix is formed without a thought
+MODERATE = 300  # the number of unknowns up to which forming the whole matrix is cheap
 RIDGE = "add a term that grows in every direction of x, such as a ridge 0.005 * x.square().sum(-1)"
 BOUNDED = "keep the map contracting with energynet.regularizers.spectrally_normalized(network, 0.9)"
 
 
 class Finding(NamedTuple):
-    """What is the matter with some samples."""
+    """A diagnosis that applies to some of the samples."""
 
     where: Tensor  # (*batch) bool
     cause: str
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
 
 def explained(case: PostMortem) -> str:
-    """A failure in words."""
+    """The message that describes a failure."""
     adjoint = isinstance(case.equation, Linear)
     parts = []
     for status in Status:
@@ -42,25 +42,25 @@ def explained(case: PostMortem) -> str:
         if status in (Status.CONVERGED, Status.BUDGET) or not bool(left.any()):
             continue
         for finding in _advice(case, left).findings(status):
-            told = left & finding.where
-            if bool(told.any()):
+            matching = left & finding.where
+            if bool(matching.any()):
                 text = f"Likely cause: {finding.cause}. Try this: {finding.remedy}."
-                parts.append(f"{_head(case, status, told)} {text} {_seen(case, told)}")
+                parts.append(f"{_head(case, status, matching)} {text} {_seen(case, matching)}")
             left = left & ~finding.where
     return ("The adjoint solve (the gradient) failed. " if adjoint else "The solve failed. ") + " ".join(parts)
 
 
-def _head(case: PostMortem, status: Status, told: Tensor) -> str:
-    return f"{status.name}: {samples(told)} {status.sentence}"
+def _head(case: PostMortem, status: Status, matching: Tensor) -> str:
+    return f"{status.name}: {samples(matching)} {status.sentence}"
 
 
-def _seen(case: PostMortem, told: Tensor) -> str:
+def _seen(case: PostMortem, matching: Tensor) -> str:
     what = ("relative residual",) if isinstance(case.equation, Linear) else ()
-    return f"Seen: {reached(case.outcome.error, case.outcome.steps, told, *what)} of {case.termination.limit} allowed."
+    return f"Seen: {reached(case.outcome.error, case.outcome.steps, matching, *what)} of {case.termination.limit} allowed."
 
 
 class _Advice(ABC):
-    """Causes with their remedies, the most certain first; the last one of each status holds for every sample."""
+    """Causes with their remedies, the most certain one first; the last one for each status applies to every sample."""
 
     def __init__(self, case: PostMortem, failed: Tensor) -> None:
         self.case, self.failed = case, failed
@@ -72,8 +72,8 @@ class _Advice(ABC):
         return float(values[first(chosen)]) if bool(chosen.any()) else math.nan
 
     def findings(self, status: Status) -> Iterator[Finding]:
-        told = {Status.NONFINITE: self.nonfinite, Status.DIVERGED: self.diverged, Status.STALLED: self.stalled}
-        return told.get(status, self.exhausted)()
+        methods = {Status.NONFINITE: self.nonfinite, Status.DIVERGED: self.diverged, Status.STALLED: self.stalled}
+        return methods.get(status, self.exhausted)()
 
     @abstractmethod
     def nonfinite(self) -> Iterator[Finding]: ...
@@ -99,7 +99,7 @@ class _Advice(ABC):
     @property
     def more(self) -> str:
         most = self.case.termination.max_steps
-        return f"a larger max_steps than {most}, or Termination(budget={most}) to take what so many steps give as the answer"
+        return f"a larger max_steps than {most}, or Termination(budget={most}) to accept the result of that many steps"
 
 
 class _OfRoot(_Advice):
@@ -107,21 +107,21 @@ class _OfRoot(_Advice):
 
     def nonfinite(self) -> Iterator[Finding]:
         case = self.case
-        yield Finding(case.start_is_nonfinite(), "x0 holds NaN or Inf", "look at what x0 is made of")
+        yield Finding(case.start_is_nonfinite(), "x0 holds NaN or Inf", "check how x0 is computed")
         yield Finding(
             case.own_input_is_nonfinite(),
             "the context of these samples holds NaN or Inf",
-            'leave them out, or replace what is missing; on_failure="warn" trains on the others',
+            'leave these samples out, or replace missing values; on_failure="warn" trains on the others',
         )
         yield Finding(
             case.shared_input_is_nonfinite(),
             "a parameter or a shared tensor holds NaN or Inf",
-            "lower the learning rate or clip gradients, if an optimizer's step has made it so",
+            "lower the learning rate or clip gradients, if an optimizer step has caused it",
         )
         yield from self.outside()
 
     def outside(self) -> Iterator[Finding]:
-        """A start where the function has no value."""
+        """The function is not defined at the initial point."""
         outside = self.case.value_at_start_is_nonfinite() & self.failed
         if bool(outside.any()):
             numbers = self.case.start[first(outside)].flatten()
@@ -129,8 +129,8 @@ class _OfRoot(_Advice):
             what = "the energy" if isinstance(self.case.problem, Descent) else "the map"
             yield Finding(
                 outside,
-                f"{what} is not finite at x0 = ({shown}): x0 or the context lies outside of its domain",
-                "begin where it is finite (log and sqrt need positive numbers), by x0=... or start=...",
+                f"{what} is not finite at x0 = ({shown}): x0 or the context lies outside its domain",
+                "start where it is finite (log and sqrt need positive numbers), by x0=... or start=...",
             )
 
 
@@ -141,16 +141,16 @@ class _OfEnergy(_OfRoot):
         yield from super().nonfinite()
         yield Finding(
             self.case.slope_at_start_is_nonfinite(),
-            "E(x0) is finite and its gradient is not, as that of sqrt or norm at 0",
-            "begin elsewhere, or smooth the energy: (x.square().sum(-1) + 1e-6).sqrt() for x.norm(dim=-1)",
+            "E(x0) is finite but its gradient is not, as with sqrt or norm at 0",
+            "start elsewhere, or smooth the energy: (x.square().sum(-1) + 1e-6).sqrt() for x.norm(dim=-1)",
         )
         if self.case.solver.descends:
             yield self._no_minimizer(self.everyone)
         yield self._too_long(self.case.start, "at x0")
         yield Finding(
             self.everyone,
-            "a step led out of the energy's domain (log or sqrt of a negative number), or overflowed",
-            "a smaller step_size, or LBFGS(), which turns back from such points",
+            "a step left the energy's domain (log or sqrt of a negative number), or overflowed",
+            "a smaller step_size, or LBFGS(), which shortens such steps",
         )
 
     def diverged(self) -> Iterator[Finding]:
@@ -159,12 +159,12 @@ class _OfEnergy(_OfRoot):
         if not case.solver.descends:
             yield self._too_long(case.start, "at x0")
         yield self._no_minimizer(case.falls_for_ever())
-        if case.solver.descends:  # there is no curvature along the gradient, and yet the energy does not fall forever
+        if case.solver.descends:  # no curvature along the gradient was found, yet the energy does not fall forever
             yield Finding(self.everyone, *_KINK)
         yield Finding(
             self.everyone,
-            "the energy becomes steeper away from x0, where the step is too long, or has no minimizer",
-            f"a smaller step_size, or LBFGS(), which finds its own; if it fails too, {RIDGE}",
+            "the energy becomes steeper away from x0, so that the step is too long there, or it has no minimizer",
+            f"a smaller step_size, or LBFGS(), which chooses its own; if it fails too, {RIDGE}",
         )
 
     def exhausted(self) -> Iterator[Finding]:
@@ -178,7 +178,7 @@ class _OfEnergy(_OfRoot):
         rate = self.at(fall, fall > noise)
         yield Finding(fall > noise, f"progress is slow: the energy still falls, by {rate:.2g} per step", self._faster())
         if not case.solver.descends:
-            yield Finding(self.everyone, "the iterates move to and fro: the energy no longer falls", self._faster())
+            yield Finding(self.everyone, "the iterates oscillate: the energy no longer decreases", self._faster())
         yield from super().stalled()
 
     def stalled(self) -> Iterator[Finding]:
@@ -186,7 +186,7 @@ class _OfEnergy(_OfRoot):
         yield self._no_minimizer(self.case.falls_for_ever())
         yield Finding(
             self.case.at_a_wall(),
-            "the energy is not finite at points next to this one (a wall, as of log or sqrt)",
+            "the energy is not finite at points next to this one (a wall, as with log or sqrt)",
             "another variable, such as u with x = u.exp() for x > 0, so that the energy is finite everywhere",
         )
         yield Finding(self.case.at_a_kink(), *_KINK)
@@ -195,7 +195,7 @@ class _OfEnergy(_OfRoot):
     def _no_minimizer(self, where: Tensor) -> Finding:
         size, before = (self.at(self.case.termination.size(x), where) for x in (self.case.end, self.case.start))
         grown = f", and x has grown to ‖x‖ = {size:.3g}" if size > 10 * (1 + before) else ""
-        return Finding(where, f"the energy has no minimizer: it goes on falling as far as was looked{grown}", RIDGE)
+        return Finding(where, f"the energy has no minimizer: it keeps decreasing as far as it was evaluated{grown}", RIDGE)
 
     def _too_long(self, x: Tensor, there: str) -> Finding:
         limit, gamma = self.case.step_size_limit(x), self.case.step_size()
@@ -204,7 +204,7 @@ class _OfEnergy(_OfRoot):
         return Finding(
             where,
             f"the step size {seen}, where L is the largest curvature of the energy {there}",
-            "a smaller step size, or none: leave out step_size=, and one is chosen",
+            "a smaller step size, or leave out step_size= so that one is chosen",
         )
 
     def _faster(self) -> str:
@@ -217,7 +217,7 @@ class _OfEnergy(_OfRoot):
 
 
 _KINK = (
-    "the gradient jumps there (a kink, as of abs, relu, max or norm), and a solver for smooth energies cannot settle at a kink",
+    "the gradient jumps there (a kink, as with abs, relu, max or norm), and a solver for smooth energies cannot settle at a kink",
     "a smooth function, such as (x.square() + 1e-6).sqrt() for x.abs(), or the term as a prox=, such as constraints.L1(weight)",
 )
 
@@ -229,18 +229,18 @@ class _OfProx(_OfRoot):
         yield from super().nonfinite()
         yield Finding(
             self.everyone,
-            "a step led out of the energy's domain (log or sqrt of a negative number), or overflowed",
-            "a smaller step_size, or none: leave out step_size=, and one is chosen",
+            "a step left the energy's domain (log or sqrt of a negative number), or overflowed",
+            "a smaller step_size, or leave out step_size= so that one is chosen",
         )
 
     def diverged(self) -> Iterator[Finding]:
         if not self.case.equation.binding.step.guessed:
             yield Finding(
                 self.everyone,
-                "the step size exceeds 2/L, where L is the largest curvature of the energy, or the energy falls forever",
-                f"leave out step_size=, and one is chosen; if it still fails, {RIDGE}",
+                "the step size exceeds 2/L, where L is the largest curvature of the energy, or the energy is unbounded below",
+                f"leave out step_size= so that one is chosen; if it still fails, {RIDGE}",
             )
-        yield Finding(self.everyone, "the energy falls forever where the constraint allows it", RIDGE)
+        yield Finding(self.everyone, "the energy is unbounded below on the constraint set", RIDGE)
 
     def exhausted(self) -> Iterator[Finding]:
         faster = "" if isinstance(self.case.solver, Nesterov) else "Nesterov(), or "
@@ -265,7 +265,7 @@ class _OfMap(_OfRoot):
         yield Finding(
             singular,
             "∂g/∂x has the eigenvalue 1, so there is no fixed point, or there are infinitely many",
-            f"pull x toward its answer, such as by a factor of 0.9 on it{self._bounded()}",
+            f"make the map contract, such as by a factor of 0.9 on x{self._bounded()}",
         )
         expands = factor >= 1
         for where in (expands & ~torch.isnan(damping), expands & torch.isnan(damping)):
@@ -292,12 +292,12 @@ class _OfMap(_OfRoot):
         return "Anderson()" if isinstance(self.case.solver, Broyden) else "Broyden()"
 
     def _bounded(self) -> str:
-        """For a network, which may be kept from expanding."""
+        """The remedy for networks: bound their Lipschitz constant."""
         return f"; while training, {BOUNDED}" if self.case.equation.binding.tensors else ""
 
 
 class _OfCondition(_OfRoot):
-    """A point that somebody else has found."""
+    """A solution that was computed outside this library."""
 
     def diverged(self) -> Iterator[Finding]:
         yield from self.stalled()
@@ -308,8 +308,8 @@ class _OfCondition(_OfRoot):
     def stalled(self) -> Iterator[Finding]:
         yield Finding(
             self.everyone,
-            "the point was found less exactly than Termination asks, or F is not its condition",
-            "a tighter tolerance where it is found, or implicit(..., termination=Termination(rtol=...))",
+            "the point was computed less exactly than Termination requires, or F is not the condition that it satisfies",
+            "a tighter tolerance where the point is computed, or implicit(..., termination=Termination(rtol=...))",
         )
 
 
@@ -326,7 +326,7 @@ class _OfLinear(_Advice):
         )
         yield Finding(
             self.everyone,
-            f"the derivative of the {self.what} is not finite at the solution, as that of sqrt or norm at 0",
+            f"the derivative of the {self.what} is not finite at the solution, as with sqrt or norm at 0",
             "a smooth function, such as (x.square().sum(-1) + 1e-6).sqrt() for x.norm(dim=-1)",
         )
 
@@ -334,8 +334,8 @@ class _OfLinear(_Advice):
     def more(self) -> str:
         most = self.case.termination.max_steps
         return (
-            f"more steps than {most}: ImplicitAdjoint(termination=Termination(max_steps=...)), or budget={most} in its place to "
-            "take the truncated gradient as it is"
+            f"more steps than {most}: ImplicitAdjoint(termination=Termination(max_steps=...)), or budget={most} instead to "
+            "accept the truncated gradient"
         )
 
 
@@ -355,15 +355,15 @@ class _OfHessian(_OfLinear):
         )
         yield Finding(
             self.everyone,
-            "the Hessian at the solution is singular or indefinite: x may move in some direction "
-            "without a change of the energy's gradient",
+            "the Hessian at the solution is singular or indefinite: moving x along some direction "
+            "does not change the energy's gradient",
             RIDGE,
         )
 
     def exhausted(self) -> Iterator[Finding]:
         case = self.case
         low, high = case.spectrum()
-        for finding in self.diverged():  # a solver without a test for it runs to its end
+        for finding in self.diverged():  # a solver without a test for this takes all of its steps
             singular = ~(low > 100 * torch.finfo(low.dtype).eps * high)
             yield finding._replace(where=finding.where & singular)
         kappa = self.at(torch.where(low > 0, high / low, torch.inf), self.everyone)

@@ -1,8 +1,8 @@
-"""The settings around a call that change what operations do, as they were when a solve was called.
+"""The global settings of PyTorch that change what operations compute, as they were when a solve was called.
 
-A backward runs where the caller puts it: in the usual loop with mixed precision, outside of ``torch.autocast``. What it has to
-differentiate is the energy that was solved, so all derivatives are taken under the settings of the forward. Autocast is for the
-energy or map alone: a solver's own products are taken in the precision of its tensors.
+The backward pass runs where the caller calls it; in the usual training loop with mixed precision, that is outside
+``torch.autocast``. It has to differentiate the same energy that was solved, so all derivatives are taken under the settings of
+the forward pass. Autocast applies to the energy or map only: a solver computes in the precision of its own tensors.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from energynet._torch.attention import Kernels, allowed_kernels, kernels
 
 @dataclasses.dataclass(frozen=True)
 class Ambient:
-    """Settings of PyTorch that are not arguments of an operation.
+    """Global settings of PyTorch that affect operations.
 
     Example:
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -30,12 +30,12 @@ class Ambient:
         (False, True)
 
     Args:
-        device: the kind of device of the tensors.
-        autocast: the kinds where autocast is enabled, the CPU's included, and its dtype.
-        cache: whether autocast converts a weight only once.
-        default_dtype: of tensors made without one.
-        deterministic: PyTorch's debug mode: 0, 1 (warn) or 2 (raise).
-        attention: which kernels ``scaled_dot_product_attention`` may take.
+        device: the device type of the tensors.
+        autocast: the device types for which autocast is enabled (the CPU included), each with its dtype.
+        cache: whether autocast caches converted weights.
+        default_dtype: PyTorch's default dtype.
+        deterministic: PyTorch's deterministic debug mode: 0, 1 (warn) or 2 (raise).
+        attention: the kernels that ``scaled_dot_product_attention`` may use.
     """
 
     device: str
@@ -47,7 +47,7 @@ class Ambient:
 
     @classmethod
     def now(cls, device: str) -> "Ambient":
-        """Those that hold here."""
+        """The current settings."""
         return cls(
             device,
             tuple((d, torch.get_autocast_dtype(d)) for d in _devices(device) if torch.is_autocast_enabled(d)),
@@ -58,7 +58,7 @@ class Ambient:
         )
 
     def evaluating(self) -> AbstractContextManager[Any]:
-        """Autocast, where an energy or map is evaluated inside of `solving`."""
+        """A context that enables autocast for an evaluation of the energy or map inside `solving`."""
         if not self.autocast:
             return _NOTHING
         stack = ExitStack()
@@ -68,12 +68,15 @@ class Ambient:
 
     @contextlib.contextmanager
     def solving(self) -> Iterator[None]:
-        """Everything but autocast, which is off. All but that is set for other threads as well, so only where it differs."""
+        """A context with all of these settings, but with autocast off.
+
+        Most settings apply to all threads, so each one is only set where it differs from the current value.
+        """
         around = Ambient.now(self.device)
         if around == self and not self.autocast:
             yield
             return
-        torch.autocast_increment_nesting()  # what autocast converts inside is kept until the end
+        torch.autocast_increment_nesting()  # keeps the weights that autocast has converted until the end
         try:
             self._set(around)
             for device in _devices(self.device):

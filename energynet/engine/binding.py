@@ -1,12 +1,12 @@
-"""Every tensor of a step as an explicit input, without ever touching the caller's modules.
+"""Makes every tensor of a step an explicit input, without modifying the caller's modules.
 
-`Binding.of(step)` makes a structural copy once: same classes, same attributes, the tensors shared. `Binding.attach` makes
-another with given tensors in their place. Nothing is swapped in and out of a module that others may be using, so threads
-cannot meet, and a gradient cannot be lost on the way.
+`Binding.of(step)` makes a structural copy once: it has the same classes and attributes, and it shares the tensors.
+`Binding.attach` makes another copy with given tensors in their place. Tensors are never swapped in a module that others may be
+using, so threads do not interfere and no gradient is lost.
 
-The copy also fixes what the step is: functions in it are copied with the variables that they capture and the globals that they
-name, so that a gradient which comes back later is that of the problem that was solved. What cannot be copied is watched by
-`SharedState`.
+The copy also fixes the definition of the step: its functions are copied together with the variables that they capture and the
+globals that they name, so that a later backward pass differentiates the problem that was solved. `SharedState` checks
+everything that cannot be copied for changes.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from energynet.step import Step
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Binding:
-    """A step and the tensors found in it.
+    """A step and the tensors that it contains.
 
     Args:
-        step: a structural copy; parametrized weights (spectral norm, ...) stand in it as computed once, here.
+        step: a structural copy, in which parametrized weights (spectral norm, ...) are computed once.
         tensors: its distinct parameters, buffers and plain tensor attributes.
-        shared: what else the step reads, as it was when the solve was called.
-        mark: a number that a driver gives to steps that read the same.
+        shared: everything else that the step reads, with its state when the solve was called.
+        mark: a number by which a driver identifies steps that read the same state.
     """
 
     step: Step
@@ -51,31 +51,31 @@ class Binding:
         return cls(resolved, tensors, SharedState.of(survey, tensors))
 
     def attach(self, tensors: Sequence[Tensor]) -> Step:
-        """The step with these tensors in place of its own; what the step itself has put among its attributes stays."""
+        """The step with these tensors in place of its own; attributes that the step itself has set are kept."""
         chosen = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
         step: Step = _Copy(lambda t: chosen.get(id(t), t))(self.step)
         return step
 
     def without(self, tensors: Sequence[Tensor], stand_in: Callable[[Tensor], Tensor]) -> "Binding":
-        """The same with something in the place of tensors that the step does not use."""
+        """The same binding, with a stand-in for each of the given tensors, which the step does not use."""
         out = {id(t) for t in tensors}
         step = _Copy(lambda t: stand_in(t) if id(t) in out else t)(self.step)
         return dataclasses.replace(self, step=step, tensors=tuple(t for t in self.tensors if id(t) not in out))
 
     def again(self) -> "Binding":
-        """The same for another solve, if nothing but values of tensors has changed since."""
+        """The same binding for another solve, for use when only the values of tensors have changed since."""
         return dataclasses.replace(self, shared=self.shared.again())
 
 
 def with_tensors(value: Any, chosen: Mapping[int, Tensor], shared: Iterable[nn.Module]) -> Any:
-    """A structural copy with other tensors in place of those whose ids are given; the modules named stay as they are."""
+    """A structural copy that replaces the tensors whose ids are given, and that shares the given modules."""
     copy = _Copy(lambda t: chosen.get(id(t), t))
     copy.memo.update({id(module): (module, module) for module in shared})
     return copy(value)
 
 
 def parts_of(value: Any) -> dict[str, Any]:
-    """What a value that is no module and no tensor consists of, as far as it may hold tensors, by name."""
+    """The parts of a value that may contain tensors, by name; the value is neither a module nor a tensor."""
     if isinstance(value, types.MethodType):
         return {"self": value.__self__}
     if isinstance(value, functools.partial):
@@ -88,11 +88,11 @@ def parts_of(value: Any) -> dict[str, Any]:
 
 
 class _Copy:
-    """Makes structural copies with ``tensor`` applied to each tensor; what holds no tensors is shared.
+    """Makes structural copies with ``tensor`` applied to each tensor; values without tensors are shared.
 
     Args:
-        tensor: what to put in a tensor's place.
-        functions: how functions are copied; None: they are shared.
+        tensor: maps a tensor to its replacement.
+        functions: copies functions; None: they are shared.
     """
 
     def __init__(self, tensor: Callable[[Tensor], Tensor], functions: "Functions | None" = None) -> None:
@@ -144,5 +144,5 @@ class _Copy:
             result.__class__ = type(module).__bases__[0]
             result._modules.pop("parametrizations")
             vars(result).update({name: self.tensor(weight) for name, weight in weights.items()})
-        vars(result)["_compiled_call_impl"] = None  # what module.compile() has put there would call the original
+        vars(result)["_compiled_call_impl"] = None  # module.compile() sets this attribute, which would call the original
         return result

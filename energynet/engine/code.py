@@ -1,4 +1,4 @@
-"""What a piece of Python code reads and writes outside of itself, and whether it is a user's."""
+"""Finds out which outside names a piece of Python code reads and writes, and whether the code belongs to the user."""
 
 import dis
 import functools
@@ -10,29 +10,29 @@ from typing import Any, NamedTuple
 
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", "energynet"}
 _INSTALLED = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-_DYNAMIC = {"globals", "eval", "exec", "__import__", "vars", "locals"}  # these may read any name
+_DYNAMIC = {"globals", "eval", "exec", "__import__", "vars", "locals"}  # functions that may read any name
 
 
 class Reads(NamedTuple):
-    """What code names, itself or in functions that it defines."""
+    """The outside names that a piece of code uses, directly or in functions that it defines."""
 
     globals: tuple[str, ...]
     attributes: frozenset[str]
     written_cells: frozenset[str]
-    """Variables of functions around it that it assigns to, by ``nonlocal``."""
+    """Variables of enclosing functions that the code assigns to, by ``nonlocal``."""
     written_globals: frozenset[str]
     dynamic: bool
-    """Whether it may read globals that it does not name."""
+    """Whether the code may read globals that it does not name."""
 
     @property
     def may_be_fixed(self) -> bool:
-        """Whether a function may be given a copy of the globals that it names in place of the globals themselves."""
+        """Whether a function works with a copy of the globals that it names, in place of the globals themselves."""
         return not self.dynamic and not self.written_globals
 
 
 @functools.lru_cache(4096)
 def reads_of(code: types.CodeType) -> Reads:
-    """What a piece of code reads and writes outside of itself.
+    """Collects the outside names that a piece of code reads and writes.
 
     Example:
         >>> reads_of((lambda x: scale * x.mean()).__code__)[:2]
@@ -66,7 +66,7 @@ def _parts(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def of_a_library(value: Any) -> bool:
     """Whether a function, class or module belongs to Python, PyTorch, NumPy, this package or anything else that is installed."""
-    if isinstance(value, types.FunctionType):  # what ``functools.wraps`` has made says that it belongs to what it wraps
+    if isinstance(value, types.FunctionType):  # ``functools.wraps`` sets ``__module__`` to that of the wrapped function
         name = value.__globals__.get("__name__")
     else:
         name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
@@ -82,9 +82,10 @@ def _is_library(name: str) -> bool:
 
 
 def unwrapped(value: Any) -> Any:
-    """What ``torch.compile`` has wrapped: the wrapper holds it out of reach, and evaluates a graph of its own.
+    """The module or function that ``torch.compile`` has wrapped.
 
-    A ``staticmethod`` outside of a class is a wrapper as well.
+    The wrapper hides its tensors and evaluates a graph of its own. A ``staticmethod`` object outside a class is a wrapper as
+    well.
     """
     if isinstance(value, staticmethod):
         return unwrapped(value.__func__)
@@ -96,12 +97,12 @@ def unwrapped(value: Any) -> Any:
 
 
 def cells_of(function: types.FunctionType) -> Iterable[tuple[str, types.CellType]]:
-    """The variables of functions around it, by name."""
+    """The variables that a function captures from enclosing functions, by name."""
     return zip(function.__code__.co_freevars, function.__closure__ or ())
 
 
 def content(cell: types.CellType, default: Any = None) -> Any:
-    """What a cell holds; ``default`` while it is empty."""
+    """The content of a cell; ``default`` while it is empty."""
     try:
         return cell.cell_contents
     except ValueError:

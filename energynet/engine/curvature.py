@@ -1,7 +1,8 @@
-"""Compare one product with the Hessian with differences of gradients, before an energy is solved for the first time.
+"""Compares a Hessian-vector product with differences of gradients before an energy is minimized for the first time.
 
-Every minimum is differentiated by the Hessian. An operation that has no second derivative, or a wrong one, leaves a part of it
-out silently: a custom ``autograd.Function`` whose backward is NumPy's or ``once_differentiable``, or a value that is detached.
+The derivative of every minimizer contains the Hessian. An operation without a second derivative, or with a wrong one, silently
+drops a part of it. Examples are a custom ``autograd.Function`` whose backward uses NumPy or ``once_differentiable``, and a
+value that is detached.
 """
 
 import functools
@@ -25,20 +26,20 @@ from energynet.step import DampedStep, ProximalStep, Step
 
 Gradient = Callable[[Tensor], Tensor]  # (*batch, n) -> (*batch, n)
 
-POINTS = 3  # at each of which the Hessian must be wrong
-LENGTHS = {torch.float64: (1e-4, 1e-3, 1e-5, 1e-7), torch.float32: (1e-2, 3e-2, 3e-3)}  # of differences, relative to x
+POINTS = 3  # the check fails only if the Hessian is wrong at each of these points
+LENGTHS = {torch.float64: (1e-4, 1e-3, 1e-5, 1e-7), torch.float32: (1e-2, 3e-2, 3e-3)}  # step lengths, relative to x
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 3e-2}
-MOST_NUMBERS = 5_000_000  # in a copy in float64
+MOST_NUMBERS = 5_000_000  # the largest number of elements that are copied to float64
 MOST_KNOWN = 1000
 
 _known = set[Hashable]()
 
 
 def check_hessian(step: Step, binding: Binding, x0: Any, code: tuple[Any, ...], batch_dims: int) -> None:
-    """Raise LostGradientError where the Hessian of the step's energy is missing or wrong; once for each energy.
+    """Raises LostGradientError if the Hessian of the step's energy is missing or wrong; each energy is checked once.
 
-    It must be wrong at several points near x0 and at most samples, by more than differences of several lengths differ among
-    themselves. So kinks, rounding and strong curvature raise no alarm: what cannot be told is let pass.
+    The error is raised only if the Hessian is wrong at several points near x0 and for most samples, by more than the spread of
+    differences with several step lengths. So kinks, rounding and strong curvature raise no false alarm: a doubtful case passes.
     """
     energy = step.energy_of
     if energy is None or (key := _identity(energy)) in _known:
@@ -60,9 +61,9 @@ def check_hessian(step: Step, binding: Binding, x0: Any, code: tuple[Any, ...], 
 
 
 def _verdict(binding: Binding, values: tuple[list[Tensor], Any, Any], batch_dims: int, rounding: float) -> str | bool | None:
-    """What is wrong; True if nothing is, None if it cannot be evaluated in the dtype of these copies.
+    """An error message; True if the Hessian is right, None if the energy cannot be evaluated in the dtype of these copies.
 
-    The rounding unit is that of the energy's own dtype, which code may have written into it.
+    ``rounding`` is the rounding unit of the energy's own dtype, because the energy may convert to that dtype internally.
     """
     own, x, code = values
     layout = Layout.of(x, batch_dims)
@@ -73,15 +74,15 @@ def _verdict(binding: Binding, values: tuple[list[Tensor], Any, Any], batch_dims
         text = str(error)
         if "once_differentiable" in text or ("derivative" in text and "not implemented" in text):
             return f"{_MISSING} PyTorch says: {text.splitlines()[0]}"
-        return None  # such as a dtype that is written into the code, or a point where an inner solve fails
-    except Exception:  # whatever else code raises at a point, or in a dtype, that it was not made for
+        return None  # such as a dtype that is fixed in the code, or a point where an inner solve fails
+    except Exception:  # user code may raise anything at a point or in a dtype that it was not written for
         return None
 
 
 _REMEDY = (
-    "Every minimum is differentiated by the Hessian, so its gradient would be wrong or impossible. Write that part in PyTorch's "
-    "own differentiable operations (a custom backward as well), or pass the map itself to fixed_point or FPI_NN, for which one "
-    "derivative is enough."
+    "The derivative of a minimizer contains the Hessian, so the gradient would be wrong or impossible. Write that part in "
+    "PyTorch's own differentiable operations (a custom backward as well), or pass the map itself to fixed_point or FPI_NN, for "
+    "which one derivative is enough."
 )
 _WRONG = (
     "has a Hessian that does not agree with differences of its gradient. Likely cause: a custom autograd.Function whose backward "
@@ -106,7 +107,7 @@ def _is_wrong(gradient: Gradient, x: Tensor, rounding: float) -> bool:
 
     largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.sum(-1, keepdim=True)
     size = torch.where(x == 0, torch.where(largest == 0, 1, largest), x.abs())
-    # Not at x itself, where a kink would be no accident.
+    # The check avoids x itself, because an initial point such as 0 often lies on a kink.
     return all(_is_wrong_at(gradient, x + 0.01 * size * random(), size * random(), rounding) for _ in range(POINTS))
 
 
@@ -141,7 +142,7 @@ def _converted(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def _identity(function: Any, depth: int = 3) -> Hashable:
-    """What tells functions apart, and keeps none of their data alive: their code and that of what they close over."""
+    """A key that identifies a function by its code and that of the functions it captures; it keeps no data alive."""
     if isinstance(function, types.MethodType):
         return _identity(function.__self__), function.__func__.__code__ if hasattr(function.__func__, "__code__") else None
     if isinstance(function, functools.partial):

@@ -1,4 +1,4 @@
-"""Who runs the loop: here, Python."""
+"""Drivers, which run the loop; the one in this module runs it in Python."""
 
 import dataclasses
 import sys
@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 class Driver(ABC):
-    """Who runs the loop. The results are the same up to rounding."""
+    """Runs the loop. All drivers give the same results up to rounding."""
 
     @abstractmethod
     def bind(self, step: Step) -> Binding:
-        """The step's tensors as inputs."""
+        """The step with its tensors as explicit inputs."""
 
     @abstractmethod
     def examined(self, binding: Binding, tensors: Any, examine: Callable[[], T]) -> T:
-        """What a look at the user's function says, once for each kind of arguments if the driver can tell."""
+        """The result of ``examine()``, which a driver may cache for arguments of the same kind."""
 
     @abstractmethod
     def call(self, function: Task, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -40,9 +40,9 @@ def _printed(steps: int, running: int, error: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Tells how a long solve is going, for `Eager`; a compiled program runs no Python that could tell.
+    """Reports the progress of a long solve, for `Eager` only: a compiled program runs no Python code that could report it.
 
-    Solves with ``trace=True`` or `UnrolledAdjoint` do not tell.
+    Solves with ``trace=True`` or `UnrolledAdjoint` report no progress.
 
     Example:
         >>> import torch
@@ -54,9 +54,10 @@ class Progress:
         [(0, 2), (1, 0)]
 
     Args:
-        seconds: between two reports, and before the first one: a short solve tells nothing.
-        show: called with the most steps that a sample has taken, how many samples still run, and the largest estimated distance
-            to the answer among them (of an adjoint solve, the residual); by default it prints a line to stderr.
+        seconds: the time between two reports, and before the first one, so that a short solve reports nothing.
+        show: a function that is called with the largest number of steps taken so far, the number of running samples, and the
+            largest estimated distance to the solution among them (for an adjoint solve, the residual). By default it prints a
+            line to stderr.
 
     Raises:
         ValueError: if seconds < 0.
@@ -70,7 +71,7 @@ class Progress:
             raise ValueError(f"Progress needs seconds ≥ 0, got {self.seconds}.")
 
     def watch(self) -> Callable[[LoopState], None]:
-        """Someone to be shown the states of one solve."""
+        """A callback that receives the states of one solve."""
         due = time.monotonic() + self.seconds
 
         def look(state: LoopState) -> None:
@@ -88,18 +89,19 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Eager(Driver):
-    """Python runs the loop, one operation at a time: nothing is compiled, and any energy works.
+    """Runs the loop in Python, one operation at a time: nothing is compiled, and any energy works.
 
-    When most samples of a large batch have finished, the others continue alone.
+    Once most samples of a large batch have finished, the remaining ones continue as a smaller batch.
 
     Example:
         >>> Eager(check_every=4)
         Eager(check_every=4, progress=None)
 
     Args:
-        check_every: updates between two checks whether any sample is still running, since a check makes an accelerator wait;
-            None: 1 on a CPU, 8 elsewhere. Finished samples are frozen, so answers and steps do not depend on it.
-        progress: who tells how solves of several seconds are going; None: nobody, which costs nothing.
+        check_every: the number of updates between two checks whether any sample is still running, because each check
+            synchronizes with an accelerator; None: 1 on a CPU, 8 elsewhere. Finished samples are frozen, so solutions and step
+            counts do not depend on it.
+        progress: reports the progress of solves that take several seconds; None: no reports, at no cost.
 
     Raises:
         ValueError: if check_every < 1.

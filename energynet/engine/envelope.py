@@ -1,14 +1,14 @@
-r"""The energy at the answer of a minimization, e(θ) = E(x*(θ), θ), and its derivatives.
+r"""The energy at the solution of a minimization, e(θ) = E(x*(θ), θ), and its derivatives (the envelope theorem).
 
-At the answer ∇E(x*(θ), θ) = 0, for every θ. So the derivative of e is
+At the solution ∇E(x*(θ), θ) = 0, for every θ. So the derivative of e is
 
     de/dθ = ∂E/∂θ (x*, θ),                                                                                       (2)
 
-without dx*/dθ: no linear equation is solved. Equation (2) is an identity in θ, so that it can be differentiated as it stands:
-its right-hand side is evaluated at an x* that is still connected, and the second derivative contains dx*/dθ. What is left out,
-∇E dx*/dθ, is zero in all orders.
+without dx*/dθ: no linear equation is solved. Equation (2) is an identity in θ, so it can be differentiated directly: its
+right-hand side is evaluated at an x* that is still connected to the graph, and its derivative contains dx*/dθ. The omitted
+term, ∇E dx*/dθ, vanishes together with all of its derivatives.
 
-With a prox ∇E is not zero. The energy is that of the smooth part, and it is differentiated with respect to x* as well.
+With a prox, ∇E is not zero. Then the energy is that of the smooth part, and it is differentiated with respect to x* as well.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ from energynet.step import Kind
 
 
 class EnergyOf(AnswerEnergy):
-    """Evaluates the energy of a solve at its answer, with gradients where the solve has recorded them.
+    """Evaluates the energy at the solution, with gradients if the solve has recorded them.
 
     Args:
-        root: what was solved; its step has an energy.
-        outcome: how, with the answer still connected.
-        inputs: of the root.
-        unrolled: whether the answer is not a root but an iterate, which is differentiated as such.
+        root: the equation that was solved; its step has an energy.
+        outcome: the result of the solve, with the solution still connected to the graph.
+        inputs: the inputs of the root.
+        unrolled: whether the solution is differentiated as an iterate and not as a root.
     """
 
     def __init__(self, root: Root, outcome: Outcome, inputs: tuple[Tensor, ...], *, unrolled: bool) -> None:
@@ -59,7 +59,7 @@ class EnergyOf(AnswerEnergy):
         if changed:
             raise ChangedFunctionError(
                 f"Solution.energy is evaluated when it is first read, and a tensor of shape {tuple(changed[0].shape)} that the "
-                "solve used or returned has been changed in place since, as an optimizer's step does: read the energy before."
+                "solve used or returned has been changed in place since, as an optimizer step does. Read the energy before that."
             )
         with recording(self._tensors) as (x, *inputs), torch.set_grad_enabled(self._grad), unwatched(), _as_solved(self._root):
             if self._unrolled:
@@ -76,7 +76,7 @@ class EnergyOf(AnswerEnergy):
 
 
 class _Energy(torch.autograd.Function):
-    """E at the answer, differentiable to any order and under every transform of ``torch.func``, by equation (2)."""
+    """E at the solution, differentiable by equation (2) to any order and under every transform of ``torch.func``."""
 
     @staticmethod
     def forward(root: Root, x: Tensor, status: Tensor, error: Tensor, steps: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,29 +126,29 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, root: Root, *tensors: Tensor) -> tuple[Any, Any]:
         moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[1:], strict=True)]
-        for k, dim in enumerate(in_dims[1:5]):  # the answer and how it was found belong to an index of their own
+        for k, dim in enumerate(in_dims[1:5]):  # the outcome has one entry for each index of the vmap
             moved[k] = moved[k] if dim is not None else moved[k].expand(info.batch_size, *moved[k].shape)
         dims = tuple(None if d is None else 0 for d in in_dims[5:])
         return _Energy.apply(root.mapped(dims, info.randomness), *moved), (0, None)
 
 
-_Energy.forward.__signature__ = inspect.signature(_Energy.forward)  # type: ignore[attr-defined]  # autograd asks at each call
+_Energy.forward.__signature__ = inspect.signature(_Energy.forward)  # type: ignore[attr-defined]  # autograd reads it at each call
 
 
 @contextlib.contextmanager
 def _as_solved(root: Root) -> Iterator[None]:
-    """Where the energy is that of the solve."""
+    """A context in which the energy is that of the solve."""
     with root.ambient.solving(), root.binding.shared.unchanged():
         yield
 
 
 def _moves(root: Root) -> bool:
-    """Whether ∇E is not zero at the answer, so that the energy changes with it."""
+    """Whether ∇E is not zero at the solution, so that the energy depends on it to first order."""
     return root.kind is not Kind.ENERGY
 
 
 def _gradients(wanted: tuple[bool, ...], v: Tensor, x: Tensor, samples: FailedSamples) -> list[Tensor | None]:
-    """Those of x and of the inputs, where they are wanted; v is ``(*batch)``."""
+    """The gradients of x and of the inputs that are wanted; v is ``(*batch)``."""
     if samples.all:
         return [None, *samples.nothing(wanted[1:], v)]
     v, at = samples.silence(v.unsqueeze(-1)).squeeze(-1), (samples.answer(x), *samples.inputs())
@@ -160,7 +160,7 @@ def _gradients(wanted: tuple[bool, ...], v: Tensor, x: Tensor, samples: FailedSa
 
 
 def _along(tangents: dict[int, Tensor], x: Tensor, samples: FailedSamples, dtype: torch.dtype) -> Tensor:  # (*batch)
-    """The derivative along tangents of x, number 0, and of the inputs."""
+    """The derivative along tangents of x, which has index 0, and of the inputs."""
     if samples.all or not tangents:
         return torch.zeros_like(x.sum(-1), dtype=dtype) + (torch.nan if samples.all else 0)
     at = (samples.answer(x), *samples.inputs())

@@ -1,7 +1,7 @@
-"""What is solved: the optimality condition of a step, and the linear equations that its derivatives obey.
+"""The equations that are solved: the optimality condition of a step, and the linear equations for its derivatives.
 
-Both are frozen values on flat tensors. Each gives a `Problem` for the loop, on plain tensors, and a ``residual`` that can
-be differentiated to any order.
+Both are immutable values on flat tensors. Each provides a `Problem` for the loop, on plain tensors, and a ``residual`` that
+can be differentiated to any order.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from energynet.step import Kind, ProximalStep, Step, per_sample
 
 
 class Constant(NamedTuple):
-    """A leaf of a pytree that is no tensor."""
+    """A leaf of a pytree that is not a tensor."""
 
     value: Any
 
@@ -54,19 +54,20 @@ class Arguments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Root:
-    """F(x; inputs) = 0 on flat tensors, x ``(*batch, n)``.
+    """The equation F(x; inputs) = 0 on flat tensors, with x of shape ``(*batch, n)``.
 
-    The inputs are the step's tensors, those of its code, and, where the code is not the context itself, the context's: F
-    does not depend on these, but a failed sample's NaN goes to them and not through the encoder.
+    The inputs are the tensors of the step and those of its code. If ``encode`` makes the code from the context, the tensors of
+    the context follow: F does not depend on them, but they receive a failed sample's NaN, which must not pass through the
+    encoder.
     """
 
     binding: Binding
     layout: Layout
     code: Arguments
-    context: Arguments | None  # where the code is another
+    context: Arguments | None  # None: the context is the code itself
     ambient: Ambient
     precision: torch.dtype | None = None
-    """To which F is evaluated where it is coarser than x, as under autocast."""
+    """The precision of F where it is lower than that of x, as under autocast."""
     vmaps: tuple[tuple[tuple[int | None, ...], str], ...] = ()
 
     @property
@@ -83,7 +84,7 @@ class Root:
 
     @property
     def batch_dims(self) -> int:
-        """The caller's, and one for each vmap around."""
+        """The number of batch dimensions: those of the caller, and one for each enclosing vmap."""
         return self.layout.batch_dims + len(self.vmaps)
 
     @property
@@ -93,37 +94,37 @@ class Root:
 
     @property
     def num_shared(self) -> int:
-        """Leading inputs that belong to no sample: the step's own tensors."""
+        """The number of leading inputs that belong to no sample: the step's own tensors."""
         return len(self.binding.tensors)
 
     @property
     def num_code(self) -> int:
-        """How many inputs after those are tensors of the code."""
+        """The number of tensors of the code, which follow."""
         return self.code.count
 
     @property
     def num_context(self) -> int:
-        """How many inputs after those are tensors of the context that has been encoded."""
+        """The number of tensors of an encoded context, which come last."""
         return 0 if self.context is None else self.context.count
 
     def reads(self, k: int) -> bool:
-        """Whether F may depend on an input; it does not on the context that has been encoded."""
+        """Whether F may depend on an input; it does not depend on a context that has been encoded."""
         return k < self.num_shared + self.num_code
 
     def ends(self, k: int) -> bool:
-        """Whether the gradient of an input is the user's to see, and does not go on to what an encoder shares."""
+        """Whether the gradient of an input goes to the user and not through an encoder, whose weights samples share."""
         return k < self.num_shared or self.context is None or not self.reads(k)
 
     def mapped(self, in_dims: tuple[int | None, ...], randomness: str) -> "Root":
-        """The same equation for every index of a new leading dimension of x and of the inputs with in_dim 0."""
+        """The same equation, with a new leading batch dimension in x and in the inputs with in_dim 0."""
         return dataclasses.replace(self, vmaps=(*self.vmaps, (in_dims, randomness)))
 
     def unmapped(self) -> "Root":
-        """The equation of one index of every vmap."""
+        """The equation for a single index of each vmap."""
         return dataclasses.replace(self, vmaps=())
 
     def lacking(self, k: int) -> tuple[int, ...]:
-        """Which of the batch dimensions an input does not have, since a vmap around did not map it."""
+        """The batch dimensions that an input lacks because an enclosing vmap does not map it."""
         return tuple(len(self.vmaps) - 1 - level for level, (in_dims, _) in enumerate(self.vmaps) if in_dims[k] is None)
 
     def residual(self, x: Tensor, *inputs: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class Root:
         return self._mapped(self._optimality, inputs)
 
     def energy(self, x: Tensor, *inputs: Tensor) -> Tensor:  # (*batch)
-        """That of a minimization, of the smooth part alone where there is a prox."""
+        """The energy of a minimization; with a prox, that of the smooth part alone."""
         return self._mapped(self._value, inputs)(x)
 
     def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> Problem:
@@ -166,17 +167,17 @@ class Root:
         return problems.Condition(residual, jacobian, batch_dims=dims, step_size=step_size, start=start)
 
     def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor | None:
-        """γ as a float or ``(*batch, 1)``, if it is given."""
+        """γ as a float or ``(*batch, 1)``; None if it was not given."""
         step_size = self.binding.step.step_size
         return self._mapped(self._step_size, inputs)(like) if isinstance(step_size, Tensor) else step_size
 
     @property
     def linearized(self) -> "Root":
-        """Whose Jacobian is that of its linear equations."""
+        """The root whose Jacobian appears in the linear equations."""
         return self
 
     def linearization(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple["Root", bool, tuple[Tensor, ...]]:
-        """What the tangent equation at the answer x is made of: a root, whether its Jacobian is transposed, and inputs."""
+        """The parts of the tangent equation at the solution x: a root, whether its Jacobian is transposed, and its inputs."""
         return self, False, (x, *inputs)
 
     def _mapped(self, called: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
@@ -209,7 +210,7 @@ class Root:
 
     def _energy(self, step: Step, code: tuple[Any, ...], x: Tensor) -> Tensor:
         value = self._value(step, code, x)
-        # In the precision to which it is known, so that solvers take no rounding for a change.
+        # The value has the precision to which it is known, so that solvers do not mistake rounding for a change.
         return value if self.precision is None else value.to(self.precision)
 
     def _land(self, step: Step, code: tuple[Any, ...], target: Tensor) -> Tensor:  # (*batch, n + 1), the last number is γ
@@ -225,7 +226,7 @@ class Root:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """A(x; inputs) u = v, or Aᵀ u = v, with A = ∂F/∂x of a root; its own inputs are (v, x, \\*inputs)."""
+    """The equation A(x; inputs) u = v, or Aᵀ u = v, where A = ∂F/∂x for a root; its own inputs are (v, x, \\*inputs)."""
 
     root: Root
     transposed: bool
@@ -298,7 +299,7 @@ class Linear:
 
 
 def _jacobian(residual: Callable[[Tensor], Tensor], x: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
-    """p -> ∂F/∂x p. That of a gradient is symmetric, so one vector-Jacobian product serves."""
+    """p -> ∂F/∂x p. The Jacobian of a gradient is symmetric, so a vector-Jacobian product suffices."""
     if not transform_active() and not torch.is_grad_enabled():
         return linearize(residual, x, transposed=symmetric)
 

@@ -1,8 +1,8 @@
-"""How far a point is from the answer, in units of x: what is compared with the tolerances and reported as the error.
+"""Estimates the distance of a point from the solution, in units of x; it is compared with the tolerances and reported.
 
-F alone cannot tell: ∇E changes with the units of E, and x − g(x) is small where g hardly contracts. It is divided by a
-*scale*, a curvature. During a solve an old one serves, which only decides when to look; what is reported is measured at the
-returned point by `measure`.
+The size of F alone does not suffice: ∇E changes with the units of E, and x − g(x) is small where g hardly contracts. So it is
+divided by a *scale*, a curvature. During a solve an earlier scale is used, which only decides when to verify convergence; the
+reported error is measured at the returned point by `measure`.
 """
 
 from typing import NamedTuple
@@ -17,31 +17,31 @@ from energynet.termination import Termination
 
 
 class Measured(NamedTuple):
-    """What is known at a point."""
+    """The measurements at a point."""
 
     residual: Tensor  # F(x), (*batch, n)
-    energy: Tensor | None  # E(x), (*batch), of a minimization
-    error: Tensor  # (*batch), the estimated distance from the answer
-    scale: Tensor  # (*batch), ‖F‖ / error, as far as it serves for points nearby; 0 where it is not known
-    settled: Tensor  # (*batch) bool, F itself is lost in rounding
-    saddle: Tensor  # (*batch) bool, of a minimization: there is a direction in which the energy falls
-    direction: Tensor  # (*batch, n), it
+    energy: Tensor | None  # E(x), (*batch), for a minimization
+    error: Tensor  # (*batch), the estimated distance from the solution
+    scale: Tensor  # (*batch), ‖F‖ / error, for use at points nearby; 0 where it is unknown
+    settled: Tensor  # (*batch) bool, whether F itself is below its rounding error
+    saddle: Tensor  # (*batch) bool, for a minimization: whether there is a direction of negative curvature
+    direction: Tensor  # (*batch, n), that direction
 
 
 def error_estimate(problem: Problem, termination: Termination, x: Tensor, size: Tensor, scale: Tensor) -> Tensor:  # -> (*batch)
-    """The estimate, from the size of F at x; of a linear equation, that size itself."""
+    """The estimate from the size of F at x; for a linear equation, that size itself."""
     if isinstance(problem, Linear):
         return size
     return torch.where(size == 0, size, size / scale) + _rounding(termination, x)
 
 
 def _rounding(termination: Termination, x: Tensor) -> Tensor:  # -> (*batch)
-    """x itself is only known to its rounding unit: a low-precision step that rounds to no change has not arrived."""
+    """The rounding error of x itself: a low-precision step that rounds to no change does not prove convergence."""
     return 0.5 * torch.finfo(x.dtype).eps * termination.size(x)
 
 
 def first_scale(problem: Problem, termination: Termination, x: Tensor, residual: Tensor) -> Tensor:  # -> (*batch)
-    """A guess before the first step: 1/γ, or the curvature at the start along F; 1 for x − g(x), which is in units of x."""
+    """An initial estimate: 1/γ, or the curvature at the initial point along F; 1 for x − g(x), which is in units of x."""
     one = torch.ones_like(termination.size(x))
     if not isinstance(problem, Differentiable) or isinstance(problem, Linear):
         return one
@@ -54,15 +54,15 @@ def first_scale(problem: Problem, termination: Termination, x: Tensor, residual:
 
 def measure(problem: Problem, termination: Termination, x: Tensor, before: Tensor, residual: Tensor | None,
             evaluations: int) -> Measured:  # fmt: skip
-    """Look at a point ``(*batch, n)``.
+    """Measures the error at a point ``(*batch, n)``.
 
     Args:
-        problem: no linear equation.
-        termination: whose norm is taken.
+        problem: any problem except a linear equation.
+        termination: defines the norm.
         x: the point.
-        before: the scale that was known, ``(*batch)``.
+        before: the previous scale, ``(*batch)``.
         residual: F(x), if it is known.
-        evaluations: of a map, how many are spent.
+        evaluations: the number of evaluations to spend on a map.
     """
     if isinstance(problem, Descent) and problem.has_newton_step:
         return _of_energy(problem, termination, x, before)
@@ -91,15 +91,15 @@ def _curvature(problem: Differentiable, termination: Termination, x: Tensor, res
     """‖A F‖ / ‖F‖."""
     unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
     curvature = termination.sure_size(problem.jacobian(x)(unit))
-    return torch.where(torch.isinf(curvature), torch.nan, curvature)  # else any gradient would pass for an arrival
+    return torch.where(torch.isinf(curvature), torch.nan, curvature)  # otherwise any gradient would count as converged
 
 
 def _contraction(problem: Problem, x: Tensor, residual: Tensor, before: Tensor, evaluations: int) -> Measured:
-    """‖x − g(x)‖ / (1 − ρ) of a map, with 1 − ρ = ‖F(x) − F(x − d)‖ / ‖d‖ for a further evaluation, at g(x).
+    """‖x − g(x)‖ / (1 − ρ) for a map, with 1 − ρ = ‖F(x) − F(x − d)‖ / ‖d‖ from a further evaluation, at g(x).
 
-    Evaluations after that show the slowest part of F, which makes up most of the error. Where F is nearly lost in rounding, a
-    point further off shows ρ; where the change of F still is, the scale known before holds, unless rounding cannot have hidden
-    so much.
+    Additional evaluations reveal the slowest component of F, which makes up most of the error. Where F is close to its
+    rounding error, ρ is measured at a point further away. Where even the change of F is below its rounding error, the previous
+    scale is kept, unless it is larger than rounding can explain.
     """
     size, reach, eps = _length(residual, before), _length(x, before), torch.finfo(x.dtype).eps
     noise = 2 * eps * reach
@@ -121,7 +121,7 @@ def _contraction(problem: Problem, x: Tensor, residual: Tensor, before: Tensor, 
 
 def _slope(problem: Problem, x: Tensor, residual: Tensor, step: Tensor, noise: Tensor, before: Tensor
            ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """F(x − step), by how much it differs from F(x) in units of the step, and whether that was seen beyond rounding."""
+    """F(x − step), its difference from F(x) divided by the length of the step, and whether that exceeds rounding errors."""
     after = problem.residual(x - step)
     length = _length(step, before)
     unit = torch.where(length > 0, length, 1)

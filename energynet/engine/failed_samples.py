@@ -1,9 +1,9 @@
-"""Keep failed samples away from what the samples share.
+"""Excludes failed samples from the gradients of inputs that all samples share.
 
-A sample that failed has no derivative. Before F is differentiated it is replaced by a good one, because its NaN would reach
-shared gradients even with a zero cotangent (0 · NaN = NaN). So it adds nothing to them, and its own context gets NaN. What is
-its own is a matter of definition, not of values: `row_inputs`. Where no sample is left that did not fail, or samples depend on
-one another, no derivative exists, and every gradient is NaN.
+A failed sample has no derivative. Before F is differentiated, the sample is replaced by a good one, because its NaN would reach
+shared gradients even with a zero cotangent (0 · NaN = NaN). So it contributes nothing to them, and its own context gets NaN.
+Which inputs belong to a single sample is a matter of definition and not of their values; see `row_inputs`. If every sample has
+failed, or if samples depend on one another, no derivative exists and every gradient is NaN.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from energynet.solution import failed
 from energynet.step import Step
 
 SHARED, OWN, UNKNOWN, MIXED = range(4)
-"""What an input is to a sample: everyone's, a row of its own, one or the other, or tied to those of the other samples."""
+"""The kinds of inputs: shared by all samples, one row per sample, either of these, or coupled across samples."""
 
 
 def input_kinds(equation: Equation, outcome: Outcome, inputs: tuple[Tensor, ...]) -> Tensor:
-    """``(len(inputs),)`` int8; looked for only where a sample failed, and without elements elsewhere."""
+    """The kinds of the inputs, ``(len(inputs),)`` int8, if a sample failed; otherwise they are not needed, and it is empty."""
     bad = failed(outcome.status)
     kinds = _kinds(equation, outcome.value, inputs, bad) if bool(bad.any()) else []
     return torch.tensor(kinds, dtype=torch.int8, device=bad.device)
@@ -56,7 +56,7 @@ def _of_one_index(root: Root, x: Tensor, inputs: Sequence[Tensor], bad: Tensor) 
 
 
 def _context_kinds(root: Root, inputs: Sequence[Tensor], code: Sequence[bool | None], good: Tensor) -> list[int]:
-    """Of the context where the code is another: which of it the code has its rows of."""
+    """The kinds of the context's tensors if ``encode`` makes the code from them."""
     if not root.num_context:
         return []
     held, context = inputs[: root.num_shared], inputs[-root.num_context :]
@@ -66,10 +66,10 @@ def _context_kinds(root: Root, inputs: Sequence[Tensor], code: Sequence[bool | N
 
 def encoder_roles(root: Root, held: Sequence[Tensor], context: Sequence[Tensor], code: Sequence[bool | None], good: Tensor
                   ) -> list[bool | None] | None:  # fmt: skip
-    """The roles of the context in ``encode``; None where it mixes samples, as BatchNorm does, or is random, as dropout is."""
+    """The roles of the context in ``encode``; None if that mixes samples, like BatchNorm, or is random, like dropout."""
 
     def encode(context: Sequence[Tensor]) -> list[Tensor]:
-        step = root.binding.attach([t.detach().clone() for t in held])  # whose running statistics stay as they are
+        step = root.binding.attach([t.detach().clone() for t in held])  # copies, so that running statistics do not change
         return _encoded(root, step, context)
 
     with torch.random.fork_rng([good.device] if good.device.type == "cuda" else []):
@@ -82,12 +82,12 @@ def _encoded(root: Root, step: Step, context: Sequence[Tensor]) -> list[Tensor]:
 
 
 def encoded_apart(root: Root, x: Tensor, inputs: tuple[Tensor, ...], bad: Tensor) -> tuple[Tensor, ...]:
-    """The same inputs, of which the failed samples' code has no way back to the encoder, where 0 · NaN = NaN.
+    """The same inputs, but with the code of failed samples disconnected from the encoder, where 0 · NaN = NaN.
 
     Args:
-        root: without vmaps, whose code is not the context itself.
-        x: the answers, ``(B, n)``.
-        inputs: of the root.
+        root: a root without vmaps, whose context is encoded.
+        x: the solutions, ``(B, n)``.
+        inputs: the inputs of the root.
         bad: ``(B,)`` bool, the failed samples: some, but not all.
     """
     held, code, context = inputs[: root.num_shared], inputs[root.num_shared :][: root.num_code], inputs[-root.num_context :]
@@ -107,11 +107,11 @@ def encoded_apart(root: Root, x: Tensor, inputs: tuple[Tensor, ...], bad: Tensor
 
 
 class FailedSamples(NamedTuple):
-    """Keeps failed samples away from what samples share; does nothing where none failed."""
+    """Excludes failed samples from shared gradients; does nothing if no sample failed."""
 
     equation: Equation
     bad: Tensor  # (*batch) bool
-    kinds: list[int]  # of `input_kinds`
+    kinds: list[int]  # from `input_kinds`
     values: tuple[Tensor, ...]  # the inputs
 
     @classmethod
@@ -119,7 +119,7 @@ class FailedSamples(NamedTuple):
         return cls(equation, failed(status), [], values).joined(failed(status), kinds)
 
     def joined(self, bad: Tensor, kinds: Tensor) -> "FailedSamples":
-        """With the samples that failed in the adjoint as well, whose last inputs are these."""
+        """The union with the samples that failed in the adjoint solve, whose last inputs are these."""
         if not len(kinds):
             return self
         found = kinds.tolist()[len(kinds) - len(self.values) :]
@@ -128,7 +128,7 @@ class FailedSamples(NamedTuple):
 
     @property
     def all(self) -> bool:
-        """Whether it is known that no sample is left."""
+        """Whether every sample is known to have failed."""
         return bool(self.kinds) and readable(self.bad) and bool(self.bad.all())
 
     @property
@@ -136,14 +136,14 @@ class FailedSamples(NamedTuple):
         return bool(self.kinds) and (not readable(self.bad) or bool(self.bad.any()))
 
     def answer(self, y: Tensor) -> Tensor:
-        """The answer with those of good samples in place of the failed ones'."""
+        """The solution, in which those of good samples replace those of failed ones."""
         return _replaced(y, self.bad, self.bad.float()) if self.active and self.bad.ndim else y
 
     def silence(self, u: Tensor) -> Tensor:
         return torch.where(self.bad.unsqueeze(-1), 0, u) if self.active else u
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """The inputs with rows of good samples in place of those that only failed ones read."""
+        """The inputs, in which rows of good samples replace those that only failed samples use."""
         if not self.active:
             return self.values
         return tuple(self._safe(k, t) for k, t in enumerate(self.values))
@@ -153,11 +153,11 @@ class FailedSamples(NamedTuple):
         if len(absent) == self.bad.ndim or not self.equation.reads(k):
             return value
         rows = self.bad.all(absent) if absent else self.bad
-        share = self.bad.float().mean(absent) if absent else self.bad.float()  # of the samples that read a row and failed
+        share = self.bad.float().mean(absent) if absent else self.bad.float()  # the failed share of the samples that use a row
         return _replaced(value, rows, share)
 
     def mark(self, k: int, gradient: Tensor | None, wanted: bool) -> Tensor | None:
-        """NaN in the failed samples' own rows, and wherever every sample failed; nothing from them elsewhere."""
+        """Set the failed samples' own rows to NaN; a shared input is NaN only if every sample failed."""
         if not self.active or not wanted:
             return gradient
         gradient = torch.zeros_like(self.values[k]) if gradient is None else gradient
@@ -165,21 +165,21 @@ class FailedSamples(NamedTuple):
         return torch.where(rows.reshape(_aligned(rows, gradient)), torch.nan, gradient)
 
     def _ill(self, k: int) -> Tensor:
-        """The rows of an input without a derivative."""
+        """The rows of an input that have no derivative."""
         absent = self._absent(k)
         if self.kinds[k] == SHARED:
             return self.bad.all(absent) if absent else self.bad
-        if not self.equation.ends(k):  # NaN would reach the encoder's weights, which samples share; the context gets it instead
+        if not self.equation.ends(k):  # NaN would reach the encoder's shared weights; the context gets it instead
             return self.bad.new_zeros(())
         return self.bad.any(absent) if absent else self.bad
 
     def nothing(self, wanted: Sequence[bool], v: Tensor) -> list[Tensor | None]:
-        """Gradients where no sample is left; of theirs and those of v further ones can be asked for."""
+        """NaN gradients for the case that every sample failed; they stay connected, so they can be differentiated again."""
         gone = torch.nan * v.sum()
         return [t + gone.to(t) if want else None for t, want in zip(self.values, wanted, strict=True)]
 
     def _absent(self, k: int) -> tuple[int, ...]:
-        """The batch dimensions that an input does not have."""
+        """The batch dimensions that an input lacks."""
         last = (self.bad.ndim - 1,) if self.equation.layout.batch_dims and self.kinds[k] != OWN else ()
         return (*self.equation.lacking(k), *last)
 
@@ -189,12 +189,12 @@ def _aligned(rows: Tensor, tensor: Tensor) -> tuple[int, ...]:
 
 
 def _replaced(tensor: Tensor, rows: Tensor, share: Tensor) -> Tensor:
-    """The tensor ``(*batch, ...)`` with rows of good samples in place of these, of the same index of each vmap if there are any.
+    """The tensor ``(*batch, ...)`` with the given rows replaced by those of good samples, if possible of the same vmap index.
 
     Args:
-        tensor: of which rows are replaced.
-        rows: ``(*batch)`` bool.
-        share: ``(*batch)``, of the samples that read a row and failed, between 0 and 1.
+        tensor: the tensor in which rows are replaced.
+        rows: the rows to replace, ``(*batch)`` bool.
+        share: ``(*batch)``, the failed share of the samples that use a row, between 0 and 1.
     """
     flat = share.flatten()
     anywhere = flat.argmin()

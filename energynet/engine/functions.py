@@ -1,4 +1,4 @@
-"""Copies of functions that keep reading the values of now, even if the variables that they capture change."""
+"""Copies functions so that they keep their current values even if the variables that they capture change."""
 
 import functools
 import types
@@ -8,16 +8,16 @@ from typing import Any
 from energynet.engine.code import cells_of, content, of_a_library, reads_of, unwrapped
 from energynet.engine.shared_state import PLAIN, stays
 
-Memo = dict[int, tuple[Any, Any]]  # copy and original: kept alive, since ids are unique among the living only
+Memo = dict[int, tuple[Any, Any]]  # copy and original, which is kept alive because ids of dead objects are reused
 
 
 class Functions:
-    """Copies functions with the variables that they capture, and the globals that they name, as they are now.
+    """Copies functions together with the current values of the variables that they capture and of the globals that they name.
 
-    What a function captures is shared with the caller, but for functions in it.
+    Captured values are shared with the caller, except for functions, which are copied in turn.
 
     Args:
-        written: ids of cells that the code itself assigns to, such as counters: these stay the caller's.
+        written: ids of cells that the code itself assigns to, such as counters; these are shared with the caller.
     """
 
     def __init__(self, written: set[int]) -> None:
@@ -39,7 +39,7 @@ class Functions:
         scope = self._scope(function.__globals__) if fixes else function.__globals__
         closure = tuple(own.get(name) or types.CellType() for name in cells)
         result = types.FunctionType(function.__code__, scope, function.__name__, None, closure)
-        memo[id(function)] = (result, function)  # before what it captures, which may be itself
+        memo[id(function)] = (result, function)  # set before captured values are copied, since a function may capture itself
         for name, cell in zip(cells, closure, strict=True):
             if name not in own and (value := content(cells[name], _EMPTY)) is not _EMPTY:
                 cell.cell_contents = self._captured(value, memo)
@@ -54,14 +54,14 @@ class Functions:
         return result
 
     def _scope(self, names: dict[str, Any]) -> dict[str, Any]:
-        """Of the globals of one module those that functions name, and what Python itself looks for."""
+        """A copy of a module's globals, with those that functions name and those that Python itself looks up."""
         if id(names) not in self.globals:
             names.setdefault("__warningregistry__", {})
             self.globals[id(names)] = {name: names[name] for name in _PYTHONS if name in names}
         return self.globals[id(names)]
 
     def _captured(self, value: Any, memo: Memo) -> Any:
-        """The value, with copies in place of functions."""
+        """The value, in which functions are replaced by copies."""
         if type(value) in PLAIN:
             return value
         value = unwrapped(value)

@@ -1,4 +1,4 @@
-"""Registers tensors and modules inside objects that are not modules, such as a `Prox`, a `Step` or a bound method."""
+"""Registers the tensors and modules inside objects that are not modules, such as a `Prox`, a `Step` or a bound method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ from energynet.engine.binding import parts_of, with_tensors
 
 
 class Held(nn.Module):
-    """The parameters, tensors and modules of a value, under the names of its attributes.
+    """Registers the parameters, tensors and modules of a value under the names of its attributes.
 
-    They are listed, saved, loaded and moved with the module that has this one as a member. A parameter stays the same object
-    when it moves; of any other tensor a new one is made, and `value` is the value with that.
+    They are listed, saved, loaded and moved with the module of which this one is a submodule. A parameter stays the same object
+    when it moves; any other tensor is replaced by a new one, and `value` returns the value with the new tensors.
 
     Example:
         >>> import torch
@@ -24,7 +24,7 @@ class Held(nn.Module):
         torch.float64
 
     Args:
-        value: anything but a module or tensor.
+        value: anything except a module or tensor.
     """
 
     def __init__(self, value: Any) -> None:
@@ -40,7 +40,7 @@ class Held(nn.Module):
         return bool(self._places or self._shared)
 
     def value(self) -> Any:
-        """The value with the tensors that are members now; the value itself if they are its own."""
+        """The value with the tensors that are registered now; the value itself if they have not been replaced."""
         now = self._now()
         if all(new is old for new, old in zip(now, self._tensors, strict=True)):
             return self._value
@@ -56,7 +56,7 @@ class Held(nn.Module):
         return self
 
     def _fill(self, owner: nn.Module, value: Any, met: set[int]) -> None:
-        """Register each part of the value with its owner, and what is inside parts with owners of their own."""
+        """Register each part of the value with its owner; nested parts get submodules of their own."""
         met.add(id(value))
         for name, part in parts_of(value).items():
             name = name.replace(".", "_") + "_" * hasattr(owner, name)

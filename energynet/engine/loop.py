@@ -1,9 +1,8 @@
-"""The only loop of the package: it moves, judges each sample, freezes the finished ones, and verifies every claim of
-convergence.
+"""The only loop of the package: it updates the samples, decides their status, freezes finished ones, and verifies convergence.
 
-`body` is a pure function on a `LoopState` of fixed shapes. `loop` drives it eagerly; a compiled driver can run the same
-body. A sample that seems to have converged is frozen, and once no sample moves, `_verify` measures the optimality
-condition anew at the returned points: whatever a solver believes, a residual is what was seen there. A sample that ran
+`body` is a pure function on a `LoopState` of fixed shapes. `loop` runs it eagerly; a compiled driver can run the same
+body. A sample that seems to have converged is frozen. Once no sample is running, `_verify` evaluates the optimality
+condition at the returned points, so the reported residual never relies on the solver's own bookkeeping. A sample that ran
 out of steps returns the best of its iterates.
 """
 
@@ -24,29 +23,27 @@ from energynet.solvers.problem import Descent, Differentiable, Linear, Problem
 from energynet.termination import Termination
 
 RUNNING = -1
-FAR = 1e6  # a distance this many times larger than where the sample began is called divergence
-LOOK = 64  # updates, then twice as many, after which all running samples are measured: their scale may have become wrong
-
-MOST_LOOK = 2**40  # a number that doubles overflows in the end
-
-PATIENCE = 8
-REACHED = 50  # rounding units of v, below which no residual of a linear equation can be asked for
-FRACTION = 0.1  # of the default tolerance √ε, which that does not exceed: in half precision there are few such units
+FAR = 1e6  # a sample has diverged when its distance exceeds the initial one by this factor
+LOOK = 64  # the number of updates, doubled each time, after which all running samples are measured to correct their scales
+MOST_LOOK = 2**40  # an upper limit, because a number that keeps doubling overflows
+PATIENCE = 8  # the number of updates between two status checks on an accelerator
+REACHED = 50  # the smallest tolerance for the residual of a linear equation, in rounding units of v
+FRACTION = 0.1  # that tolerance is at most this fraction of the default √ε, which matters in half precision
 
 
 class LoopState(NamedTuple):
-    """All that changes from one step to the next; every field keeps its shape."""
+    """Everything that changes from one step to the next; every field keeps its shape."""
 
     x: Tensor  # (*batch, n)
     inner: Any  # the solver's own state
     status: Tensor  # (*batch) int8
     steps: Tensor  # (*batch) int32
     error: Tensor  # (*batch), the estimate that is compared with the tolerance
-    scale: Tensor  # (*batch), curvature by which ‖F‖ is divided
-    limit: Tensor  # (*batch), distance, or ‖x‖ of a solver that descends, beyond which a sample has diverged
-    best: Tensor  # (*batch, n), the iterate of least merit
+    scale: Tensor  # (*batch), the curvature by which ‖F‖ is divided
+    limit: Tensor  # (*batch), the error, or ‖x‖ for a solver that descends, beyond which a sample has diverged
+    best: Tensor  # (*batch, n), the iterate with the smallest merit
     merit: Tensor  # (*batch)
-    unit: Tensor  # (*batch), ‖x0‖: the scale of x where x itself does not show it
+    unit: Tensor  # (*batch), ‖x0‖, which sets the scale of x where ‖x‖ is smaller
 
 
 Advance = Callable[[LoopState], LoopState]
@@ -54,13 +51,13 @@ Wrap = Callable[[Advance], Advance]
 
 
 class Batch(Protocol):
-    """Samples whose problem is known, and that of any of them."""
+    """A batch of samples, of which some can be solved separately."""
 
     @property
     def problem(self) -> Problem: ...
 
     def some(self, rows: Tensor) -> "Batch | None":
-        """The samples of these numbers; None where they depend on the others."""
+        """The samples with these indices; None if they depend on the others."""
 
 
 def loop(
@@ -76,39 +73,40 @@ def loop(
     """Solve until every sample has converged, failed, or taken ``max_steps`` updates.
 
     Args:
-        problem: what is solved.
-        solver: how to move.
-        termination: when to stop.
+        problem: the problem to solve.
+        solver: computes the updates.
+        termination: the stopping criteria.
         x0: ``(*batch, n)``.
         observe: called with the state at the start and after each update.
-        wrap: makes of one update what is run in its place, such as several ones under a checkpoint.
-        every: updates between two looks at whether any sample still runs; None: 1 on a CPU, `PATIENCE` on an accelerator,
-            which has to stop its work to be looked at.
-        batch: where values can be read, the samples, of which the last few may go on alone.
+        wrap: replaces the update by another function, such as several updates under a checkpoint.
+        every: the number of updates between two checks whether any sample is still running; None: 1 on a CPU, `PATIENCE` on
+            an accelerator, which has to be synchronized for each check.
+        batch: the samples, where values can be read; the last few running ones may then continue as a smaller batch.
     """
     if tracing() and not solver.descends:
-        _ = problem.gamma  # once, and not in each update
+        _ = problem.gamma  # computed once and not in each update
     every = every or (1 if x0.device.type == "cpu" else PATIENCE)
     state = _begin(problem, solver, termination, x0)
     if observe is not None:
         observe(state)
-    look = torch.full((), LOOK, dtype=torch.int64, device=x0.device)
-    return _stop(_go_on(problem, solver, termination, state, look, observe=observe, wrap=wrap, every=every, batch=batch),
-                 termination)
+    interval = torch.full((), LOOK, dtype=torch.int64, device=x0.device)
+    return _stop(
+        _go_on(problem, solver, termination, state, interval, observe=observe, wrap=wrap, every=every, batch=batch), termination
+    )
 
 
-def _go_on(problem: Problem, solver: Solver, termination: Termination, state: LoopState, look: Tensor, *,
+def _go_on(problem: Problem, solver: Solver, termination: Termination, state: LoopState, interval: Tensor, *,
            observe: Callable[[LoopState], None] | None, wrap: Wrap | None, every: int, batch: Batch | None
            ) -> LoopState:  # fmt: skip
-    first = look
-    seen = readable(state.status) or tracing()
-    glance = _Glance() if readable(state.status) and state.x.device.type == "cpu" else None
+    first = interval
+    can_read = readable(state.status) or tracing()
+    cache = _StatusCache() if readable(state.status) and state.x.device.type == "cpu" else None
 
     def update(state: LoopState) -> LoopState:
-        return body(problem, solver, termination, state, glance)
+        return body(problem, solver, termination, state, cache)
 
     def any_running(state: LoopState) -> Tensor | bool:
-        return _any_running(state) if glance is None else glance.any_running(state.status)
+        return _any_running(state) if cache is None else cache.any_running(state.status)
 
     advance = update if wrap is None else wrap(update)
 
@@ -116,40 +114,41 @@ def _go_on(problem: Problem, solver: Solver, termination: Termination, state: Lo
         state = advance(state)
         if observe is not None:
             observe(state)
-        # Where nobody sees the end coming, every step is checked.
-        return state if seen else _verify(problem, solver, termination, state)
+        # Where values cannot be read, every step is verified.
+        return state if can_read else _verify(problem, solver, termination, state)
 
     def rounds(carry: tuple[Tensor, LoopState]) -> tuple[Tensor, LoopState]:
-        look, state = carry
-        state = while_loop(any_running, observed, state, look if scaled or batch else termination.limit, every)
+        interval, state = carry
+        state = while_loop(any_running, observed, state, interval if scaled or batch else termination.limit, every)
         state = _verify(problem, solver, termination, state, state.status == RUNNING if scaled else None)
-        rows = _few(state.status) if batch else None
+        rows = _last_running(state.status) if batch else None
         some = batch.some(rows) if batch and rows is not None else None
         if some is not None and rows is not None:
             rest = _tree.map_structure(lambda t: t[rows], state)
-            rest = _go_on(some.problem, solver, termination, rest, 2 * look, observe=observe, wrap=wrap, every=every, batch=some)
+            rest = _go_on(some.problem, solver, termination, rest, 2 * interval, observe=observe, wrap=wrap, every=every,
+                          batch=some)  # fmt: skip
             state = _tree.map_structure(lambda whole, part: whole.index_copy(0, rows, part), state, rest)
-        return torch.clamp(2 * look, max=MOST_LOOK), state
+        return torch.clamp(2 * interval, max=MOST_LOOK), state
 
-    scaled = not isinstance(problem, Linear) and seen
+    scaled = not isinstance(problem, Linear) and can_read
 
-    def unfinished(carry: tuple[Tensor, LoopState]) -> Tensor:  # a claim made at the start is looked at as well
+    def unfinished(carry: tuple[Tensor, LoopState]) -> Tensor:  # convergence at the initial point is verified as well
         return (carry[0] == first) | _any_running(carry[1])
 
-    return while_loop(unfinished, rounds, (look, state), termination.limit + 1 if seen else 1)[1]
+    return while_loop(unfinished, rounds, (interval, state), termination.limit + 1 if can_read else 1)[1]
 
 
-def _few(status: Tensor) -> Tensor | None:
-    """The numbers of the samples that run, if most of a large batch have ended."""
+def _last_running(status: Tensor) -> Tensor | None:
+    """The indices of the running samples, if most samples of a large batch have finished."""
     running = (status == RUNNING).nonzero().flatten()
     return running if len(status) >= CROWD and 0 < 2 * len(running) <= len(status) else None
 
 
-CROWD = 1024  # samples, below which a turn of few takes as long as one of all
+CROWD = 1024  # in smaller batches, updating a few samples takes as long as updating all of them
 
 
-class _Glance:
-    """Reads a status once, where reading is cheap: it stays the same object while nothing happens to any sample."""
+class _StatusCache:
+    """Caches what was read from a status tensor, which stays the same object while no sample changes its status."""
 
     def __init__(self) -> None:
         self.status: Tensor | None = None
@@ -165,11 +164,11 @@ class _Glance:
         return self.any_running(status) and self.all
 
 
-def body(problem: Problem, solver: Solver, termination: Termination, state: LoopState, glance: _Glance | None) -> LoopState:
-    """One update of the samples that still run."""
+def body(problem: Problem, solver: Solver, termination: Termination, state: LoopState, cache: _StatusCache | None) -> LoopState:
+    """One update of the running samples."""
     running = state.status == RUNNING
     x, inner = solver.update(problem, state.x, state.inner)
-    everyone = glance is not None and glance.all_running(state.status)
+    everyone = cache is not None and cache.all_running(state.status)
     if not everyone:
         x = torch.where(running.unsqueeze(-1), x, state.x)
         inner = _tree.map_structure(lambda new, old: _where(running, new, old), inner, state.inner)
@@ -191,7 +190,7 @@ def body(problem: Problem, solver: Solver, termination: Termination, state: Loop
 
 
 def _all_go_on(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> bool:
-    """Whether there is nothing to judge: a short form of `_judge` for the usual case."""
+    """Whether every sample continues: a short form of `_judge` for the usual case."""
     far = termination.size(state.x) if solver.descends else state.error
     goes_on = ~_within_tolerance(problem, termination, state) & (far <= state.limit) & (state.steps < termination.limit)
     for stopped in (solver.stalled(state.inner), solver.breakdown(state.inner)):
@@ -212,7 +211,7 @@ def _begin(problem: Problem, solver: Solver, termination: Termination, x0: Tenso
         steps = torch.zeros_like(size, dtype=torch.int32)
         merit = solver.merit(inner, left)
         state = LoopState(x, inner, steps.to(torch.int8), steps, error, scale, limit, x, merit, size)
-        # Outside of its domain an energy may be NaN where its gradient is not, such as that of log.
+        # Outside its domain an energy may be NaN where its gradient is finite, as with log.
         status = torch.where(torch.isfinite(merit), _judge(problem, solver, termination, state), Status.NONFINITE)
         return state._replace(status=status.to(torch.int8))
 
@@ -230,7 +229,7 @@ def _judge(problem: Problem, solver: Solver, termination: Termination, state: Lo
 
 
 def _finite(x: Tensor, residual: Tensor) -> Tensor:  # (*batch, n) twice -> (*batch)
-    """Whether all numbers are: by their mean, which is cheaper than to ask each."""
+    """Whether all elements are finite, determined from their sum because that is cheaper than testing each one."""
     part = 0.5 / max(1, x.shape[-1])
     return torch.isfinite((part * x + part * residual).sum(-1))
 
@@ -239,21 +238,21 @@ def _within_tolerance(problem: Problem, termination: Termination, state: LoopSta
     if not isinstance(problem, Linear):
         return (state.error <= termination.tolerance(state.x, state.unit)) & torch.isfinite(state.error)
     eps = torch.finfo(state.x.dtype).eps
-    reached = min(REACHED * eps, FRACTION * eps**0.5)  # a sum of products is not known any better
+    reached = min(REACHED * eps, FRACTION * eps**0.5)  # the attainable accuracy of a sum of products
     relative = max(termination.relative(eps), reached)
     return state.error <= relative * termination.size(problem.right) + problem.noise
 
 
 def _verify(problem: Problem, solver: Solver, termination: Termination, state: LoopState,
             suspects: Tensor | None = None) -> LoopState:  # fmt: skip
-    """Measure the condition at the returned points; samples that had stopped too early run again from there.
+    """Measure the optimality condition at the returned points; samples that stopped too early continue from there.
 
-    Suspects are running samples, ``(*batch)`` bool, which are measured as well.
+    ``suspects``, ``(*batch)`` bool, are running samples that are measured as well.
     """
     exhausted = (state.status == Status.MAX_STEPS) | (state.status == Status.STALLED)
     budgeted = termination.budget is not None
     if not readable(exhausted) or bool(exhausted.any()):
-        # Of a budget, the last iterate is what was asked for.
+        # With a budget, the last iterate is the result that was asked for.
         state = state if budgeted else state._replace(x=torch.where(exhausted.unsqueeze(-1), state.best, state.x))
     elif isinstance(problem, Linear) and solver.exact_residual:
         return state
@@ -261,31 +260,31 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         claimed = state.status == Status.CONVERGED
         claimed = claimed if suspects is None else claimed | suspects
         measured = claimed | exhausted
-        seen = _look(problem, solver, termination, state)
-        error = torch.where(measured, seen.error, state.error)
-        arrived = _within_tolerance(problem, termination, state._replace(error=error)) | seen.settled
-        x, left = _left(problem, termination, state, seen, measured & (arrived | exhausted))
-        more, arrived = state.steps < termination.limit, arrived & ~left
-        left = left & more
-        reopened = (claimed & ~arrived & more) | left
-        # A gradient without any curvature along it, to the last: the energy falls forever in this direction.
+        measurement = _measured_at(problem, solver, termination, state)
+        error = torch.where(measured, measurement.error, state.error)
+        converged = _within_tolerance(problem, termination, state._replace(error=error)) | measurement.settled
+        x, escaped = _escaped(problem, termination, state, measurement, measured & (converged | exhausted))
+        more, converged = state.steps < termination.limit, converged & ~escaped
+        escaped = escaped & more
+        reopened = (claimed & ~converged & more) | escaped
+        # There is no curvature along the gradient even at the end: the energy decreases without bound in this direction.
         ended = torch.where(exhausted, state.status, Status.MAX_STEPS)
         ended = torch.where(torch.isinf(error) & (not budgeted), Status.DIVERGED, ended)
-        ended = torch.where(arrived, Status.CONVERGED, torch.where(reopened, RUNNING, ended))
+        ended = torch.where(converged, Status.CONVERGED, torch.where(reopened, RUNNING, ended))
         status = torch.where(measured, ended, state.status).to(torch.int8)
-        # Where no curvature is seen, as on the linear part of a Huber function, look again a little later.
-        known = measured & (seen.scale > 0)
-        scale = torch.where(known, seen.scale, torch.where(reopened, 0.1 * state.scale, state.scale))
+        # Where no curvature is found, as on the linear part of a Huber function, measure again a little later.
+        known = measured & (measurement.scale > 0)
+        scale = torch.where(known, measurement.scale, torch.where(reopened, 0.1 * state.scale, state.scale))
         grown = torch.maximum(state.limit, FAR * error.nan_to_num(0, 0, 0))
         limit = state.limit if solver.descends else torch.where(reopened, grown, state.limit)
-        merit = torch.where(left, torch.inf, state.merit)
-    x = torch.where(left.unsqueeze(-1), x, state.x)  # with the graph that unrolling differentiates
+        merit = torch.where(escaped, torch.inf, state.merit)
+    x = torch.where(escaped.unsqueeze(-1), x, state.x)  # outside no_grad, because unrolling differentiates it
     state = state._replace(x=x, status=status, error=error, scale=scale, limit=limit, merit=merit)
-    return _begun_again(problem, solver, state, left if solver.exact_residual else reopened)
+    return _restarted(problem, solver, state, escaped if solver.exact_residual else reopened)
 
 
-def _look(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Measured:
-    """Measure the condition at x."""
+def _measured_at(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Measured:
+    """Measure the optimality condition at x."""
     if not isinstance(problem, Linear):
         is_map = not isinstance(problem, Differentiable)
         known = state.inner.residual if is_map and solver.exact_residual and _at_x(state) else None
@@ -296,21 +295,21 @@ def _look(problem: Problem, solver: Solver, termination: Termination, state: Loo
 
 
 def _at_x(state: LoopState) -> bool:
-    """Whether the solver's residual is that at x, and not at a later iterate that was worse."""
+    """Whether the solver's residual is the one at x, and not at a later, worse iterate."""
     exhausted = (state.status == Status.MAX_STEPS) | (state.status == Status.STALLED)
     return readable(exhausted) and not bool(exhausted.any())
 
 
-def _left(problem: Problem, termination: Termination, state: LoopState, seen: Measured, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a minimization goes on from a saddle, of some samples, and whether it does."""
+def _escaped(problem: Problem, termination: Termination, state: LoopState, seen: Measured, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The points at which samples continue from a saddle, and which samples do so."""
     if not isinstance(problem, Descent) or seen.energy is None:
         return state.x, torch.zeros_like(rows)
     unit = torch.maximum(termination.size(state.x), state.unit)
     return leave(problem, state.x, seen.energy, seen.residual, seen.direction, seen.saddle & rows, unit)
 
 
-def _begun_again(problem: Problem, solver: Solver, state: LoopState, rows: Tensor) -> LoopState:
-    """With the solver's own state made anew in some samples."""
+def _restarted(problem: Problem, solver: Solver, state: LoopState, rows: Tensor) -> LoopState:
+    """The state with the solver's own state initialized again for some samples."""
     if readable(rows) and not bool(rows.any()):
         return state
 
@@ -329,7 +328,7 @@ def _any_running(state: LoopState) -> Tensor:
 
 
 def _stop(state: LoopState, termination: Termination) -> LoopState:
-    """Under ``vmap`` no value can be read, so what still runs after the last step has run out of them."""
+    """Under ``vmap`` no value can be read, so a sample that is still running after the last step has run out of steps."""
     status = torch.where(state.status == RUNNING, Status.MAX_STEPS, state.status)
     if termination.budget is not None:
         exhausted = (status == Status.MAX_STEPS) | (status == Status.STALLED)

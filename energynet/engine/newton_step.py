@@ -1,7 +1,7 @@
-"""How long a Newton step is at a point, and whether the point can be a minimum at all, as far as a few products can tell.
+"""The length of the Newton step at a point, and whether the point can be a minimum, estimated from a few Hessian products.
 
-Rounding is not information. A number known to ε of its terms leaves an error of about ε‖H‖ in curvatures and of
-ε‖H‖·√(‖x‖² + |E|/‖H‖) in gradients: what lies below counts as zero, such as all along a gauge direction of E.
+Rounding errors carry no information. If each term is known to a relative error ε, curvatures have an error of about ε‖H‖ and
+gradients of about ε‖H‖·√(‖x‖² + |E|/‖H‖). Values below these errors count as zero, for example along a gauge direction of E.
 """
 
 from collections.abc import Callable
@@ -18,32 +18,32 @@ from energynet.solvers.vectors import dot
 from energynet.solvers.vectors import length as length_of
 from energynet.termination import max_norm
 
-MOST_PRODUCTS = 10  # up to so many unknowns the whole Hessian costs no more than a look along some directions
-PROBES = 3  # products along a fixed direction, in search of a negative curvature
-BELIEVED = 1.1  # a Newton step that grows by less in two further products is believed
-NOISE = 10  # rounding errors add up to some units
-NEGATIVE = 100  # units beyond which a curvature is believed to be negative
+MOST_PRODUCTS = 10  # up to this number of unknowns, the whole Hessian costs no more than products with some directions
+PROBES = 3  # products that start from a fixed direction, in search of negative curvature
+MAX_GROWTH = 1.1  # the Newton step is accepted if it grows by less than this factor in two further products
+NOISE = 10  # accumulated rounding errors, in rounding units
+NEGATIVE = 100  # a curvature counts as negative beyond this many rounding units
 
 
 class NewtonStep(NamedTuple):
-    """What is known at a point."""
+    """The measurements at a point."""
 
-    length: Tensor  # (*batch), ‖H⁻¹∇E‖ without what is lost in rounding
-    sure: Tensor  # (*batch) bool, no part of it lies along a direction whose curvature is not known
-    settled: Tensor  # (*batch) bool, the gradient itself is lost in rounding
-    saddle: Tensor  # (*batch) bool, there is a direction of negative curvature
-    direction: Tensor  # (*batch, n), it, of length 1/√κ for the curvature −κ
+    length: Tensor  # (*batch), ‖H⁻¹∇E‖ without components that are below rounding errors
+    sure: Tensor  # (*batch) bool, whether the curvature is known along every direction that contributes
+    settled: Tensor  # (*batch) bool, whether the gradient itself is below its rounding error
+    saddle: Tensor  # (*batch) bool, whether there is a direction of negative curvature
+    direction: Tensor  # (*batch, n), that direction, of length 1/√κ for the curvature −κ
 
 
 def newton_step(problem: Descent, x: Tensor, energy: Tensor, gradient: Tensor, size: Tensor) -> NewtonStep:
-    """Look at a point of a minimization.
+    """Measures the Newton step and the curvature at a point of a minimization.
 
     Args:
         problem: a minimization.
         x: ``(*batch, n)``.
         energy: E(x), ``(*batch)``.
         gradient: ∇E(x), ``(*batch, n)``.
-        size: its norm, ``(*batch)``; not 0 where its square underflows.
+        size: its norm, ``(*batch)``, computed such that it does not underflow.
     """
     if not x.shape[-1]:
         none = torch.zeros_like(size, dtype=torch.bool)
@@ -52,22 +52,22 @@ def newton_step(problem: Descent, x: Tensor, energy: Tensor, gradient: Tensor, s
         return _whole(problem.matrix(x), x, energy, gradient)
     product = problem.jacobian(x)
     probe = some_direction(torch.zeros_like(x))  # a saddle may have no slope along the direction in which it falls
-    if isinstance(problem, Proximal):  # of free coordinates only
+    if isinstance(problem, Proximal):  # restrict the probe to the free coordinates
         probe = normalized(probe - problem.each_gamma(x) * product(probe))
     return _along_some(product, x, energy, gradient, size, probe)
 
 
 def _whole(matrix: Tensor, x: Tensor, energy: Tensor, gradient: Tensor) -> NewtonStep:
-    """From the Hessian itself, in variables in which its diagonal is one: they may be scaled ever so badly."""
+    """From the Hessian itself, in variables in which its diagonal is one, so that badly scaled variables do not matter."""
     finite = torch.isfinite(matrix).all(-1).all(-1)
     matrix = torch.where(finite[..., None, None], 0.5 * (matrix + matrix.mT), 0)
     largest = max_norm(matrix.flatten(-2))
-    unit = torch.where(largest > 0, largest, 1)  # in units of which no square under- or overflows
+    unit = torch.where(largest > 0, largest, 1)  # scaling by this prevents underflow and overflow of squares
     matrix, x = matrix / unit[..., None, None], x.to(matrix.dtype)
     g = torch.where(finite.unsqueeze(-1), gradient.to(matrix.dtype) / unit.unsqueeze(-1), 0)
     eps = torch.finfo(gradient.dtype).eps
     diagonal = torch.clamp(torch.diagonal(matrix, dim1=-2, dim2=-1).abs(), min=min(100 * eps, 0.01))
-    terms = energy.to(matrix.dtype).abs() / unit + (diagonal * x.square()).sum(-1)  # what rounding is relative to
+    terms = energy.to(matrix.dtype).abs() / unit + (diagonal * x.square()).sum(-1)  # rounding errors are relative to this
     scale = diagonal.rsqrt()
     scaled = _Scaled(scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2), scale * g, scale, terms, eps)
     step = _of_spectrum(scaled) if not readable(matrix) and not tracing() else _of_factor(scaled)
@@ -86,11 +86,11 @@ class _Scaled(NamedTuple):
 
 
 def _of_factor(scaled: _Scaled) -> NewtonStep:
-    """By Cholesky, which is fast, and by `_of_spectrum` where a matrix is not positive definite beyond doubt."""
+    """By a Cholesky factorization, which is fast, and by `_of_spectrum` where a matrix is not clearly positive definite."""
     matrix, g, scale, terms, eps = scaled
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = torch.diagonal(factor, dim1=-2, dim2=-1).square()
-    regular = scale.square() < 0.99 / min(100 * eps, 0.01)  # no variable whose curvature may be rounding
+    regular = scale.square() < 0.99 / min(100 * eps, 0.01)  # false for a variable whose curvature may be a rounding error
     definite = (info == 0) & (pivots > 1000 * eps).all(-1) & regular.all(-1)
     factor = torch.where(definite[..., None, None], factor, torch.eye(g.shape[-1], dtype=g.dtype, device=g.device))
     step = scale * torch.cholesky_solve(g.unsqueeze(-1), factor).squeeze(-1)
@@ -110,7 +110,7 @@ def _of_factor(scaled: _Scaled) -> NewtonStep:
 
 
 def _of_spectrum(scaled: _Scaled) -> NewtonStep:
-    """By eigenvalues: where one is lost in rounding, what the gradient says along it counts only if it lies beyond that too."""
+    """By eigenvalues: where one is below its rounding error, the gradient along it counts only if it exceeds its own error."""
     values, vectors = torch.linalg.eigh(scaled.matrix)
     eps = scaled.eps
     directions = scaled.scale.unsqueeze(-1) * vectors  # columns, in which ‖H‖ is one
@@ -134,7 +134,7 @@ def _along_some(product: Callable[[Tensor], Tensor], x: Tensor, energy: Tensor, 
     unit = gradient / torch.where(size == 0, 1, size).to(gradient.dtype).unsqueeze(-1)
     image, across = product(unit), product(probe)
     largest = torch.maximum(max_norm(image), max_norm(across))
-    # In units of that curvature, since its square, too, may underflow.
+    # The products are divided by that curvature, because its square may underflow, too.
     one = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
     rows, eps = one.to(image.dtype).unsqueeze(-1), torch.finfo(image.dtype).eps
     image, across = image / rows, across / rows
@@ -151,7 +151,7 @@ def _along_some(product: Callable[[Tensor], Tensor], x: Tensor, energy: Tensor, 
     done = run(unit, image, probed.falling, probed.bend, MOST_PRODUCTS)
     top, size, energy = done.top.squeeze(-1).to(size.dtype), size / one, energy.abs().to(size.dtype) / one
     noise = NOISE * eps * (top * (top * x.square().sum(-1).to(size.dtype) + energy)).sqrt()
-    # What is left where the curvature is lost in rounding is rounding as well, or the energy falls there for a long way.
+    # Where the curvature is below its rounding error, the remaining gradient is a rounding error as well, or a long descent.
     end = done.end.squeeze(-1).to(size.dtype)
     left = torch.where(end < 0, 0, length_of(done.left).squeeze(-1).to(size.dtype) * size)
     flat = end <= NOISE * eps * top
@@ -168,13 +168,13 @@ class _CG(NamedTuple):
     """Numbers are ``(*batch, 1)``."""
 
     step: Tensor  # e, (*batch, n)
-    left: Tensor  # right − H e
+    left: Tensor  # the residual, right − H e
     direction: Tensor  # d
     image: Tensor  # H d
     length: Tensor  # ‖e‖
-    top: Tensor  # the largest ‖H d‖ / ‖d‖ seen
-    slow: Tensor  # updates in which e grew little; 2 and more: it is done
-    end: Tensor  # |curvature| of the direction at which it ended, if that is not positive; −1: there is none
+    top: Tensor  # the largest ‖H d‖ / ‖d‖ so far
+    slow: Tensor  # the number of updates in which e grew little; 2 or more: finished
+    end: Tensor  # |curvature| of the direction at which the iteration ended, if it is not positive; −1: none
     falling: Tensor  # (*batch, n), a direction of negative curvature
     bend: Tensor  # the curvature along it
 
@@ -192,7 +192,7 @@ def _longer(product: Callable[[Tensor], Tensor], state: _CG) -> _CG:
     alpha = torch.where(grows, before / torch.where(grows, along, 1), 0)
     e, left = e + alpha * d, left - alpha * image
     longer = length_of(e)
-    slow = torch.where(grows, torch.where(longer > BELIEVED * length, 0, slow + 1), 2)
+    slow = torch.where(grows, torch.where(longer > MAX_GROWTH * length, 0, slow + 1), 2)
     d = torch.where(lost, d, left + dot(left, left) / torch.where(before > 0, before, 1) * d)
     if readable(slow) and not bool((slow < 2).any()):
         return _CG(e, left, d, image, longer, top, slow, end, falling, bend)

@@ -1,4 +1,4 @@
-"""Options are objects: anything else raises where it is passed, and the message names the object that was probably meant."""
+"""Checks that options are objects of the right type; the error message names the object that was probably meant."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ _EXAMPLES = {"Solver": "LBFGS()", "Termination": "Termination(rtol=1e-3)", "Adjo
 
 
 def expect(value: Any, kind: type, name: str, optional: bool = True) -> None:
-    """Refuse an option that is not of its kind.
+    """Refuse an option that has the wrong type.
 
     Raises:
-        TypeError: naming what was probably meant.
+        TypeError: with the object that was probably meant.
     """
     if isinstance(value, kind) or (optional and value is None):
         return
@@ -31,7 +31,7 @@ def _shown(value: Any) -> str:
 
 
 def _meant(value: Any, kind: type) -> str | None:
-    """The call that makes what was probably meant, if it can be told."""
+    """The call that makes the object that was probably meant; None if it cannot be guessed."""
     if isinstance(value, type) and issubclass(value, kind):
         return f"an instance, {value.__name__}()"
     if kind.__name__ == "Termination" and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -49,7 +49,7 @@ def _kinds(kind: type) -> list[type]:
 
 
 def check_flag(value: Any, name: str) -> None:
-    """Refuse anything but True and False."""
+    """Refuse any value except True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, but {_shown(value)} was passed.")
 
@@ -63,7 +63,7 @@ def check_policy(on_failure: Any) -> None:
 
 
 def check_batch_dims(batch_dims: Any, optional: bool = False) -> None:
-    """Refuse anything but 0 and 1, and None where the energy's shape may tell."""
+    """Refuse any value except 0 and 1, and None where the shape of the energy determines it."""
     if optional and batch_dims is None:
         return
     if type(batch_dims) is not int or batch_dims not in (0, 1):
@@ -75,7 +75,7 @@ def check_batch_dims(batch_dims: Any, optional: bool = False) -> None:
 
 
 def check_step_size(size: Any) -> None:
-    """Refuse what is no step size: a positive finite number, or a tensor of such."""
+    """Refuse any value that is not a step size: a positive finite number, or a tensor of such numbers."""
     if size is None:
         return
     if isinstance(size, Tensor):
@@ -85,7 +85,7 @@ def check_step_size(size: Any) -> None:
             return
     elif isinstance(size, bool) or not isinstance(size, (int, float)):
         raise TypeError(
-            f"step_size must be a positive number or a tensor, but {_shown(size)} was passed. Leave it out, and one is chosen "
+            f"step_size must be a positive number or a tensor, but {_shown(size)} was passed. If it is left out, one is chosen "
             "for each sample."
         )
     elif 0 < size < float("inf"):
@@ -101,12 +101,12 @@ def check_start(start: Any) -> None:
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError(
             f"start must be a tensor, a pytree of tensors or a function of the context, but {_shown(start)} was passed. For a "
-            "constant write start=lambda z: torch.full_like(z, 5.0), for an array torch.as_tensor(array)."
+            "constant, write start=lambda z: torch.full_like(z, 5.0); for an array, torch.as_tensor(array)."
         )
 
 
 def check_function(function: Any, name: str) -> None:
-    """Refuse what cannot be called, and a class where an instance is meant."""
+    """Refuse an object that cannot be called, and a class where an instance is meant."""
     if isinstance(function, type):
         raise TypeError(f"{name} must be a function or a module, but {_shown(function)} was passed. Did you mean an instance, "
                         f"{function.__name__}()?")  # fmt: skip

@@ -1,6 +1,6 @@
-"""Facts about the points where a failed solve began and ended, from which its message is made.
+"""Measurements at the points where a failed solve began and ended, on which the error message is based.
 
-All of it is evaluated after a failure, on plain tensors, so a solve that succeeds pays nothing for it.
+They are evaluated after a failure, on plain tensors, so they cost a successful solve nothing.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from energynet.solvers.problem import Descent
 from energynet.solvers.spectrum import arnoldi, ritz_values, some_direction
 from energynet.termination import Termination
 
-PRODUCTS = 20  # with a Jacobian, from which eigenvalues are estimated
-MORE_STEPS = 8  # that are taken from where the solve ended, to see how fast it still moves
-PARTS = (1e-3, 1e-2, 1e-1, 1.0)  # of the distance to the answer, at which the energy is looked at downhill
-FARTHER = (1.0, 10.0, 1000.0)  # times as far from x0 as the solve went
+PRODUCTS = 20  # Jacobian products from which eigenvalues are estimated
+MORE_STEPS = 8  # additional steps from the last iterate, which show the rate of progress
+PARTS = (1e-3, 1e-2, 1e-1, 1.0)  # fractions of the distance to the solution at which the energy is evaluated downhill
+FARTHER = (1.0, 10.0, 1000.0)  # multiples of the distance between x0 and the last iterate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class PostMortem:
 
     @cached_property
     def problem(self) -> Any:
-        """A `Problem`, of the kind that is asked about."""
+        """The `Problem` that was solved."""
         return self.equation.problem(self.inputs, self.start)
 
     @property
@@ -48,13 +48,13 @@ class PostMortem:
 
     @property
     def nobody(self) -> Tensor:
-        """A mask that holds for no sample."""
+        """A mask that is False for every sample."""
         return torch.zeros_like(self.outcome.status, dtype=torch.bool)
 
     # ------------------------------------------------------------------------------------------------- values
 
     def own_input_is_nonfinite(self) -> Tensor:
-        """Samples of which a row of the context is NaN or Inf; of an adjoint equation, of the incoming gradient."""
+        """Samples whose row of the context (for an adjoint equation, of the incoming gradient) contains NaN or Inf."""
         bad = self.nobody
         for t in self.inputs[:1] if isinstance(self.equation, Linear) else self.inputs[self.equation.num_shared :]:
             if t.is_floating_point() and t.ndim >= bad.ndim and t.shape[: bad.ndim] == bad.shape:
@@ -62,7 +62,7 @@ class PostMortem:
         return bad
 
     def shared_input_is_nonfinite(self) -> Tensor:
-        """Every sample, if a parameter or another shared tensor holds NaN or Inf."""
+        """Every sample, if a parameter or another shared tensor contains NaN or Inf."""
         skipped = 2 if isinstance(self.equation, Linear) else 0
         shared = [t for t in self.inputs[skipped:] if t.is_floating_point() and t.shape[: self.nobody.ndim] != self.nobody.shape]
         bad = any(not bool(torch.isfinite(t).all()) for t in shared)
@@ -73,14 +73,14 @@ class PostMortem:
 
     @cached_property
     def _first(self) -> tuple[Tensor, Tensor]:
-        """The energy, or zero for a map, and the optimality condition at x0."""
+        """The energy (zero for a map) and the optimality condition at x0."""
         if isinstance(self.problem, Descent):
             return self.problem.value_and_gradient(self.start)
         residual = self.problem.residual(self.start)
         return torch.zeros_like(residual.sum(-1)), residual
 
     def value_at_start_is_nonfinite(self) -> Tensor:
-        """Of a map, g(x0); of an energy, E(x0)."""
+        """Whether g(x0), for a map, or E(x0), for an energy, is not finite."""
         value, residual = self._first
         return ~torch.isfinite(value) if isinstance(self.problem, Descent) else ~torch.isfinite(residual).all(-1)
 
@@ -90,7 +90,7 @@ class PostMortem:
     # ------------------------------------------------------------------------------------------------- energies
 
     def falls_for_ever(self) -> Tensor:
-        """Whether the energy goes on falling, as far as was looked, in the direction in which the solve went."""
+        """Whether the energy keeps decreasing in the direction from x0 to the last iterate, as far as it is evaluated."""
         value, slope = self.problem.value_and_gradient(self.end)
         size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
         length = 1 + torch.linalg.vector_norm(self.end, dim=-1, keepdim=True)
@@ -104,7 +104,7 @@ class PostMortem:
         return falls
 
     def fall_per_step(self) -> tuple[Tensor, Tensor]:  # (*batch) twice
-        """By how much the solver lowers the energy in each of some more steps, and what of that may be rounding."""
+        """The decrease of the energy per step over a few more steps, and the part of it that may be a rounding error."""
         limits = dataclasses.replace(self.termination, atol=0.0, rtol=0.0, max_steps=MORE_STEPS, budget=None)
         state = loop(self.problem, self.solver, limits, self.end)
         before = self.problem.energy(self.end)
@@ -113,7 +113,7 @@ class PostMortem:
 
     @cached_property
     def _downhill(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """∇E at the end, and energy and ∇E downhill: within the estimated distance to the answer, and farther away."""
+        """∇E at the end, and the energy and ∇E downhill: within the estimated distance to the solution, and farther away."""
         _, slope = self.problem.value_and_gradient(self.end)
         size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
         unit = slope / torch.where(size > 0, size, 1)
@@ -128,22 +128,22 @@ class PostMortem:
         return torch.stack([~torch.isfinite(energy) for energy, _ in self._downhill[1]]).any(0)
 
     def at_a_kink(self) -> Tensor:
-        """Whether the gradient jumps: farther downhill it has changed no more than nearby, or far more than in proportion."""
+        """Whether the gradient jumps: farther downhill it has changed no more than nearby, or far more than proportionally."""
         slope, there = self._downhill
         *change, most = [torch.linalg.vector_norm(other - slope, dim=-1) for _, other in there]
-        least = torch.maximum(0.1 * torch.linalg.vector_norm(slope, dim=-1), 0.01 * most)  # what is smaller may be rounding
+        least = torch.maximum(0.1 * torch.linalg.vector_norm(slope, dim=-1), 0.01 * most)  # smaller changes may be rounding
         pairs = list(itertools.pairwise(change))
         saturated = [(near > least) & (far < 3 * near) for near, far in pairs]
         jumped = [(far > least) & (far > 30 * near) for near, far in pairs]
         return torch.stack(saturated + jumped).any(0) & (least > 0)
 
     def step_size_limit(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-        """2/L for the largest curvature L at a point; infinite where none was found."""
+        """2/L for the largest curvature L at a point; infinite where no positive curvature was found."""
         largest = ritz_values(self.problem.jacobian(x), some_direction(torch.zeros_like(x)), PRODUCTS).amax(-1)
         return torch.where(largest > 0, 2 / largest, torch.inf)
 
     def step_size(self) -> Tensor:  # (*batch)
-        """γ as it was given; NaN where it was not."""
+        """γ as it was passed; NaN if it was not."""
         size = self.problem.step_size
         size = torch.nan if size is None else size.squeeze(-1) if isinstance(size, Tensor) else size
         return torch.zeros_like(self.outcome.error) + size
@@ -152,7 +152,7 @@ class PostMortem:
 
     @cached_property
     def eigenvalues(self) -> Tensor:  # (*batch, m), complex
-        """Of ∂g/∂x at the end, or at x0 where the end is too far away; of an adjoint equation, those that its solver meets."""
+        """Eigenvalues of ∂g/∂x at the end, or at x0 where the end is too far away; of the map of an adjoint equation."""
         if isinstance(self.equation, Linear):
             product, like = self.problem.jacobian(self.end), self.end
         else:
@@ -166,7 +166,7 @@ class PostMortem:
         return self.eigenvalues.abs().amax(-1)
 
     def damping(self) -> Tensor:  # (*batch)
-        """The part of each step that would make the map contract; NaN where an eigenvalue says that none does."""
+        """The damping factor that would make the map contract; NaN where an eigenvalue shows that none does."""
         values = self.eigenvalues
         limit = (2 * (1 - values.real) / (1 - values).abs().square()).amin(-1)
         return torch.where((values.real < 1).all(-1), 0.5 * torch.clamp(limit, max=1.6), torch.nan)
@@ -174,7 +174,7 @@ class PostMortem:
     # ------------------------------------------------------------------------------------------------- linear equations
 
     def spectrum(self) -> tuple[Tensor, Tensor]:  # (*batch) twice
-        """The extreme eigenvalues of a symmetric matrix, as far as they are found."""
+        """Estimates of the extreme eigenvalues of a symmetric matrix."""
         right = self.problem.right
         values = ritz_values(self.problem.jacobian(right), some_direction(right), PRODUCTS)
         return values.amin(-1), values.amax(-1)

@@ -1,7 +1,7 @@
-"""One observed evaluation of the user's function before a solve: what it captures, draws, changes and returns.
+"""Evaluates the user's function once before a solve, to find captured tensors, random numbers and in-place changes.
 
 The evaluation runs on detached, unwrapped values, outside all ``torch.func`` transforms. So every tensor in it that carries
-a derivative has come in through a closure, or was made inside, which the library can distinguish. The derivative of a
+a derivative was either captured from outside or created inside, and these can be distinguished. The derivative of a
 captured tensor would be lost silently.
 """
 
@@ -36,13 +36,13 @@ _HARMLESS = {"requires_grad_", "retain_grad_", "detach_"}
 
 
 class LostGradientError(RuntimeError):
-    """A derivative would be lost: that of a captured tensor which is not an input of the solve, or the Hessian of an energy."""
+    """A derivative would be lost: that of a captured tensor that is not an input of the solve, or a part of the Hessian."""
 
 
 class Untouched(Tensor):
-    """Stands in a step for a tensor with a graph that the energy or map did not use when it was examined.
+    """Replaces a tensor with a graph that the energy or map did not use when it was examined.
 
-    As an input of the solve it would have its graph, which may be an old one, walked through at every backward.
+    If the tensor were an input of the solve, every backward pass would go through its graph, which may have been freed.
     """
 
     @classmethod
@@ -57,33 +57,34 @@ class Untouched(Tensor):
             shape = tuple(tensors[0].shape) if tensors else ()
         raise LostGradientError(
             f"A tensor of shape {shape} with a graph is an attribute of the energy or map, which uses it in "
-            f"{getattr(func, '__name__', func)} now, but did not at x0, so that it is not an input of the solve and its gradient "
-            "would be lost. Pass it as context."
+            f"{getattr(func, '__name__', func)} now but did not use it at x0. So it is not an input of the solve, and its "
+            "gradient would be lost. Pass it as context."
         )
 
 
 class ImpureFunctionError(RuntimeError):
-    """The energy or map is no function of its arguments: random, stateful, mixing samples, or changing its input."""
+    """The energy or map is not a pure function: it is random or stateful, mixes samples, or changes its input."""
 
 
 class Probed(NamedTuple):
-    """One evaluation."""
+    """The result of one evaluation."""
 
-    own: list[Tensor]  # the plain values of the function's own tensors,
-    arguments: Any  # and of its arguments
+    own: list[Tensor]  # the plain values of the function's own tensors
+    arguments: Any  # the plain values of its arguments
     output: Any  # what the function returned for them
-    dtypes: frozenset[torch.dtype]  # of the numbers in it that depend on an argument that requires grad
-    unused: tuple[int, ...]  # which of the doubtful tensors no operation was seen to take, and no graph leads to
+    dtypes: frozenset[torch.dtype]  # the dtypes of intermediate results that depend on an argument that requires grad
+    unused: tuple[int, ...]  # the indices of doubtful tensors that no operation used and that no graph contains
 
 
 def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments: Any, doubtful: Sequence[int]) -> Probed:
-    """Evaluate ``function(own, *arguments)`` once, watched, on plain values.
+    """Evaluate ``function(own, *arguments)`` once on plain values and observe its operations.
 
-    ``own`` are the function's own tensors; to see whether it uses those at the places ``doubtful``, they require grad.
+    ``own`` contains the function's own tensors. Those with indices in ``doubtful`` require grad here, which shows whether the
+    function uses them.
 
     Raises:
-        LostGradientError: on a captured tensor that carries a derivative.
-        ImpureFunctionError: on random numbers, batch statistics or in-place changes of an input.
+        LostGradientError: if the function captures a tensor that carries a derivative.
+        ImpureFunctionError: if it draws random numbers, uses batch statistics or changes an input in place.
     """
     grad_enabled, level = torch.is_grad_enabled(), _depth()
     random_state = torch.get_rng_state()
@@ -96,7 +97,7 @@ def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments:
             output = function(own, *copies)
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ImpureFunctionError(
-            f"{name} draws random numbers, so it is not one function from step to step. Draw them outside and pass them as "
+            f"{name} draws random numbers, so it is not the same function at each step. Draw them outside and pass them as "
             "context, or draw them in Energy.encode, which runs once per solve."
         )
     reached = {id(v) for t in _tree.leaves(output) if doubtful and isinstance(t, Tensor) for v in leaf_variables(t)}
@@ -106,7 +107,7 @@ def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments:
 
 @contextlib.contextmanager
 def unchanged(name: str, tree: Any) -> Iterator[None]:
-    """Raise ImpureFunctionError where a tensor of the tree is changed in here, by whatever operation: its version tells."""
+    """Raise ImpureFunctionError if an operation inside this context changes a tensor of the tree, by its version counter."""
     tensors = [wrappers(t)[-1] for t in _tree.leaves(tree) if isinstance(t, Tensor)]
     before = [None if t.is_inference() else t._version for t in tensors]
     yield
@@ -122,12 +123,12 @@ _CHANGED = (
 
 
 def plain(tensor: Any) -> Any:
-    """The value of one lane: no graph, tangent, or ``torch.func`` wrapper. Shares memory with the original."""
+    """The value for the first index of each vmap, without graph, tangent or ``torch.func`` wrapper; it shares memory."""
     if not isinstance(tensor, Tensor):
         return tensor
     layers = wrappers(tensor)
     tensor = layers[-1]
-    for wrapper in reversed(layers[:-1]):  # each batch dimension counts in what its wrapper holds
+    for wrapper in reversed(layers[:-1]):  # each batch dimension refers to the tensor that its wrapper contains
         dim = torch._C._functorch.maybe_get_bdim(wrapper)
         tensor = tensor if dim < 0 else tensor.select(dim, 0)
     if forward_ad._current_level >= 0:
@@ -136,14 +137,14 @@ def plain(tensor: Any) -> Any:
 
 
 def _depth() -> int:
-    """How many ``torch.func`` transforms are active."""
+    """The number of active ``torch.func`` transforms."""
     stack = torch._C._functorch.peek_interpreter_stack()
     return 0 if stack is None else int(stack.level())
 
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """A solve inside an energy has probed its own function: what its transforms wrap is no concern of the outer probe's."""
+    """Suspends observation for a solve inside an energy, which has examined its own function."""
     with contextlib.ExitStack() as stack:
         while isinstance(torch.overrides._get_current_function_mode(), _Watch):
             stack.enter_context(torch.overrides._pop_mode_temporarily())
@@ -159,10 +160,10 @@ class _Watch(TorchFunctionMode):
         self.own = {_storage(t) for t in _tree.leaves(own)}
         self.arguments = {_storage(t) for t in _tree.leaves(arguments) if isinstance(t, Tensor)}
         self.dual = forward_ad._current_level >= 0
-        # Tensors made inside that could be mistaken for captures; under a transform, all of them.
-        # Memory that was there before, and memory that was allocated inside (as of an nn.Parameter made there).
+        # Storages that existed before, and those allocated inside (such as that of an nn.Parameter created there).
         self.old, self.fresh = self.own | self.arguments, set[int]()
         self.touched = set[int]()
+        # Tensors created inside that could be mistaken for captured ones; under a transform, all of them.
         self.made: dict[int, Tensor] = {id(t): t for t in tensors if level or t.requires_grad}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -177,7 +178,7 @@ class _Watch(TorchFunctionMode):
             self._check_purity(func, args, kwargs)
         try:
             output = func(*args, **kwargs)
-        except Exception as error:  # a tensor of a transform around the solve may fail in many ways
+        except Exception as error:  # a tensor of an enclosing transform may fail in many ways
             if not captured:
                 raise
             raise self._lost(captured, func) from error
@@ -194,12 +195,12 @@ class _Watch(TorchFunctionMode):
         return output
 
     def _captured(self, tensors: list[Tensor]) -> list[tuple[Tensor, str]]:
-        """The tensors from outside that carry a derivative, and how."""
+        """The tensors from outside that carry a derivative, each with a description."""
         found = [(t, self._derivative_of(t)) for t in tensors if id(t) not in self.made]
         return [(t, why) for t, why in found if why is not None]
 
     def _carried_on(self, results: list[Tensor]) -> bool:
-        """Whether a derivative goes on from an operation: its shape, a comparison, or ``detach`` lose nothing."""
+        """Whether the results carry a derivative; reading a shape, comparing or ``detach`` loses nothing."""
         return any(
             t.requires_grad
             or 0 < torch._C._functorch.maybe_get_level(t) <= self.level
@@ -211,16 +212,16 @@ class _Watch(TorchFunctionMode):
         tensor, why = captured[0]
         return LostGradientError(
             f"{self.name} uses a tensor of shape {tuple(tensor.shape)} from outside that {why}, in "
-            f"{getattr(func, '__name__', func)}. It is not an input of the solve, so its derivative would be lost in "
-            "silence. Pass it as context, or hold it (or its module) as an attribute of an nn.Module that is the energy or "
+            f"{getattr(func, '__name__', func)}. It is not an input of the solve, so its derivative would be silently "
+            "lost. Pass it as context, or make it (or its module) an attribute of an nn.Module that is the energy or "
             "network; if it is meant as a constant, detach it."
         )
 
     def _derivative_of(self, tensor: Tensor) -> str | None:
         layers = wrappers(tensor)
         outer = torch._C._functorch.maybe_get_level(tensor)
-        # The energy may use torch.func itself; its levels count from 1 again, so a wrapper of an open level is its own if
-        # what it wraps is known.
+        # The energy may use torch.func itself. Its levels start from 1 again, so a wrapper of an active level belongs to it
+        # if the wrapped tensor was created inside.
         if 0 < outer <= self.level and (outer > _depth() or not any(id(t) in self.made for t in layers)):
             return f"belongs to a torch.func transform around the solve (level {outer})"
         value = layers[-1]
@@ -233,7 +234,7 @@ class _Watch(TorchFunctionMode):
         return None
 
     def _from_outside(self, tensor: Tensor) -> bool:
-        """A tensor that left a nested ``torch.func`` call is a new object; its graph tells where it comes from."""
+        """Whether a tensor was captured; one that left a nested ``torch.func`` call is new, so its graph has to be searched."""
         if tensor.grad_fn is None:
             return _storage(tensor) not in self.fresh
         variables = leaf_variables(tensor)
@@ -243,15 +244,15 @@ class _Watch(TorchFunctionMode):
         reason = _RANDOM_OR_STATEFUL.get(func)
         if reason is not None and _training(func, args, kwargs):
             raise ImpureFunctionError(
-                f"{self.name} {reason}, so it is not one function from step to step. Call .eval() on that part, replace it "
+                f"{self.name} {reason}, so it is not the same function at each step. Call .eval() on that part, replace it "
                 "(LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
             )
         name, targets = getattr(func, "__name__", ""), _written(func, args, kwargs)
         if any(_storage(t) in self.own for t in targets):
             raise ImpureFunctionError(
-                f"{self.name} changes its own parameter or buffer in place ({name}, shape {tuple(targets[0].shape)}): a running "
-                "statistic, as of BatchNorm in training mode. So it is not one function from step to step. Call .eval() on that "
-                "part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
+                f"{self.name} changes its own parameter or buffer in place ({name}, shape {tuple(targets[0].shape)}), such as a "
+                "running statistic of BatchNorm in training mode. So it is not the same function at each step. Call .eval() on "
+                "that part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
             )
         foreign = [t for t in targets if _storage(t) not in self.fresh]
         if foreign:
@@ -261,8 +262,8 @@ class _Watch(TorchFunctionMode):
 
 
 def _changes_its_argument(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes into its first argument, by its name or by its argument ``inplace``."""
-    base = name.partition(".")[0]  # of an overload, as add_.Tensor
+    """Whether a call writes into its first argument, judging by its name or by its argument ``inplace``."""
+    base = name.partition(".")[0]  # without the name of an overload, as in add_.Tensor
     if base in _SETTERS or (base.endswith("_") and not base.endswith("__") and base not in _HARMLESS):
         return True
     position = _place_of_inplace(func)
@@ -273,13 +274,13 @@ def _changes_its_argument(func: Any, name: str, args: Sequence[Any], kwargs: dic
 def _place_of_inplace(func: Any) -> int | None:
     try:
         names = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):  # of a function in C++
+    except (TypeError, ValueError):  # a function in C++ has no signature
         return None
     return names.index("inplace") if "inplace" in names else None
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """What an operation changes in place."""
+    """The tensors that an operation changes in place."""
     changed = args[:1] if _changes_its_argument(func, getattr(func, "__name__", ""), args, kwargs) else ()
     return [t for t in _tree.leaves((changed, kwargs.get("out"))) if isinstance(t, Tensor)]
 

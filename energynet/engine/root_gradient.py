@@ -1,21 +1,21 @@
-r"""How gradients come back.
+r"""Differentiates the root of an equation.
 
 At a solution F(x*, θ) = 0. Differentiating gives A dx* = −(∂F/∂θ) dθ with A = ∂F/∂x, hence for an incoming gradient v
 
     Aᵀ u = v,        dL/dθ = −(∂F/∂θ)ᵀ u.                                                                        (1)
 
 With F = (x − g)/γ the fixed-point form of (1) is the backward iteration of arXiv 2002.02868, c ← (∂g/∂x)ᵀ c + v with
-u = γ c. With F = ∇E, A is the Hessian: symmetric, so conjugate gradients apply.
+u = γ c. With F = ∇E, A is the Hessian, which is symmetric, so conjugate gradients apply.
 
-Both the answer x* of F(x, θ) = 0 and the answer u of F'(u; v, x, θ) = A(x, θ)ᵀ u − v = 0 are roots, and equation (1) holds
-for either. So one ``autograd.Function``, `_Solve`, does for both: its backward calls itself on the linear equation, with
-x* saved as its *output* and therefore still connected, and differentiates F once more at the solution. Every order of
-derivative is then a chain of such calls. Nothing is detached.
+Both the solution x* of F(x, θ) = 0 and the solution u of F'(u; v, x, θ) = A(x, θ)ᵀ u − v = 0 are roots, and equation (1) holds
+for both. So one ``autograd.Function``, `_Solve`, is enough: its backward calls itself on the linear equation, with
+x* saved as its *output* and therefore still connected to the graph, and it differentiates F at the solution. A derivative
+of any order is then a chain of such calls. Nothing is detached.
 
-The rule for ``vmap`` re-enters with the mapped equation; the rule for ``jvp`` solves A dx = b with b by two
-vector-Jacobian products.
+The rule for ``vmap`` calls the function again on the mapped equation. The rule for ``jvp`` solves A dx = b, where two
+vector-Jacobian products give b.
 
-A sample that failed has no derivative, and is kept away from what samples share: `failed_samples`.
+A failed sample has no derivative and must not affect the gradients of shared inputs; see `failed_samples`.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ from energynet.termination import Termination
 
 
 class AdjointRecord(NamedTuple):
-    """How one adjoint solve went, for each sample; it refers to no graph.
+    """The result of one adjoint solve, per sample; it holds no reference to a graph.
 
     Example:
         >>> record = AdjointRecord(torch.tensor([0, 1]), torch.tensor([1e-6, 1e-2]), torch.tensor([7, 1000]))
@@ -79,7 +79,7 @@ class AdjointRecord(NamedTuple):
 
 
 class AdjointReport:
-    """Sums up the backward solves, and keeps an `AdjointRecord` of each of the last ones; the caller reads and clears it.
+    """Summarizes all backward solves and keeps an `AdjointRecord` for each of the most recent ones.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ class AdjointReport:
         [1, 1, 1, 1]
 
     Args:
-        keep: how many records are kept, those of the last solves; what is summed up covers all.
+        keep: the number of most recent records to keep; the summary covers all solves.
 
     Raises:
         ValueError: if keep is not a whole number ≥ 0.
@@ -107,16 +107,16 @@ class AdjointReport:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all solves."""
+        """Delete all records and reset the summary."""
         with self._lock:
             self.records.clear()
             self.num_solves = 0
-            """How many backward solves there were."""
+            """The number of backward solves."""
             self._counts = torch.zeros(len(Status), dtype=torch.int64)
             self.max_steps, self.max_residual = 0, 0.0
 
     def add(self, record: AdjointRecord) -> None:
-        """Take in how a solve went."""
+        """Add the result of a solve."""
         status, residual, steps = (t.detach().flatten() for t in record)
         finite = residual[torch.isfinite(residual)]
         with self._lock:
@@ -128,7 +128,7 @@ class AdjointReport:
 
     @property
     def counts(self) -> dict[Status, int]:
-        """How many samples of all solves ended in which way."""
+        """The number of samples per status, over all solves."""
         return {status: int(count) for status, count in zip(Status, self._counts, strict=True) if count}
 
     def __repr__(self) -> str:
@@ -144,18 +144,18 @@ class AdjointReport:
 
 
 class Adjoint(ABC):
-    """How gradients of a solution come back."""
+    """Defines how a solution is differentiated."""
 
     def check(self, step: Step) -> None:
-        """Raise TypeError if this adjoint cannot serve the step."""
+        """Raise TypeError if this adjoint does not support the step."""
 
     @abstractmethod
     def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Solve so that gradients come back in this way: x, status, residual, steps and the trace, if it was asked for."""
+        """Solve so that the result is differentiable: x, status, residual, steps, and the trace if it was requested."""
 
 
 class RootAdjoint(Adjoint):
-    """An adjoint that depends on the solution only, and not on how it was found."""
+    """An adjoint that depends only on the solution and not on the iterations."""
 
     def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, status, error, steps, _, *trace = solve(method, self, x0.detach(), *inputs)
@@ -163,20 +163,20 @@ class RootAdjoint(Adjoint):
 
     @abstractmethod
     def linear_solve(self, method: "Method", equation: Linear, *inputs: Tensor) -> "Answer":
-        """The solution of the linear equation that the Jacobian at a solution of the method makes."""
+        """The solution of a linear equation with the Jacobian at the solution."""
 
     def pull(self, method: "Method", wanted: tuple[bool, ...], v: Tensor, y: Tensor, inputs: tuple[Tensor, ...]
              ) -> tuple["Answer", list[Tensor | None]]:  # fmt: skip
-        """Equation (1): A⁻ᵀ v, and the gradients of the inputs."""
+        """Equation (1): A⁻ᵀ v and the gradients of the inputs."""
         return pulled_back(method.equation, wanted, v, y, inputs, functools.partial(self.linear_solve, method))
 
     @abstractmethod
     def guard(self, derivatives: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """Last look at derivatives, and at what they were made from."""
+        """Post-process the derivatives; ``sources`` are the tensors from which they were computed."""
 
 
 class Recorder:
-    """Collects, for a `Trace`, the states that the loop shows it."""
+    """Collects the states of the loop for a `Trace`."""
 
     def __init__(self, problem: Problem, termination: Termination) -> None:
         self.problem, self.termination = problem, termination
@@ -192,17 +192,17 @@ class Recorder:
             self.energies.append(self.problem.energy(state.x))
 
     def tensors(self, state: LoopState) -> tuple[Tensor, ...]:
-        """Residuals ``(T + 1, *batch)``, iterates ``(T + 1, *batch, n)`` and, of a minimization, energies."""
+        """Residuals ``(T + 1, *batch)``, iterates ``(T + 1, *batch, n)`` and, for a minimization, energies."""
         traces = (torch.stack(self.sizes) / state.scale.detach(), torch.stack(self.values))
         return (*traces, torch.stack(self.energies)) if self.energies else traces
 
 
 class Answer(NamedTuple):
-    """Of a linear equation."""
+    """The solution of a linear equation."""
 
     value: Tensor  # (*batch, n)
     failed: Tensor  # (*batch) bool
-    kinds: Tensor  # of `input_kinds`
+    kinds: Tensor  # from `input_kinds`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,16 +219,16 @@ class Method:
 
     @property
     def shared(self) -> SharedState:
-        """What the user's function reads besides its inputs."""
+        """The state that the user's function reads besides its inputs."""
         return self.equation.binding.shared
 
     @property
     def limits(self) -> Termination:
-        """The termination, at the precision of what is solved for."""
+        """The termination criteria at the precision of the unknowns."""
         return self.termination.at_precision(self.equation.rounding)
 
     def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[Outcome, tuple[Tensor, ...]]:
-        """Run the loop; the trace comes along, if it was asked for."""
+        """Run the loop; the second result is the trace, which is empty unless it was requested."""
         if not (self.trace or wrap or torch.is_grad_enabled() or transform_active()):
             return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), (y0, *inputs))), ()
         problem = self.equation.problem(inputs, y0)
@@ -237,8 +237,8 @@ class Method:
         trace = () if recorder is None else recorder.tensors(state)
         return Outcome(state.x, state.status, state.error, state.steps), trace
 
-    def tell(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> bool:
-        """Apply the failure policy to how a solve from ``start`` ended; whether no sample failed."""
+    def apply_policy(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> bool:
+        """Apply the failure policy to the outcome of a solve from ``start``; returns whether no sample failed."""
         adjoint = isinstance(self.equation, Linear)
         if adjoint and self.report is not None:
             self.report.add(AdjointRecord(outcome.status, outcome.error, outcome.steps))
@@ -250,8 +250,8 @@ class Method:
         return False
 
     def judged(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Apply the failure policy; what the inputs are to the samples, if some failed, else nothing."""
-        if self.tell(outcome, start, inputs):
+        """Apply the failure policy; returns the kinds of the inputs if some samples failed, else an empty tensor."""
+        if self.apply_policy(outcome, start, inputs):
             return start.new_zeros(0, dtype=torch.int8)
         kinds = input_kinds(self.equation, outcome, inputs)
         if self.on_failure == "warn" and MIXED in kinds.tolist():
@@ -261,7 +261,7 @@ class Method:
     def _explained(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> str:
         try:
             return explained(PostMortem(self.equation, self.solver, self.limits, outcome, start, inputs))
-        except Exception:  # what is evaluated to explain a failure must not hide it
+        except Exception:  # an error while explaining a failure must not hide the failure
             return describe(outcome.status, outcome.error, outcome.steps)
 
 
@@ -285,7 +285,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_forward(y, status, kinds, *tensors)
 
     @staticmethod
-    @opaque  # a compiled training step calls this from outside its graphs, where Dynamo listens still
+    @opaque  # a compiled training step calls this outside its graphs, where Dynamo would still trace it
     def backward(ctx: Any, v: Tensor | None, *_: Any) -> tuple[Any, ...]:
         y, status, kinds, *inputs = alive(ctx.saved_tensors)
         if v is None:
@@ -330,23 +330,23 @@ class _Solve(torch.autograd.Function):
         return outputs, (0, 0, 0, 0, None, *[1] * (len(outputs) - 5))
 
 
-_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # autograd asks at each call
+_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # autograd reads it at each call
 
 
 def solve(method: Method, adjoint: RootAdjoint, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The answer y, differentiable by an adjoint; its status, error and steps, what `judged` found, and the trace, if any."""
+    """The differentiable solution y; its status, error and steps; the result of `judged`; and the trace, if any."""
     outputs: tuple[Tensor, ...] = _Solve.apply(method, adjoint, y0, *inputs)
     return outputs
 
 
 def _backward(method: Method, adjoint: RootAdjoint, wanted: tuple[bool, ...], v: Tensor, y: Tensor, samples: FailedSamples
               ) -> list[Tensor | None]:  # fmt: skip
-    """Equation (1), from which failed samples are kept away."""
+    """Equation (1), from which failed samples are excluded."""
     if samples.all:
         return samples.nothing(wanted, v)
     v, at, inputs = samples.silence(v), samples.answer(y), samples.inputs()
     answer, gradients = adjoint.pull(method, wanted, v, at, inputs)
-    if len(answer.kinds):  # some failed in the adjoint as well
+    if len(answer.kinds):  # some samples failed in the adjoint solve as well
         samples = samples.joined(answer.failed, answer.kinds)
         if samples.all:
             return samples.nothing(wanted, v)
@@ -357,7 +357,7 @@ def _backward(method: Method, adjoint: RootAdjoint, wanted: tuple[bool, ...], v:
 
 
 def _jvp(method: Method, adjoint: RootAdjoint, tangents: dict[int, Tensor], y: Tensor, samples: FailedSamples) -> Tensor:
-    """dx = −A⁻¹ (∂F/∂inputs) dinputs, for the inputs of these numbers."""
+    """dx = −A⁻¹ (∂F/∂inputs) dinputs, for the inputs with these indices."""
     if samples.all:
         return torch.nan * y
     y, inputs = samples.answer(y), samples.inputs()

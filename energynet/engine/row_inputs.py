@@ -1,16 +1,16 @@
-"""Which tensors have one row per sample.
+"""Determines which tensors have one row per sample.
 
-Shapes do not tell: a matrix that all samples share may have as many rows as there are samples. This does: the tensors S have
-one row per sample if the function f commutes with every choice I of samples, of any number and with repetitions,
+Shapes do not suffice: a matrix that all samples share may have as many rows as there are samples. The definition is this: the
+tensors S have one row per sample if the function f commutes with every selection I of samples, of any size and with repetitions,
 
     f(x[I], S[I], others) = f(x, S, others)[I].
 
-It is tried at generic values, since what happens to hold at the present ones (equal rows, a zero residual, a gate that lets
-nothing through) says nothing. Where no S is found, the samples depend on one another, or the function has no value elsewhere:
-then nothing is known, and nothing may be guessed.
+This is tested at generic values, because it may hold by coincidence at the present ones (equal rows, a zero residual, a gate
+that is closed). If no S is found, the samples depend on one another, or the function is undefined at the generic values. Then
+the roles are unknown, and they are not guessed.
 
-A function may also hold numbers per sample that are no arguments, as a closure does, so that it takes this many samples only.
-Some of its samples can be replaced nevertheless, where every argument with as many rows is seen to have one per sample:
+A function may also capture per-sample numbers that are not arguments, as a closure does, so that it only accepts this number of
+samples. Some of its samples can be replaced nevertheless if every argument with as many rows proves to have one per sample; see
 `replaceable`.
 """
 
@@ -26,11 +26,11 @@ from energynet.engine.equation import Equation, Linear, Root
 
 Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Role = bool | None
-"""Whether a tensor has a row per sample; None: nothing depends on it, so that it may or may not."""
+"""Whether a tensor has one row per sample; None: the result does not depend on it, so it is unknown."""
 
 
 def own_rows(equation: Equation, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[bool, ...] | None:
-    """Which inputs have one row for each of x, so that a part of the batch can be computed by itself; None: no part can."""
+    """Which inputs have one row per row of x, so that a part of the batch can be computed separately; None if it cannot."""
     if isinstance(equation, Linear):  # its own inputs are v and the point
         own = own_rows(equation.root, inputs[1], inputs[2:])
         return None if own is None else (True, True, *own)
@@ -41,21 +41,21 @@ def own_rows(equation: Equation, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple
 
 
 def root_roles(root: Root, x: Tensor, inputs: Sequence[Tensor], good: Tensor) -> list[Role] | None:
-    """The roles of the inputs of F, which is not under a vmap; None where samples depend on one another.
+    """The roles of the inputs of F, which is not under a vmap; None if samples depend on one another.
 
     Args:
-        root: of F.
+        root: the equation F = 0.
         x: ``(B, n)``.
-        inputs: of F.
-        good: ``(B,)`` bool, samples at whose values F can be evaluated.
+        inputs: the inputs of F.
+        good: ``(B,)`` bool, the samples at whose values F can be evaluated.
     """
-    read = root.num_shared + root.num_code  # F does not depend on the inputs after those
+    read = root.num_shared + root.num_code  # F does not depend on the remaining inputs
     found = roles(lambda t: [root.residual(*t, *inputs[read:])], [x, *inputs[:read]], [True], good, fixed=[0])
     return None if found is None else [*found[1:], *[None] * (len(inputs) - read)]
 
 
 def replaceable(root: Root, x: Tensor, inputs: Sequence[Tensor], good: Tensor) -> list[Role] | None:
-    """`root_roles`, or those that allow no more than to put rows of other samples in place of some."""
+    """`root_roles`, or else roles that only permit replacing the rows of some samples by those of others."""
     found = root_roles(root, x, inputs, good)
     if found is not None:
         return found
@@ -66,12 +66,12 @@ def replaceable(root: Root, x: Tensor, inputs: Sequence[Tensor], good: Tensor) -
 
 @torch.no_grad()
 def own_by_sight(function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor], good: Tensor) -> list[int] | None:
-    """Those of B rows, if every row of the result depends on their same row and on no other; else None.
+    """The indices of the tensors with B rows, if each row of the result depends only on the same row of these; else None.
 
     Args:
-        function: tensors -> a tensor of B rows.
-        tensors: the values around which it is tried, the first of which has B rows.
-        good: ``(B,)`` bool, samples whose rows may be used.
+        function: tensors -> a tensor with B rows.
+        tensors: the values around which it is tested; the first one has B rows.
+        good: ``(B,)`` bool, the samples whose rows may be used.
 
     Example:
         >>> import torch
@@ -101,14 +101,14 @@ def _candidates(tensors: Sequence[Tensor], good: Tensor, fixed: Collection[int])
 @torch.no_grad()
 def roles(function: Function, tensors: Sequence[Tensor], results: Sequence[Role], good: Tensor,
           fixed: Collection[int] = ()) -> list[Role] | None:  # fmt: skip
-    """The roles of the arguments of a function, given those of its results; None where it commutes with no choice of samples.
+    """The roles of a function's arguments, given those of its results; None if it does not commute with selections of samples.
 
     Args:
         function: tensors -> tensors.
-        tensors: the values around which it is tried.
-        results: the roles of what it returns.
-        good: ``(B,)`` bool, samples whose rows may be used.
-        fixed: arguments that are known to have a row per sample.
+        tensors: the values around which it is tested.
+        results: the roles of the returned tensors.
+        good: ``(B,)`` bool, the samples whose rows may be used.
+        fixed: the indices of arguments that are known to have one row per sample.
 
     Example:
         >>> import torch
@@ -119,7 +119,7 @@ def roles(function: Function, tensors: Sequence[Tensor], results: Sequence[Role]
     candidates = _candidates(tensors, good, fixed)
     if not bool(good.any()):
         return None
-    with warnings.catch_warnings(action="ignore"):  # those of a loss that broadcasts, for one
+    with warnings.catch_warnings(action="ignore"):  # such as those of a loss that broadcasts
         trials = _trials(function, tensors, results, good, fixed, candidates)
         if not trials:
             return None
@@ -131,7 +131,7 @@ def roles(function: Function, tensors: Sequence[Tensor], results: Sequence[Role]
 
 
 def _sets(seen: dict[int, Role]) -> Iterable[Collection[int]]:
-    """Sets that may have one row per sample: those that were seen to, with as few of those without effect as possible."""
+    """Candidate sets of tensors with one row per sample: first those that appeared to be, with as few unused ones as possible."""
     sure, idle = ([k for k, role in seen.items() if role is wanted] for wanted in (True, None))
     expected = ((*sure, *some) for some in _subsets(idle))
     return itertools.islice(itertools.chain(expected, _subsets([*sure, *idle])), MOST_SETS)
@@ -144,7 +144,7 @@ def _subsets(values: Sequence[int]) -> Iterator[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations(values, size) for size in range(len(values) + 1))
 
 
-# How far are moved: tensors known to have a row per sample, those that may have, and all others.
+# The perturbation sizes of tensors known to have one row per sample, of those that may have, and of all others.
 FAR = ((0.5, 0.5, 0.0), (0.5, 0.5, 0.5), (50.0, 50.0, 50.0))
 NEAR = ((0.01, 0.01, 0.01), (0.5, 0.0, 0.0))
 
@@ -157,11 +157,11 @@ class _Trial:
     tensors: Sequence[Tensor]
     results: Sequence[Tensor]
     roles: Sequence[Role]  # of the results
-    rows: Tensor  # the numbers of the samples whose results are finite
+    rows: Tensor  # the indices of the samples whose results are finite
 
     def commutes(self, own: Collection[int]) -> bool:
-        """Whether some samples by themselves give what they give among the others, if these tensors have a row per sample."""
-        for half in (self.rows[::2], self.rows[1::2]):  # each lacks samples that the other has
+        """Whether a selection of samples gives the same results as the whole batch, if these tensors have one row per sample."""
+        for half in (self.rows[::2], self.rows[1::2]):  # disjoint halves
             half = half if len(half) else self.rows
             count = self._unusual_size()
             chosen = half[torch.arange(count, device=half.device) % min(len(half), count - 1)]  # at least one of them twice
@@ -171,7 +171,7 @@ class _Trial:
         return True
 
     def role(self, k: int, odd: bool = True) -> Role:
-        """That of a tensor, as it seems from what changes with every other of its rows."""
+        """The apparent role of a tensor, from the results that change with every second one of its rows."""
         some = (torch.arange(len(self.tensors[k]), device=self.rows.device) % 2 == 1) == odd
         found = _evaluated(self.function, [_moved_rows(t, some) if j == k else t for j, t in enumerate(self.tensors)])
         if found is None:
@@ -185,7 +185,7 @@ class _Trial:
         return any(not _close(now[inside], before[inside]) for now, before, role in results if role is True) or None
 
     def _unusual_size(self) -> int:
-        """A number of samples that no tensor has by chance."""
+        """A number of samples that is not the size of any tensor."""
         sizes = {size for t in self.tensors for size in t.shape}
         return next(count for count in itertools.count(3) if count not in sizes)
 
@@ -197,7 +197,7 @@ class _Trial:
 
 def _trials(function: Function, tensors: Sequence[Tensor], results: Sequence[Role], good: Tensor, fixed: Collection[int],
             candidates: Collection[int]) -> list[_Trial]:  # fmt: skip
-    """At values like the present ones, but for those of samples that are not good: far from them, or else near them."""
+    """Trials at values far from the present ones, or else near them; rows of samples that are not good are replaced."""
     start = _of_good_samples(tensors, good, fixed, candidates)
     groups = [0 if k in fixed else 1 if k in candidates else 2 for k in range(len(start))]
 
@@ -213,7 +213,7 @@ def _trials(function: Function, tensors: Sequence[Tensor], results: Sequence[Rol
 
 def _of_good_samples(tensors: Sequence[Tensor], good: Tensor, fixed: Collection[int],
                      candidates: Collection[int]) -> list[Tensor]:  # fmt: skip
-    """The tensors with rows of good samples in place of the others', where they certainly are rows or are not finite."""
+    """The tensors with rows of good samples in place of the others, where these certainly are rows or are not finite."""
     numbers = torch.arange(len(good), device=good.device)
     donors = torch.where(good, numbers, numbers[good][numbers % int(good.sum())])
 
@@ -229,7 +229,7 @@ def _of_good_samples(tensors: Sequence[Tensor], good: Tensor, fixed: Collection[
 
 
 def _finite_rows(found: Sequence[Tensor], roles: Sequence[Role], good: Tensor) -> Tensor:
-    """The numbers of the samples whose results are finite, if results have a row for each."""
+    """The indices of the samples whose results are finite, if the results have one row per sample."""
     finite = torch.ones_like(good)
     for t, role in zip(found, roles, strict=True):
         if role is True:
@@ -240,12 +240,12 @@ def _finite_rows(found: Sequence[Tensor], roles: Sequence[Role], good: Tensor) -
 def _evaluated(function: Function, tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
     try:
         return function(tensors)
-    except Exception:  # whatever code raises that insists on a shape or a domain
+    except Exception:  # user code may raise anything at an unexpected shape or outside its domain
         return None
 
 
 def _moved(tensor: Tensor, far: float, generator: torch.Generator) -> Tensor:
-    """Values of the same signs and of a like size; zeros, which would hide what they are multiplied with, become positive."""
+    """Values with the same signs and of similar size; zeros, which would hide their factors, become positive."""
     if tensor.dtype == torch.bool:
         return ~tensor
     if not tensor.is_floating_point() or not tensor.numel():
@@ -264,7 +264,7 @@ def _moved_rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors agree, row by row, to what rounding can make of them."""
+    """Whether two tensors agree row by row, up to rounding errors."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.is_floating_point() or not one.numel():
@@ -275,7 +275,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def _rounding(tensor: Tensor) -> float:
-    """How far the results of operations on other numbers of rows may lie apart."""
+    """The relative difference to expect between results of operations on different numbers of rows."""
     device = tensor.device.type
     unit = torch.finfo(tensor.dtype).eps
     if torch.is_autocast_enabled(device):

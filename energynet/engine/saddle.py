@@ -1,6 +1,4 @@
-"""How to continue from a point that is not a minimum although the gradient vanishes there: downhill along negative
-curvature.
-"""
+"""Continues from a saddle or maximum, where the gradient vanishes, along a direction of negative curvature."""
 
 from typing import NamedTuple
 
@@ -11,21 +9,21 @@ from energynet._torch.autodiff import readable, tracing
 from energynet._torch.while_loop import while_loop
 from energynet.solvers.problem import Descent, Proximal
 
-TRIALS = 24  # each a quarter as far as the last one
-FEW = 3  # where nobody can see that one was enough
+TRIALS = 24  # each trial step is a quarter of the previous one
+FEW = 3  # the number of trials where values cannot be read, so that the loop cannot stop early
 
 
 def leave(problem: Descent, x: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, saddle: Tensor,
           unit: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Where the energy is visibly lower than at a saddle, and which samples got there: a curvature made of rounding lowers none.
+    """Points with a lower energy than at a saddle, and which samples have one: a curvature caused by rounding lowers no energy.
 
     Args:
-        problem: a minimization, perhaps within bounds.
+        problem: a minimization, possibly with bounds.
         x: ``(*batch, n)``.
         value: E(x), ``(*batch)``.
         gradient: ∇E(x), ``(*batch, n)``.
-        direction: of negative curvature −κ, of length 1/√κ, ``(*batch, n)``.
-        saddle: which samples are at one, ``(*batch)`` bool.
+        direction: a direction of negative curvature −κ, of length 1/√κ, ``(*batch, n)``.
+        saddle: which samples are at a saddle, ``(*batch)`` bool.
         unit: the scale of x, ``(*batch)``.
 
     Source: Moré and Sorensen (1979), On the use of directions of negative curvature in a modified Newton method.

@@ -1,9 +1,9 @@
-"""What a solve depends on besides its inputs, and whether it is unchanged when gradients come back.
+"""Detects changes in the state that a solve depends on besides its inputs, between the solve and the backward pass.
 
-A `Binding` fixes what it can: attributes of modules, variables in closures, globals of functions. The rest is shared with
-the caller, who may change it between the solve and the backward: tensors in place, lists, dictionaries and arrays, attributes
-of other objects, globals that methods read. A `SharedState` notes these when a solve is called and compares them at every
-backward.
+A `Binding` copies attributes of modules, variables in closures and globals of functions. Everything else is shared with
+the caller, who may change it between the solve and the backward pass: tensors in place, lists, dictionaries and arrays,
+attributes of other objects, globals that methods read. A `SharedState` records their state when a solve is called and compares
+it at every backward pass.
 """
 
 import collections
@@ -26,11 +26,11 @@ _MISSING: Any = object()
 
 
 class ChangedFunctionError(RuntimeError):
-    """What the energy or map reads has changed between the solve and the backward, which would differentiate another problem."""
+    """The energy or map reads state that has changed since the solve, so backward would differentiate another problem."""
 
 
 class _Read(NamedTuple):
-    """Something shared with the caller: its name, and what identifies its state."""
+    """An object that is shared with the caller: its name, and a value that identifies its state."""
 
     name: str
     state: Callable[[], Any]
@@ -41,7 +41,7 @@ class _Read(NamedTuple):
 
 
 class SharedState:
-    """Things that a function reads and that are shared with the caller, with their states.
+    """The objects that a function reads and shares with the caller, with their states.
 
     Example:
         >>> ks = [1.0]
@@ -51,7 +51,7 @@ class SharedState:
         ['a default of <lambda>']
 
     Args:
-        reads: what is shared.
+        reads: the shared objects.
     """
 
     def __init__(self, reads: list[_Read]) -> None:
@@ -59,21 +59,21 @@ class SharedState:
 
     @classmethod
     def of(cls, survey: "Survey", inputs: Iterator[Tensor] | tuple[Tensor, ...] = ()) -> "SharedState":
-        """What a survey has met, but for tensors that are inputs of the solve: autograd looks after those."""
+        """The objects that a survey has found, except tensors that are inputs of the solve, which autograd checks itself."""
         given = {id(t) for t in inputs}
         return cls([_Read(name, state, state()) for name, state, key in survey.found if key not in given])
 
     def again(self) -> "SharedState":
-        """The same things with their states of now, for another solve."""
+        """The same objects with their current states, for another solve."""
         return SharedState([_Read(name, state, state()) for name, state, _ in self.reads])
 
     def settle(self) -> None:
-        """Leave out what has changed while the function itself ran: a log, a counter, a cache of its own."""
+        """Drop objects that changed while the function itself ran, such as a log, a counter or a cache."""
         self.reads = [read for read in self.reads if not read.changed()]
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Around an evaluation at a later time.
+        """A context for a later evaluation.
 
         Raises:
             ChangedFunctionError: if anything has changed since.
@@ -82,8 +82,8 @@ class SharedState:
         if changed:
             raise ChangedFunctionError(
                 f"The energy or map reads {' and '.join(changed)}, which changed after the solve and before its gradient was "
-                "asked for. The gradient would be that of another problem. Pass it as context, keep a copy for each solve (as "
-                "by .clone()), or change it after the backward."
+                "computed. The gradient would be that of another problem. Pass it as context, keep a copy for each solve (as "
+                "by .clone()), or change it after the backward pass."
             )
         try:
             yield
@@ -94,17 +94,17 @@ class SharedState:
 class _Hold(enum.Enum):
     """How the binding refers to a value."""
 
-    COPIED = "by a copy of what holds it, and lists in it are copied as well"
-    FIXED = "by a copy of the function that captures it"
-    SHARED = "by the caller's own object, which may refer to another value later"
+    COPIED = "the object that contains the value is copied, and so are lists in it"
+    FIXED = "the function that captures the value is copied"
+    SHARED = "the caller's own object refers to the value, and may refer to another one later"
 
 
 class Survey:
-    """A walk through everything that a value's code may read. It does not descend into libraries."""
+    """Traverses everything that a value's code may read. It does not descend into libraries."""
 
     def __init__(self, value: Any) -> None:
         self.found: list[tuple[str, Callable[[], Any], int]] = []
-        """Name, state, and the id of what was found."""
+        """The name, the state and the id of each object."""
         self.written: set[int] = set()
         """The ids of cells that the code itself assigns to."""
         self._seen: dict[int, Any] = {}
@@ -115,7 +115,7 @@ class Survey:
         self._look_up_all()
 
     def _look_up_all(self) -> None:
-        """Look up names in objects until there are no more of either."""
+        """Look up names in objects until neither new names nor new objects appear."""
         before = len(self._names), len(self._objects)
         for each in list(self._objects):
             self._look_up_names(*each)
@@ -197,14 +197,14 @@ class Survey:
             self._attributes(name, module)
 
     def _attributes(self, name: str, value: Any) -> None:
-        """Those of an object that is copied; its methods are the class's still."""
+        """Visit the attributes of an object that is copied; its methods still belong to the class."""
         for attribute, part in list(vars(value).items()):
             if attribute not in _OF_MODULES:
                 self._visit(attribute if isinstance(value, Step) else f"{name}.{attribute}", part, _Hold.COPIED)
         self._objects.append((name, value, True))
 
     def _look_up_names(self, name: str, value: Any, copied: bool) -> None:
-        """What an object that is shared, and its class, have under the names that code uses."""
+        """Visit what a shared object and its class contain under the names that the code uses."""
         cls = value if isinstance(value, type) else type(value)
         own = {} if isinstance(value, type) else getattr(value, "__dict__", {})
         if not copied:
@@ -229,7 +229,7 @@ class Survey:
 
 
 class _Place(NamedTuple):
-    """Where attributes are looked up."""
+    """The namespaces in which an attribute is looked up."""
 
     own: Mapping[str, Any]
     cls: type
@@ -244,36 +244,36 @@ def refuse_scripted(scripted: Any) -> NoReturn:
     kind = "module" if isinstance(scripted, torch.jit.ScriptModule) else "function"
     name = getattr(scripted, "original_name", None) or getattr(scripted, "name", type(scripted).__name__)
     raise TypeError(
-        f"{name} is scripted: TorchScript gives no second derivatives under torch.func, and tensors in it cannot be bound as "
-        f"inputs, so that gradients would be lost. Pass the {kind} that torch.jit.script was given."
+        f"{name} is scripted: TorchScript has no second derivatives under torch.func, and its tensors cannot be bound as "
+        f"inputs, so gradients would be lost. Pass the {kind} that was passed to torch.jit.script."
     )
 
 
-# Methods that are called without being named.
+# Methods that are called implicitly, without appearing by name in the code.
 _SPECIAL = ("forward", "evaluate", "optimality", "__call__", "__getattr__", "__getitem__", "__iter__")
 _OF_MODULES = {*vars(nn.Module())}
 
 
 def holds_attributes(value: Any) -> bool:
-    """Steps, and instances of the user's own classes that can be called: not functions, classes or libraries' objects."""
+    """Whether a value is a step or a callable object with attributes, and not a function, class or module."""
     plain = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch.jit.ScriptFunction))
     return isinstance(value, Step) or (not plain and callable(value) and hasattr(value, "__dict__"))
 
 
 def stays(value: Any) -> bool:
-    """Whether it belongs to a library, and refers to nothing of the user's."""
+    """Whether a value belongs to a library and refers to no object of the user."""
     kinds = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
     return isinstance(value, kinds) and of_a_library(value) and getattr(value, "__closure__", None) is None
 
 
 @functools.lru_cache(1024)
 def _users(cls: type) -> tuple[type, ...]:
-    """The classes that a class consists of, but for those of libraries."""
+    """The base classes of a class, itself included, that do not belong to libraries."""
     return tuple(c for c in cls.__mro__ if not of_a_library(c))
 
 
 def version(tensor: Tensor) -> Any:
-    """Changes when the tensor is changed in place."""
+    """A value that changes when the tensor is changed in place."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -286,7 +286,7 @@ def _content(value: Any) -> Any:
 
 
 def _same(now: Any, before: Any) -> bool:
-    """The same object, or an equal one of a type without parts."""
+    """Whether both are the same object, or equal values of a plain type."""
     if now is before:
         return True
     if type(now) is tuple and type(before) is tuple:

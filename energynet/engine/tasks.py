@@ -1,4 +1,4 @@
-"""What a driver evaluates, itself or as a compiled program: a solve and a gradient, as functions of tensors only."""
+"""The tasks that a driver runs, directly or as a compiled program: a solve and a gradient, as functions of tensors only."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -25,25 +25,25 @@ Observe = Callable[[LoopState], None]
 
 
 class Task(ABC):
-    """A function of tensors; what else it reads is a step, in its binding, and its own fields."""
+    """A function of tensors, which otherwise depends only on a step, in its binding, and on its own fields."""
 
     equation: Equation
     check_every: int | None
-    """Updates between two looks at whether any sample still runs, where Python runs the loop; None: as the device has it."""
+    """The number of updates between two status checks where Python runs the loop; None: it depends on the device."""
 
     @property
     def binding(self) -> Binding:
-        """The user's step in it."""
+        """The user's step with its tensors."""
         return self.equation.binding
 
     @property
     def batch_dims(self) -> int:
-        """How many leading dimensions count samples."""
+        """The number of leading batch dimensions."""
         return self.equation.batch_dims
 
     @abstractmethod
     def checked(self, every: int | None, observe: Observe | None = None) -> "Task":
-        """The same function, with another `check_every`, and with someone who is shown the state after each update."""
+        """The same function with another `check_every`, and with a callback that receives the state after each update."""
 
     @abstractmethod
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -51,17 +51,17 @@ class Task(ABC):
 
 
 class Outcome(NamedTuple):
-    """How a solve ended, sample by sample."""
+    """The result of a solve, per sample."""
 
     value: Tensor  # (*batch, n)
     status: Tensor  # (*batch) int8
-    error: Tensor  # (*batch), of a linear equation relative to its right-hand side
+    error: Tensor  # (*batch); for a linear equation, relative to its right-hand side
     steps: Tensor  # (*batch) int32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Solve(Task):
-    """(y0, \\*inputs) -> the root of an equation and how it was found."""
+    """Computes (y0, \\*inputs) -> the root of an equation, its status, error and number of steps."""
 
     equation: Equation
     solver: Solver
@@ -78,7 +78,7 @@ class Solve(Task):
         if not isinstance(self.equation, Linear):
             state = self._loop(self.equation.problem(inputs, y0), termination, y0, inputs)
             return Outcome(state.x, state.status, state.error, state.steps)
-        # A linear equation is solved for v of size one: the squares of a tiny or huge loss would under- or overflow.
+        # A linear equation is solved with v scaled to size one: the squares of a tiny or huge loss would under- or overflow.
         largest = max_norm(inputs[0]).unsqueeze(-1)
         largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
         v = inputs[0] / largest
@@ -95,9 +95,9 @@ class Solve(Task):
 
     def _beyond_rounding(self, problem: problems.Linear, termination: Termination, state: LoopState, reach: Tensor | float
                          ) -> LoopState:  # fmt: skip
-        """Solve once more, for what of v is not rounding: along a gauge direction of an energy no other v has an answer.
+        """Solve again up to the rounding error of v: along a gauge direction of an energy, A has no inverse.
 
-        A gradient such as v is known to ε‖H‖ times the size of the point, ``reach``, and A u to ε‖A‖‖u‖.
+        A gradient such as v has an error of ε‖H‖ times the size of the point, ``reach``; A u has one of ε‖A‖‖u‖.
         """
         eps, given_up = torch.finfo(state.x.dtype).eps, _given_up(state.status)
         norm = termination.size(problem.hvp(state.x, some_direction(torch.zeros_like(state.x))))
@@ -123,7 +123,7 @@ class Solve(Task):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
-    """A batch of which some may go on alone."""
+    """A batch from which some samples may be selected to continue as a smaller batch."""
 
     equation: Equation
     y0: Tensor
@@ -143,9 +143,9 @@ class Samples:
 
 
 def _negative_curvature(problem: problems.Linear) -> Tensor:  # -> (*batch) bool
-    """Whether the first products of the right-hand side with the Hessian show that the answer is no minimum.
+    """Whether a few products of the Hessian, starting from the right-hand side, show negative curvature at the solution.
 
-    The equation has an answer at a saddle too, but it is the derivative of no argmin.
+    The equation has a solution at a saddle, too, but that is not the derivative of a minimizer.
     """
     values = ritz_values(problem.jacobian(problem.right), problem.right, PRODUCTS)
     return values.amin(-1) < -100 * torch.finfo(values.dtype).eps * values.abs().amax(-1)
@@ -156,12 +156,12 @@ def _given_up(status: Tensor) -> Tensor:
 
 
 PRODUCTS = 10
-NOISE = 10  # rounding errors add up to some units
+NOISE = 10  # accumulated rounding errors, in rounding units
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pull(Task):
-    """(v, y, \\*inputs) -> how the adjoint equation at the root y was solved, and the gradients of the inputs that are wanted."""
+    """Computes (v, y, \\*inputs) -> the outcome of the adjoint equation at the root y, and the gradients that are wanted."""
 
     equation: Equation
     solver: Solver
@@ -185,14 +185,14 @@ class Pull(Task):
         return *outcome, *found
 
     def gradients(self, found: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """One for each input: None where it is not wanted, or where the equation does not contain it."""
+        """One gradient per input: None if it is not wanted, or if the equation does not contain the input."""
         rest = iter(found)
         present = [next(rest) if want else None for want in self.wanted]
         return [None if g is None or g.shape != t.shape else g for g, t in zip(present, inputs, strict=True)]
 
 
 class Solved(Protocol):
-    """The solution of a linear equation, and how it was found."""
+    """An object that holds the solution of a linear equation."""
 
     @property
     def value(self) -> Tensor: ...
@@ -203,7 +203,7 @@ S = TypeVar("S", bound=Solved)
 
 def linear_equation(equation: Equation, transposed: bool, y: Tensor, inputs: tuple[Tensor, ...]
                     ) -> tuple[Linear, tuple[Tensor, ...]]:  # fmt: skip
-    """A u = v or Aᵀ u = v, with A the Jacobian of an equation at the answer ``y``, and its inputs after v."""
+    """The equation A u = v or Aᵀ u = v, with A the Jacobian at the solution ``y``, and its inputs after v."""
     root, flipped, arguments = equation.linearization(y, inputs)
     return Linear(root, transposed != flipped), arguments
 
@@ -214,10 +214,10 @@ def pulled_back(equation: Equation, wanted: tuple[bool, ...], v: Tensor, y: Tens
 
     Args:
         equation: F(y; inputs) = 0, with A = ∂F/∂y.
-        wanted: of which inputs the gradients are wanted.
+        wanted: whether the gradient of each input is wanted.
         v: the incoming gradient, ``(*batch, n)``.
-        y: the answer, ``(*batch, n)``.
-        inputs: tensors.
+        y: the solution, ``(*batch, n)``.
+        inputs: the inputs of the equation.
         solve: (linear equation, v, \\*its other inputs) -> its solution.
     """
     adjoint, arguments = linear_equation(equation, True, y, inputs)

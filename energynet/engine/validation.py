@@ -1,4 +1,4 @@
-"""Checks of what a user passes, before the first step, with every sentence about it."""
+"""Checks the user's arguments before the first step; all messages about them are in this module."""
 
 import contextlib
 import warnings
@@ -22,7 +22,7 @@ from energynet.termination import Termination
 
 
 def check_options(solver: Any, termination: Any, adjoint: Any, on_failure: Any, driver: Any) -> None:
-    """Refuse options that are not what they must be; None stands for a default."""
+    """Refuse options of the wrong type; None stands for a default."""
     expect(solver, Solver, "solver")
     expect(termination, Termination, "termination")
     expect(adjoint, Adjoint, "adjoint")
@@ -31,7 +31,7 @@ def check_options(solver: Any, termination: Any, adjoint: Any, on_failure: Any, 
 
 
 def check_fit(step: Step, solver: Solver, adjoint: Adjoint) -> None:
-    """Refuse a solver or an adjoint that cannot serve the step."""
+    """Refuse a solver or an adjoint that does not support the step."""
     check_step_size(step.step_size)
     solver.check(step.kind)
     adjoint.check(step)
@@ -48,28 +48,28 @@ def check_start(x0: Any) -> None:
     wrong = [leaf.dtype for leaf in leaves if not leaf.is_floating_point()]
     if wrong:
         raise TypeError(
-            f"x0 must be floating point, got {wrong[0]}: an iterate moves by fractions. Convert it, as by x0.float(); a complex "
-            "one by torch.view_as_real."
+            f"x0 must be floating point, got {wrong[0]}. Convert it, for example by x0.float(), or a complex tensor by "
+            "torch.view_as_real."
         )
 
 
 class Examined(NamedTuple):
-    """What one evaluation of the user's function tells."""
+    """What one evaluation of the user's function shows."""
 
     batch_dims: int
-    precision: torch.dtype | None  # of the least precise number on the way from x, where it is coarser than x, as under autocast
-    unused: tuple[int, ...]  # which tensors of the binding, of those with a graph, the function did not use
+    precision: torch.dtype | None  # the least precise dtype between x and the result, if coarser than x, as under autocast
+    unused: tuple[int, ...]  # the indices of tensors of the binding that have a graph and that the function did not use
 
     def used(self, binding: Binding) -> Binding:
-        """The binding without those."""
+        """The binding without the unused tensors."""
         return binding.without([binding.tensors[k] for k in self.unused], Untouched.of) if self.unused else binding
 
 
 def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Examined:
-    """Evaluate the user's function once and hold its result against x0."""
+    """Evaluate the user's function once and check its result against x0."""
 
     def function(tensors: list[Tensor], x: Any, *code: Any) -> Any:
-        leaves = _tree.map_structure(lambda t: t.detach().requires_grad_(), x)  # to see that the energy's graph reaches x
+        leaves = _tree.map_structure(lambda t: t.detach().requires_grad_(), x)  # shows whether the energy's graph reaches x
         return binding.attach(tensors).probe(leaves, *code)
 
     step = binding.step
@@ -77,7 +77,7 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
         with twice_differentiable if step.energy_of is not None else contextlib.nullcontext():
             seen = probe(function, _name(step), list(binding.tensors), (x0, *code), _with_graphs(binding))
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # one of our own sentences, or out of memory
+        if type(error) is not RuntimeError:  # one of this package's own errors, or out of memory
             raise
         if "in-place operation" in str(error):
             raise ImpureFunctionError(f"{_name(step)} changes x in place: {error} Use the out-of-place operation.") from error
@@ -95,20 +95,20 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
         _check_batch(x, step.step_size)
     elif isinstance(step.step_size, Tensor) and step.step_size.ndim:
         raise ValueError(
-            f"step_size has shape {tuple(step.step_size.shape)}, one value per sample, but the energy returns a 0-d value: one "
-            "problem without a batch dimension."
+            f"step_size has shape {tuple(step.step_size.shape)}, one value per sample, but the energy returns a 0-d value, "
+            "which means one problem without a batch dimension."
         )
     return Examined(batch_dims, _coarser(seen.dtypes, [t.dtype for t in _tree.leaves(x)]), seen.unused)
 
 
 def _coarser(seen: Iterable[torch.dtype], own: Sequence[torch.dtype]) -> torch.dtype | None:
-    """The least precise dtype of those seen, if none of x's own is as coarse; a complex one is as precise as its parts."""
+    """The least precise dtype in ``seen``, if it is coarser than x's own; a complex one is as precise as its real part."""
     worst = _tree.least_precise(*(dtype.to_real() if dtype.is_complex else dtype for dtype in seen), *own)
     return None if worst in own else worst
 
 
 def _with_graphs(binding: Binding) -> list[int]:
-    """Which of the step's tensors have a graph: attributes that were computed, perhaps by an earlier call of the module."""
+    """The indices of the step's tensors with a graph: attributes that were computed, perhaps by an earlier forward pass."""
     if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
         return []  # its prox is not evaluated yet
     size = binding.step.step_size
@@ -117,7 +117,7 @@ def _with_graphs(binding: Binding) -> list[int]:
 
 
 def _unfit(name: str, x0: Any, code: tuple[Any, ...], held: list[Tensor], error: RuntimeError) -> str:
-    """What was handed over, when PyTorch could not work with it."""
+    """The message for an error of PyTorch, with the shapes, dtypes and devices of all arguments."""
     kinds = {what: [_kind(t) for t in _tree.leaves(tree) if isinstance(t, Tensor)]
              for what, tree in (("x0", x0), ("the context", code), ("its own tensors", held))}  # fmt: skip
     seen = "; ".join(f"{what}: {', '.join(dict.fromkeys(found))}" for what, found in kinds.items() if found)
@@ -132,7 +132,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _name(step: Step) -> str:
-    """The user's function in an error message."""
+    """The name of the user's function in an error message."""
     function = step.energy_of or getattr(step, "network", None) or getattr(step, "condition", step)
     kind = "The energy" if step.energy_of is not None else "The map"
     name = getattr(function, "__qualname__", None) or type(function).__name__
@@ -178,7 +178,7 @@ _warned: "weakref.WeakSet[Any]" = weakref.WeakSet()  # energies, or the code of 
 
 
 def _warn_of_lost_batch(energy: Any, name: str, x: Any) -> None:
-    """A sum over all dimensions makes one problem of a batch, in which one bad sample spoils all: say so once."""
+    """Warn once that a sum over all dimensions makes a batch one problem, in which one bad sample makes all fail."""
     if all(leaf.ndim < 2 for leaf in _tree.leaves(x)):
         return
     owner = getattr(getattr(energy, "__func__", energy), "__code__", energy)
@@ -187,8 +187,8 @@ def _warn_of_lost_batch(energy: Any, name: str, x: Any) -> None:
         return
     _warned.add(owner)
     warnings.warn(
-        f"{name} returned one number for x of shape {_shapes(x)}, so all of x is one problem: its samples stop together, and one "
-        "that fails fails all. For one problem per sample return (B,), as by .flatten(1).sum(-1) or .sum(-1) in place of .sum(); "
+        f"{name} returned one number for x of shape {_shapes(x)}, so all of x is one problem: its samples stop together, and if "
+        "one fails, all fail. For one problem per sample, return (B,), as by .flatten(1).sum(-1) or .sum(-1) in place of .sum(); "
         "if one problem is meant, pass batch_dims=0.",
         stacklevel=2,
     )
