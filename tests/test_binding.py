@@ -221,7 +221,7 @@ def test_a_replaced_forward_that_captures_is_told() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"scripted.*Pass the module that torch.jit.script was given"):
+    with pytest.raises(TypeError, match=r"scripted.*Pass the module that was passed to torch.jit.script"):
         solve(torch.jit.script(nn.Sequential(nn.Linear(3, 1, dtype=F64), nn.Flatten(0))))
 
 

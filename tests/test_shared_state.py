@@ -437,7 +437,7 @@ def test_an_attribute_with_a_graph_that_is_used_only_later_raises() -> None:
 
     energy = Later()
     energy.weight = 2 * torch.ones(2, dtype=F64, requires_grad=True)
-    with pytest.raises(LostGradientError, match="did not at x0"):
+    with pytest.raises(LostGradientError, match="did not use it at x0"):
         minimize(energy, X0, step_size=0.4)
 
 
@@ -518,7 +518,7 @@ def test_functions_that_torch_compile_has_wrapped_are_unwrapped() -> None:
 def test_scripted_functions_are_refused_also_where_they_are_captured() -> None:
     scripted = torch.jit.script(_scripted)
     for energy in (scripted, lambda x: scripted(x), functools.partial(scripted)):
-        with pytest.raises(TypeError, match=r"_scripted is scripted.*Pass the function that torch.jit.script was given"):
+        with pytest.raises(TypeError, match=r"_scripted is scripted.*Pass the function that was passed to torch.jit.script"):
             minimize(energy, X0)
 
 

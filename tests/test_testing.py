@@ -187,7 +187,7 @@ BROKEN_ENERGIES = {
     "neighbor": (lambda x, z: bowl(x, z) + 0.1 * (x * x.roll(1, 0)).sum(-1), r"sum, norm or softmax over the batch"),
     "context over the batch": (lambda x, z: bowl(x, z.cumsum(0)), "changes by"),
     "fixed batch size": (lambda x, z: bowl(x.reshape(4, 2), z), "Evaluating rows .* raised RuntimeError"),
-    "random": (lambda x, z: bowl(x + torch.rand_like(x), z), "draws random numbers, so it is not one function"),
+    "random": (lambda x, z: bowl(x + torch.rand_like(x), z), "draws random numbers, so it is not the same function"),
     "random, Python's": (lambda x, z: bowl(x, z) * random.random(), "Two evaluations of E at the same point differ by"),
     "dropout": (lambda x, z: bowl(nn.functional.dropout(x), z), "dropout in training mode"),
     "in place": (lambda x, z: bowl(x.mul_(2), z), r"changes its input in place \(mul_, shape \(4, 2\)\)"),
