@@ -43,6 +43,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workload, "contenders", interpreted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [Single(), Batch(), Labels(), LabelsApart(), Images()], ids=lambda w: w.name)
 def test_everybody_is_right_and_timed(each: FixedStepWorkload, tmp_path: Path) -> None:
     rows = each.run(TOY, Watcher())
@@ -129,6 +130,7 @@ def test_the_reference_is_the_same_without_a_dense_hessian(monkeypatch: pytest.M
     torch.testing.assert_close(free.answers[Task.GRADIENT][0], dense.answers[Task.GRADIENT][0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_all_minimizers_reach_the_accuracy_and_their_evaluations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     everyone = w5_accuracy.everyone
 

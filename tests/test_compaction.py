@@ -57,8 +57,8 @@ def solved(rows: slice, **options: Any) -> tuple[Any, list[Tensor], Rows]:
     return found, list(gradients), energy
 
 
-@pytest.mark.parametrize("solver", [Picard(), LBFGS(), Newton(), NewtonCG(), GradientDescent(BarzilaiBorwein()), Anderson()],
-                         ids=repr)  # fmt: skip
+@pytest.mark.parametrize("solver", [pytest.param(Picard(), marks=pytest.mark.slow), LBFGS(), Newton(), NewtonCG(),
+                                    GradientDescent(BarzilaiBorwein()), Anderson()], ids=repr)  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_as_in_two_smaller_batches(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     alone: list[int] = []

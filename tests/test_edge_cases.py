@@ -147,6 +147,7 @@ def test_bilevel_inside_bilevel() -> None:
     torch.testing.assert_close(torch.autograd.grad(dz.sum(), z)[0], 0.5 / z**2, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_inside_a_checkpoint_and_with_an_unused_context() -> None:
     layer, z = FPI_GD(LogCosh(), termination=TIGHT), some_context(requires_grad=True)
     expected = torch.autograd.grad(layer(z).square().sum(), [z, *layer.parameters()])

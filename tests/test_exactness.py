@@ -126,6 +126,7 @@ def test_fixed_point_of_a_network_against_a_dense_reference_to_third_order(adjoi
         close(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", EXACT, ids=str)
 def test_gradcheck_and_gradgradcheck_of_a_minimum(adjoint: Adjoint) -> None:
     energy = LogCosh(n=2, m=3)
@@ -139,6 +140,7 @@ def test_gradcheck_and_gradgradcheck_of_a_minimum(adjoint: Adjoint) -> None:
     assert torch.autograd.gradgradcheck(solve, inputs, check_fwd_over_rev=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", FOR_MAPS, ids=str)
 def test_gradcheck_and_gradgradcheck_of_a_network(adjoint: Adjoint) -> None:
     network = Contraction(n=2, rate=0.4)

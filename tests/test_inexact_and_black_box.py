@@ -72,6 +72,7 @@ def test_neumann_is_the_truncated_series(terms: int) -> None:
     assert torch.autograd.grad(x.sum(), z)[0].item() == pytest.approx(2 - 0.5 ** (terms - 1))
 
 
+@pytest.mark.slow
 def test_checkpoints_change_no_derivative() -> None:
     z = some_context(requires_grad=True)
     for order in (1, 2):
@@ -94,6 +95,7 @@ UNROLLED = [LBFGS(memory=2), LBFGS(memory=2, search=Backtracking()), GradientDes
             GradientDescent(FixedStep()), Nesterov(), Picard()]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", UNROLLED, ids=repr)
 def test_a_converged_unrolling_has_the_derivatives_of_the_minimum(solver: Solver) -> None:
     """One sample arrives at its minimum, where the slope is exactly zero, while the others still run.

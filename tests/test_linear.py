@@ -413,6 +413,7 @@ def test_all_exact_adjoints_of_a_map_agree() -> None:
             close(got, want, solver)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [MINRES(), GMRES(), BiCGSTAB(), Dense(), Broyden()], ids=str)
 def test_gradcheck_and_gradgradcheck(solver: Solver) -> None:
     z = some_context(1)[:, :2].abs().add(0.5).requires_grad_()

@@ -45,6 +45,7 @@ def forward_and_backward(steps: int, adjoint: Adjoint) -> tuple[int, int]:
     return held, live_tensors() - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", [ImplicitAdjoint(Picard()), ImplicitAdjoint(Anderson(3)), OneStepAdjoint()], ids=str)
 def test_live_tensors_do_not_grow_with_the_iterations(adjoint: Adjoint) -> None:
     assert forward_and_backward(50, adjoint) == forward_and_backward(800, adjoint)

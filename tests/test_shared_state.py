@@ -143,7 +143,10 @@ def test_attributes_of_what_is_the_energy_set_anew_after_the_solve() -> None:
         assert slopes(answers, z) == RIGHT
 
 
-@pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), UnrolledAdjoint(), UnrolledAdjoint(checkpoint=True)])
+CHECKPOINTED = pytest.param(UnrolledAdjoint(checkpoint=True), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), UnrolledAdjoint(), CHECKPOINTED])
 def test_all_adjoints_and_higher_orders(adjoint: Any) -> None:
     z, answers = context(), []
     for k in KS:

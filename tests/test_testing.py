@@ -337,7 +337,10 @@ def test_broken_steps_are_named(name):
 # ------------------------------------------------------------------------------------------------- layers
 
 
-@pytest.mark.parametrize("options", [{}, {"solver": Anderson(3)}, {"adjoint": UnrolledAdjoint()}], ids=str)
+UNROLLED = pytest.param({"adjoint": UnrolledAdjoint()}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": Anderson(3)}, UNROLLED], ids=str)
 def test_good_layers_pass(options):
     report = check_layer(FPI_GD(Network().eval(), 0.3, **options), Z)
     assert report.pickles and report.samples == 4 and report.gradient_error < 1e-6 and report.second_derivative_error < 1e-4
