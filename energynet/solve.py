@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from energynet._torch import tree as _tree
-from energynet._torch.autodiff import opaque, readable, recording, tracing, transform_active
+from energynet._torch.autodiff import opaque, readable, recording, tracing, transform_active, unhooked
 from energynet._torch.tree import Layout
 from energynet.energy import Energy, EnergyLike
 from energynet.engine.adjoint import ImplicitAdjoint
@@ -245,10 +245,11 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
             code = binding.step.encode(*context)
         x0 = binding.step.begin(x0, *code)
         looked_at = (x0, code, batch_dims)
-        seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))
+        with unhooked():
+            seen = options.driver.examined(binding, looked_at, lambda: examine(binding, x0, code, batch_dims))
         binding, layout = seen.used(binding), Layout.of(x0, seen.batch_dims)
         if seen.precision is None:
-            with unwatched():
+            with unwatched(), unhooked():
                 check_hessian(step, binding, x0, code, seen.batch_dims)
         if isinstance(binding.step, ProximalStep) and binding.step.step_size is None:
             binding = options.driver.bind(_with_step_size(binding.step, layout, x0, code[1:], context))
@@ -288,7 +289,7 @@ def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, code: Any, cont
     """
     binding = Binding.of(GradientStep(step.energy))
     root, inputs = _equation(binding, layout, code, context, _device(x0))
-    with unwatched(), root.ambient.solving():
+    with unwatched(), unhooked(), root.ambient.solving():
         gamma = root.problem(inputs, layout.ravel(x0)).gamma
     assert isinstance(gamma, Tensor)
     return dataclasses.replace(step, step_size=gamma.squeeze(-1), guessed=True)

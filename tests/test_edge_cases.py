@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from energynet import (
     fixed_point,
     minimize,
 )
+from energynet.constraints import L1
 
 SOLVERS = [Picard(), Anderson(), Broyden(), Nesterov(), LBFGS(), Newton(), NewtonCG(), GradientDescent(),
            GradientDescent(BarzilaiBorwein())]  # fmt: skip
@@ -158,6 +160,35 @@ def test_inside_a_checkpoint_and_with_an_unused_context() -> None:
     x = minimize(lambda x, z, unused: pull(x, z[:, :2]), torch.zeros(2, 2, dtype=torch.float64), z, unused).value
     (gradient,) = torch.autograd.grad(x.sum(), unused, allow_unused=True)
     assert gradient is None or not gradient.any()
+
+
+@pytest.mark.parametrize("solve", [
+    lambda z: minimize(lambda x, z: pull(x, z) + (4 * x).cosh().sum(-1), torch.zeros_like(z), z).value,
+    FPI_GD(lambda x, z: pull(x, z) + (2 * x).cosh().sum(-1), start=torch.zeros_like),
+    lambda z: minimize(lambda x, z: pull(x, z) + (3 * x).cosh().sum(-1), torch.zeros_like(z), z, prox=L1(0.1)).value,
+])  # fmt: skip
+def test_the_first_solve_of_an_energy_inside_a_checkpoint(solve: Callable[[Tensor], Tensor]) -> None:
+    z = some_context(requires_grad=True)  # what is checked once only is not among what the checkpoint counts
+    again = torch.utils.checkpoint.checkpoint(solve, z, use_reentrant=False)
+    mine, theirs = (torch.autograd.grad(x.square().sum(), z)[0] for x in (again, solve(z)))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_hooks_for_saved_tensors_see_those_of_the_solution_only() -> None:
+    seen, z = list[torch.Size](), some_context(requires_grad=True)
+
+    def pack(t: Tensor) -> Tensor:
+        seen.append(t.shape)
+        return t
+
+    def energy(x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * (x - z).square().sum(-1) + (5 * x).cosh().sum(-1)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        x = minimize(energy, torch.zeros_like(z), z, termination=TIGHT).value
+    assert len(seen) < 10
+    (gradient,) = torch.autograd.grad(x.sum(), z)
+    torch.testing.assert_close(gradient, 1 / (1 + 25 * (5 * x).cosh()), rtol=0, atol=1e-9)
 
 
 def train_once(rank: int, size: int, folder: str) -> None:

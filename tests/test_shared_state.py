@@ -1,5 +1,6 @@
 """The energy of the forward is the energy of the backward: what a solve read is fixed, or seen to have changed."""
 
+import argparse
 import copy
 import dataclasses
 import functools
@@ -270,7 +271,7 @@ def changes() -> dict[str, tuple[Callable[..., Tensor], Callable[[], Any], str]]
     held = ByModule()
     held.options = options
     held.forward = lambda x, z: pulled(x, held.options.k, z)  # type: ignore[method-assign]
-    plain = Options()
+    plain, arguments = Options(), argparse.Namespace(k=1.0)
     nested = {"inner": [tensor]}
     return {
         "tensor": (lambda x, z: pulled(x, tensor, z), lambda: tensor.fill_(9.0), r"tensor \(a tensor of shape \(\)\)"),
@@ -280,6 +281,7 @@ def changes() -> dict[str, tuple[Callable[..., Tensor], Callable[[], Any], str]]
         "array": (lambda x, z: pulled(x, float(array[0]), z), lambda: array.fill(9.0), "array"),
         "nested": (lambda x, z: pulled(x, nested["inner"][0], z), lambda: tensor.fill_(9.0), r"nested\['inner'\]\[0\]"),
         "object": (lambda x, z: pulled(x, options.k, z), lambda: setattr(options, "k", 9.0), r"options\.k"),
+        "a library's object": (lambda x, z: pulled(x, arguments.k, z), lambda: setattr(arguments, "k", 9.0), r"arguments\.k"),
         "object of a module": (held, lambda: setattr(options, "k", 9.0), r"options\.k"),
         "slot": (lambda x, z: pulled(x, slotted.k, z), lambda: setattr(slotted, "k", 9.0), r"slotted\.k"),
         "class": (lambda x, z: pulled(x, Settings.k, z), lambda: setattr(Settings, "k", 9.0), r"Settings\.k"),

@@ -95,6 +95,20 @@ def recording(tree: Any) -> Iterator[Any]:
         yield _tree.map_structure(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, tree)
 
 
+def unhooked() -> contextlib.AbstractContextManager[Any]:
+    """In here, hooks of the caller's see nothing of what graphs save: those that a solve makes, it uses up itself.
+
+    An activation checkpoint counts what is saved, which must be the same when it evaluates again, and ``save_on_cpu`` would
+    move it all. Where PyTorch does not say whether there are hooks, they see everything.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+    return contextlib.nullcontext() if top(False) is None else torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Saved tensors without the wrappers of transforms that have ended, as when ``torch.func.vjp``'s result is called."""
     return [torch._C._functorch.unwrap_if_dead(t) for t in tensors]

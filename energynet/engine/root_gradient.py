@@ -37,6 +37,7 @@ from energynet._torch.autodiff import (
     opaque,
     pushforward,
     transform_active,
+    unhooked,
     with_grads_batched,
 )
 from energynet.engine.advice import explained
@@ -270,8 +271,9 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(method: Method, adjoint: RootAdjoint, y0: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outcome, trace = method.run(y0, inputs)
-        return *outcome, method.judged(outcome, y0, inputs), *trace
+        with unhooked():
+            outcome, trace = method.run(y0, inputs)
+            return *outcome, method.judged(outcome, y0, inputs), *trace
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

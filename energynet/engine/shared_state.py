@@ -149,8 +149,8 @@ class Survey:
             self._module(name, value, hold)
         elif holds_attributes(value) and hold is _Hold.COPIED:
             self._attributes(name, value)
-        elif not of_a_library(value if isinstance(value, (type, types.ModuleType)) else type(value)):
-            self._objects.append((name, value, False))
+        elif not isinstance(value, (type, types.ModuleType)) or not of_a_library(value):
+            self._objects.append((name, value, False))  # with attributes that the user sets, such as an argparse.Namespace
 
     def _note(self, name: str, state: Callable[[], Any], key: Any) -> None:
         self.found.append((name, state, id(key)))
