@@ -4,7 +4,8 @@ All but `soft_f1` take energies ``(B,)``, those of the truth and those of what t
 sample, ``(B,)``; take the mean for a batch. The answers are usually found without a graph, by `energynet.minimize` under
 ``torch.no_grad()`` or a few steps of descent, and their energies are then evaluated with one: the derivative of a minimum
 with respect to parameters does not need that of the minimizer. A loss of the answer itself, such as a squared error, needs
-none of this: it is differentiated through the solve.
+none of this: it is differentiated through the solve. `denoising_score_matching` needs no answers either: it shapes
+the gradient of an energy from clean samples.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,18 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from energynet.energy import Energy, EnergyLike, encode, evaluate
+from energynet.energy import Energy, EnergyLike, encode, evaluate, gradient
 
-__all__ = ["CostAugmented", "hinge", "logistic", "perceptron", "soft_f1", "square_square", "value_regression"]
+__all__ = [
+    "CostAugmented",
+    "denoising_score_matching",
+    "hinge",
+    "logistic",
+    "perceptron",
+    "soft_f1",
+    "square_square",
+    "value_regression",
+]
 
 
 def perceptron(truth: Tensor, lowest: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
@@ -173,6 +183,46 @@ def soft_f1(predicted: Tensor, labels: Tensor) -> Tensor:  # (B, L), (B, L) -> (
     nothing = total == 0
     shared = 2 * torch.minimum(predicted, labels).sum(-1)
     return torch.where(nothing, 1, shared / torch.where(nothing, 1, total))
+
+
+def denoising_score_matching(energy: EnergyLike, x: Tensor, *context: Any, sigma: float | Tensor, noise: Tensor | None = None
+                             ) -> Tensor:  # (B, ...) -> (B,)  # fmt: skip
+    r"""½‖σ ∇E(x + σε) − ε‖²: the gradient of E is to point from a noisy sample to the clean one; no solve is needed.
+
+    In the mean over samples and noise ε it is least where exp(−E) is, up to a factor, the density of noisy samples; one
+    gradient step x − σ²∇E(x) is then the best estimate of the clean one.
+
+    Example:
+        >>> x, variance = 2 * torch.randn(1000, 3), torch.tensor(4.0 + 1.0)
+        >>> energy = lambda x, variance: 0.5 * (x.square() / variance).sum(-1)      # of N(0, 4), noise of variance 1 added
+        >>> denoising_score_matching(energy, x, variance, sigma=1.0).shape
+        torch.Size([1000])
+
+    Args:
+        energy: E(x, \\*context) -> ``(B,)``, a negative log-density up to a constant.
+        x: clean samples ``(B, ...)``.
+        context: of the energy.
+        sigma: standard deviation of the noise, a number or one per sample ``(B,)``.
+        noise: ε, like x, if the context depends on it; drawn if it is not given.
+
+    Returns:
+        ``(B,)``, to be differentiated with respect to the parameters of E.
+
+    Raises:
+        ValueError: if sigma is neither a number nor ``(B,)``, or the noise is not like x.
+
+    Source: Vincent (2011), A connection between score matching and denoising autoencoders.
+    """
+    noise = torch.randn_like(x) if noise is None else noise
+    sizes = tuple(sigma.shape) if isinstance(sigma, Tensor) else ()
+    if sizes not in ((), x.shape[:1]) or noise.shape != x.shape:
+        raise ValueError(
+            f"sigma must be a number or one per sample, and noise like x, got x {tuple(x.shape)}, sigma {sizes} and noise "
+            f"{tuple(noise.shape)}."
+        )
+    level = sigma.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    error = level * gradient(energy, x + level * noise, *context) - noise
+    return 0.5 * error.flatten(1).square().sum(1)
 
 
 @final

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from energynet import minimize
-from energynet.losses import CostAugmented, hinge, logistic, perceptron, soft_f1, square_square, value_regression
+from energynet.losses import (
+    CostAugmented,
+    denoising_score_matching,
+    hinge,
+    logistic,
+    perceptron,
+    soft_f1,
+    square_square,
+    value_regression,
+)
 
 PAIRWISE = [perceptron, hinge, logistic, square_square, value_regression, soft_f1]
 
@@ -101,3 +110,43 @@ def test_structured_hinge_bounds_the_cost_and_has_the_derivative_of_its_maximum(
     assert bool((loss >= cost(best, y)).all())
     (slope,) = torch.autograd.grad(loss.sum(), a)  # of a z² − min (a (x − z)² − x²) = a + a/(a − 1): 1 − 1/(a − 1)², zero
     assert abs(float(slope)) < 1e-5
+
+
+def test_score_matching_of_a_gaussian_is_least_at_the_noisy_density() -> None:
+    """½‖σ∇E − ε‖² of E = x²/(2v), data N(0, s²): its mean is ½ n (σ²(s² + σ²)/v² − 2σ²/v + 1), least at v = s² + σ²."""
+    torch.manual_seed(0)
+    s, sigma, n = 2.0, 0.5, 200_000
+    x, noise = s * torch.randn(n, 1, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64)
+    v = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        energy = lambda x, v: 0.5 * (x.square() / v).sum(-1)  # noqa: E731
+        return denoising_score_matching(energy, x, v, sigma=sigma, noise=noise).mean()
+
+    expected = 0.5 * (sigma**2 * (s**2 + sigma**2) / v**2 - 2 * sigma**2 / v + 1)
+    torch.testing.assert_close(loss(v), expected, rtol=2e-2, atol=0)
+    best = torch.tensor(s**2 + sigma**2, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(best), best)
+    (elsewhere,) = torch.autograd.grad(loss(v), v)
+    assert abs(slope) < 0.05 * abs(elsewhere)
+
+
+def test_score_matching_per_sample_and_through_second_derivatives() -> None:
+    x, noise = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    energy = lambda x, w: (w * x).cosh().sum((1, 2))  # noqa: E731
+    got = denoising_score_matching(energy, x, weight, sigma=sigma, noise=noise)
+    level = sigma[:, None, None]
+    by_hand = 0.5 * (level * weight * (weight * (x + level * noise)).sinh() - noise).square().sum((1, 2))
+    torch.testing.assert_close(got, by_hand)
+    torch.testing.assert_close(*(torch.autograd.grad(value.sum(), weight)[0] for value in (got, by_hand)))
+    torch.manual_seed(1)
+    drawn = denoising_score_matching(energy, x, weight, sigma=0.5)
+    torch.manual_seed(1)
+    same = denoising_score_matching(energy, x, weight, sigma=torch.tensor(0.5), noise=torch.randn_like(x))
+    torch.testing.assert_close(drawn, same)
+    with pytest.raises(ValueError, match="a number or one per sample"):
+        denoising_score_matching(energy, x, weight, sigma=torch.ones(2))
+    with pytest.raises(ValueError, match="noise like x"):
+        denoising_score_matching(energy, x, weight, sigma=1.0, noise=noise[:1])

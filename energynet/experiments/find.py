@@ -12,6 +12,7 @@ from .task import Rival, Task
 TASKS = {
     "multilabel": "energynet.experiments.multilabel:MultiLabel",
     "multilabel-partial": "energynet.experiments.multilabel_partial:PartialLabels",
+    "denoising": "energynet.experiments.denoising:Denoising",
     "constrained": "energynet.experiments.constrained:Constrained",
 }
 """Our tasks; each knows its rivals."""

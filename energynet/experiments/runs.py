@@ -132,7 +132,7 @@ def judge(trainer: Trainer, model: nn.Module, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if plan.test:
         take_solves(model)
-        output = task.predict(model, data.test)
+        output = task.predict_test(model, data.test)
         metrics["test_solves"] = asdict(take_solves(model))
         metrics["test"] = task.evaluate(output, data.test, best.calibration)
         log_test(plan.test_log, setup, metrics["test"])

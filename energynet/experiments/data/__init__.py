@@ -45,7 +45,7 @@ class Data:
 
     def __post_init__(self) -> None:
         shapes = [tuple(t.shape) for t in (self.train.inputs, self.train.targets, self.test.inputs, self.test.targets)]
-        fit = shapes[0][1:] == shapes[2][1:] and shapes[1][1:] == shapes[3][1:]
+        fit = shapes[0][1:2] == shapes[2][1:2] and shapes[1][1:2] == shapes[3][1:2]  # pictures may differ in size
         if not fit or (self.target_names and len(self.target_names) != shapes[1][1]):
             raise ValueError(
                 f"data set {self.name!r}: train {shapes[0]} and {shapes[1]}, test {shapes[2]} and {shapes[3]}, "
