@@ -1,4 +1,4 @@
-"""Linear solvers of the adjoint equation, one per file, run by the same loop."""
+"""Linear solvers for the adjoint equation, one per file; the same loop runs them."""
 
 from energynet.linear.bicgstab import BiCGSTAB
 from energynet.linear.conjugate_gradient import ConjugateGradient

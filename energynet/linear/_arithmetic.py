@@ -1,4 +1,4 @@
-"""Arithmetic that the Krylov solvers share; numbers have shape ``(*batch, 1)`` and vectors ``(*batch, n)``."""
+"""Arithmetic that the Krylov solvers share; scalars have shape ``(*batch, 1)`` and vectors ``(*batch, n)``."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def working_residual(problem: Linear, x: Tensor) -> Tensor:
 def singular(problem: Linear, x: Tensor, norm: Tensor) -> Tensor:
     """Whether x grows without bound: ‖A‖‖x‖ / ‖v‖, which the condition number bounds, exceeds what the dtype can resolve.
 
-    On a singular A without a solution, a Krylov solver first finds the nearest point to a solution. From then on it moves
-    along the null space, driven by rounding errors alone, faster and faster.
+    If A is singular and no solution exists, a Krylov solver first finds the point with the smallest residual. Then rounding
+    errors alone move it along the null space, in ever longer steps.
     """
     size, right = length(x.to(norm.dtype)), length(problem.right.to(norm.dtype))
     return torch.isfinite(size) & (norm * size * torch.finfo(norm.dtype).eps * 10 > right) & (right > 0)

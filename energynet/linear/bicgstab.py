@@ -14,14 +14,14 @@ from energynet.step import Kind
 
 
 class BiCGSTABState(NamedTuple):
-    """Vectors are ``(*batch, n)`` and numbers ``(*batch, 1)``, all in float32 or better."""
+    """Vectors are ``(*batch, n)`` and scalars ``(*batch, 1)``, all in float32 or better."""
 
     residual: Tensor  # r = A u − v, by recurrence
-    shadow: Tensor  # r̃, about the residual where the sample last began
+    shadow: Tensor  # r̃, approximately the residual at the last restart
     direction: Tensor  # p
-    rho: Tensor  # r̃ᵀr, that p was made with
-    norm: Tensor  # largest ‖A p‖ / ‖p‖ seen
-    lost: Tensor  # bool, whether the sample has just broken down and begins again here
+    rho: Tensor  # r̃ᵀr, from which p was computed
+    norm: Tensor  # the largest ‖A p‖ / ‖p‖ so far
+    lost: Tensor  # bool, whether the sample has just broken down and restarts here
     broken: Tensor  # bool
 
 
@@ -29,7 +29,7 @@ class BiCGSTABState(NamedTuple):
 class BiCGSTAB(Solver):
     """Stabilized biconjugate gradients for any square A: two products per step, and memory that does not grow.
 
-    If a number that it divides by vanishes, it restarts from the current point. If this happens again immediately, as for a
+    If a denominator vanishes, the method restarts from the current point. If this happens again immediately, as for a
     singular or a skew-symmetric A, the sample is reported as DIVERGED.
 
     Example:
@@ -70,7 +70,7 @@ class BiCGSTAB(Solver):
         lost = (alpha == 0) | (omega == 0) | (rho.abs() <= eps * length(shadow) * length(residual))
         lost = lost & (half != 0).any(-1, keepdim=True) & torch.isfinite(size)
         p = residual + divide(rho * alpha, state.rho * omega) * (p - omega * ap)
-        # Where rᵀA r = 0, r itself would not do as a shadow; with the direction of A r added it does.
+        # If rᵀA r = 0, r itself cannot serve as the shadow residual; adding the direction of A r solves this.
         turned = residual + torch.where(omega == 0, divide(image * length(residual), size), 0)
         p, shadow = torch.where(lost, residual, p), torch.where(lost, turned, shadow)
         rho = torch.where(lost, dot(shadow, residual), rho)

@@ -15,8 +15,8 @@ from energynet.step import Kind
 class ConjugateGradientState(NamedTuple):
     residual: Tensor  # H u − v, (*batch, n), by recurrence
     direction: Tensor  # p, (*batch, n)
-    curvature: Tensor  # (*batch), largest pᵀHp / pᵀp seen
-    broken: Tensor  # (*batch) bool, a direction without positive curvature was met
+    curvature: Tensor  # (*batch), the largest pᵀHp / pᵀp so far
+    broken: Tensor  # (*batch) bool, whether a direction without positive curvature was found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,18 +17,16 @@ Inverse = Callable[[Tensor], Tensor]  # (*batch, n, 1) -> (*batch, n, 1)
 
 class DenseState(NamedTuple):
     residual: Tensor  # A u − v, (*batch, n)
-    solved: Tensor  # (*batch) bool, that was all that this solver can do
+    solved: Tensor  # (*batch) bool, whether the solver has taken its only step
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Solver):
-    """Form the matrix by n simultaneous products and factorize it by Cholesky or LU: one step, for problems of up to a few
-    hundred n.
+    """Forms the matrix by n simultaneous products and factorizes it by Cholesky or LU, in one step, for up to a few hundred n.
 
-    A symmetric matrix must have no negative eigenvalue, and v no part along those that are lost in rounding. A matrix that
-    has one, a general one that is singular, and one that is too ill-conditioned for the tolerance are reported as DIVERGED. It
-    needs memory for n² numbers per
-    sample, and n times that of one product.
+    A symmetric matrix must have no negative eigenvalue, and v must have no component along eigenvectors whose eigenvalues are
+    below rounding errors. Otherwise the sample is reported as DIVERGED, and so are a singular general matrix and one that is
+    too ill-conditioned for the tolerance. The memory is n² numbers per sample, and n times that of one product.
 
     Example:
         >>> import torch
@@ -52,7 +50,7 @@ class Dense(Solver):
     def update(self, problem: Linear, x: Tensor, state: DenseState) -> tuple[Tensor, DenseState]:
         matrix, residual = problem.matrix(x), state.residual
         inverse, usable = _cholesky(matrix) if problem.symmetric else _lu(matrix)
-        for _ in range(2):  # the second time refines the first
+        for _ in range(2):  # the second pass is iterative refinement
             move = inverse(residual.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)
             x = x - torch.where(usable.unsqueeze(-1), move, 0).to(x.dtype)
             residual = problem.residual(x)
@@ -63,7 +61,7 @@ class Dense(Solver):
 
 
 def _cholesky(matrix: Tensor) -> tuple[Inverse, Tensor]:
-    """The inverse, and whether the matrix is positive definite beyond rounding, however its variables are scaled."""
+    """The inverse, and whether the matrix is numerically positive definite, independently of the scaling of its variables."""
     factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
     pivots, diagonal = factor.diagonal(dim1=-2, dim2=-1).square(), matrix.diagonal(dim1=-2, dim2=-1)
     usable = (info == 0) & (pivots > _rounding(matrix) * diagonal).all(-1)
@@ -74,7 +72,7 @@ def _cholesky(matrix: Tensor) -> tuple[Inverse, Tensor]:
 
 
 def _pseudo_inverse(matrix: Tensor) -> tuple[Inverse, Tensor]:
-    """The inverse without the directions whose curvature is rounding, and whether no curvature is negative beyond that."""
+    """The pseudoinverse without eigenvalues below rounding errors, and whether no eigenvalue is negative beyond those."""
     matrix = (matrix + matrix.mT) / 2
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).abs()
     scale = torch.clamp(diagonal, min=diagonal.amax(-1, keepdim=True) * 100 * torch.finfo(matrix.dtype).eps)
@@ -88,7 +86,7 @@ def _pseudo_inverse(matrix: Tensor) -> tuple[Inverse, Tensor]:
 
 
 def _lu(matrix: Tensor) -> tuple[Inverse, Tensor]:
-    """The inverse, and whether no pivot is lost in the rounding of its column once the rows have unit length."""
+    """The inverse, and whether every pivot exceeds the rounding error of its column, with rows scaled to unit length."""
     row = _length(matrix, -1)
     factor, pivots, _ = torch.linalg.lu_factor_ex(matrix / row)
     diagonal = factor.diagonal(dim1=-2, dim2=-1).abs()
@@ -102,7 +100,7 @@ def _rounding(matrix: Tensor) -> float:
 
 
 def _length(matrix: Tensor, dim: int) -> Tensor:
-    """The length of the rows or columns; 1 for those that are zero."""
+    """The norms of the rows or columns; 1 for those that are zero."""
     size = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
     return torch.where(size == 0, 1, size)
 

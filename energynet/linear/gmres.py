@@ -14,31 +14,29 @@ from energynet.step import Kind
 
 
 class GMRESState(NamedTuple):
-    """All tensors are in float32 or better. The first ``filled`` rows of ``images`` are orthonormal; the others have no
-    meaning.
-    """
+    """All tensors are in float32 or better. The first ``filled`` rows of ``images`` are orthonormal; the others are unused."""
 
     residual: Tensor  # A u − v, (*batch, n), by recurrence
-    direction: Tensor  # where the next product is taken, unit, (*batch, n)
+    direction: Tensor  # the unit vector for the next product, (*batch, n)
     directions: Tensor  # P, (*batch, m, n)
     images: Tensor  # Q = A P, (*batch, m, n)
-    filled: Tensor  # (*batch, 1) int, products since the cycle began
-    before: Tensor  # (*batch, 1), ‖residual‖ where the cycle began
-    norm: Tensor  # (*batch, 1), largest ‖A d‖ of a unit direction d
+    filled: Tensor  # (*batch, 1) int, the number of products in this cycle
+    before: Tensor  # (*batch, 1), ‖residual‖ at the start of the cycle
+    norm: Tensor  # (*batch, 1), the largest ‖A d‖ for a unit direction d
     broken: Tensor  # (*batch, 1) bool
 
 
 @dataclasses.dataclass(frozen=True)
 class GMRES(Solver):
-    """Minimal residual over the Krylov space of any square A, which restarts after ``restart`` products.
+    """Minimizes the residual over the Krylov space of any square A, and restarts after ``restart`` products.
 
-    The images A p are kept orthonormal, so that each of them removes its own part of the residual, and point and residual
+    The images A p are kept orthonormal, so each of them removes its own component of the residual, and the point and residual
     are known after every product. The next direction is the residual, or the newest image if the residual stagnates, as for
-    a skew-symmetric A, where the residual adds nothing to the space. Either way they span the Krylov space, so the residuals
-    are those of GMRES. Memory: 2 · restart vectors per sample.
+    a skew-symmetric A, where the residual adds nothing to the space. In both cases the directions span the Krylov space, so
+    the residuals are those of GMRES. The memory is 2 · restart vectors per sample.
 
     If the Krylov space cannot grow and does not contain u, A is singular, and the sample is reported as DIVERGED. So is a
-    sample for which a whole cycle achieves nothing; a larger ``restart`` may help.
+    sample for which a whole cycle does not reduce the residual; a larger ``restart`` may help.
 
     Example:
         >>> import torch
@@ -51,7 +49,7 @@ class GMRES(Solver):
         tensor([[ 0.5520, -0.4970]])
 
     Args:
-        restart: m, the number of products before the Krylov space is dropped.
+        restart: m, the number of products before the Krylov space is discarded.
 
     Raises:
         ValueError: if restart < 1.
@@ -88,14 +86,14 @@ class GMRES(Solver):
         return x, state._replace(norm=norm, broken=state.broken | exhausted | singular(problem, x, norm))
 
     def _grown(self, state: GMRESState, p: Tensor, q: Tensor, residual: Tensor) -> GMRESState:
-        """The state with one more direction, or at the beginning of the next cycle."""
+        """The state with one more direction, or at the start of the next cycle."""
         here = (torch.arange(self.restart, device=p.device) == state.filled).unsqueeze(-1)
         directions = torch.where(here, p.unsqueeze(-2), state.directions)
         images = torch.where(here, q.unsqueeze(-2), state.images)
         full, size = state.filled + 1 == self.restart, length(residual)
         new = full | (size <= STAGNATION * length(state.residual))
         direction = torch.where(new, divide(residual, size), q)
-        # A cycle that has achieved nothing is repeated by the next one, which begins where it began.
+        # If a cycle does not reduce the residual, the next one starts from the same point and repeats it.
         stuck = full & (size > (1 - torch.finfo(size.dtype).eps ** 0.5) * state.before)
         filled, before = torch.where(full, 0, state.filled + 1), torch.where(full, size, state.before)
         return GMRESState(residual, direction, directions, images, filled, before, state.norm, stuck)
@@ -104,14 +102,14 @@ class GMRES(Solver):
         return state.broken.squeeze(-1)
 
 
-STAGNATION = 0.9  # a residual that keeps this part of its length points too little into what is new
+STAGNATION = 0.9  # if the residual keeps this fraction of its norm, it adds too little to the Krylov space
 
 
 def _orthogonal(p: Tensor, q: Tensor, state: GMRESState) -> tuple[Tensor, Tensor]:
     """A direction and its image without their components along the earlier images."""
     used = torch.arange(state.images.shape[-2], device=p.device) < state.filled  # (*batch, m)
     total = torch.zeros_like(used, dtype=p.dtype)
-    for _ in range(2):  # once leaves a rounding error that grows with the condition number; twice is enough
+    for _ in range(2):  # one pass leaves a rounding error that grows with the condition number; two are enough
         weights = torch.where(used, (state.images @ q.unsqueeze(-1)).squeeze(-1), 0)
         q = q - (weights.unsqueeze(-2) @ state.images).squeeze(-2)
         total = total + weights

@@ -14,7 +14,7 @@ from energynet.step import Kind
 
 
 class MINRESState(NamedTuple):
-    """Vectors are ``(*batch, n)`` and numbers ``(*batch, 1)``, all in float32 or better."""
+    """Vectors are ``(*batch, n)`` and scalars ``(*batch, 1)``, all in float32 or better."""
 
     residual: Tensor  # H u − v, by recurrence
     lanczos: Tensor  # q, unit, the newest Lanczos vector
@@ -22,21 +22,21 @@ class MINRESState(NamedTuple):
     direction: Tensor  # d, the newest column of Q R⁻¹
     last_direction: Tensor
     beta: Tensor  # off-diagonal entry of the Lanczos matrix T that links the two Lanczos vectors
-    cosine: Tensor  # of the last rotation
+    cosine: Tensor  # the cosine of the last rotation
     sine: Tensor
     above: Tensor  # entry of R above the next diagonal one, before the last rotation
     corner: Tensor  # entry of R two above the next diagonal one
-    size: Tensor  # ‖residual‖ with the sign that the rotations gave it
-    norm: Tensor  # largest column of T seen, an estimate of ‖H‖ from below
+    size: Tensor  # ‖residual‖, with the sign from the rotations
+    norm: Tensor  # the largest column of T so far, a lower bound of ‖H‖
     broken: Tensor  # bool
 
 
 @dataclasses.dataclass(frozen=True)
 class MINRES(Solver):
-    """Minimal residual over the Krylov space of a symmetric H, which may be indefinite, in short recurrences.
+    """Minimizes the residual over the Krylov space of a symmetric H, which may be indefinite, by short recurrences.
 
-    A saddle is the answer of no minimization, so `minimize` and `FPI_GD` report it; `implicit` with ``symmetric=True`` gives
-    the exact derivative of the stationary point. A singular H for which no u exists is reported as DIVERGED.
+    A saddle is not the solution of a minimization, so `minimize` and `FPI_GD` report it; `implicit` with ``symmetric=True``
+    gives the exact derivative of the stationary point. A singular H for which no u exists is reported as DIVERGED.
 
     Example:
         >>> import torch
@@ -66,14 +66,14 @@ class MINRES(Solver):
         w = w - alpha * q
         beta = length(w)
         next_q = divide(w, beta)
-        # The new column of T, first by the last rotation, then by one that annihilates beta.
+        # Apply the last rotation to the new column of T, then a new one that annihilates beta.
         beside, before = c * state.above + s * alpha, s * state.above - c * alpha
         above, corner = -c * beta, s * beta
         diagonal = torch.hypot(before, beta)
         cosine, sine = divide(before, diagonal), divide(beta, diagonal)
         norm = torch.maximum(state.norm, torch.hypot(torch.hypot(alpha, beta), state.beta))
         d = divide(q - beside * state.direction - state.corner * state.last_direction, diagonal)
-        # ‖H r‖ is what the next step can remove of r; where it is lost in rounding, no u makes r smaller.
+        # The next step can reduce r only if ‖H r‖ > 0; where that is below rounding errors, no u makes r smaller.
         stuck = (state.size != 0) & (torch.hypot(before, above) <= 10 * torch.finfo(norm.dtype).eps * norm)
         x = x + torch.where(stuck, 0, cosine * state.size * d).to(x.dtype)
         size = sine * state.size

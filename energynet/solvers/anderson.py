@@ -13,13 +13,13 @@ from energynet.solvers.problem import Problem
 class AndersonState(NamedTuple):
     residual: Tensor  # F(x), (*batch, n)
     move: Tensor  # g(x) − x, (*batch, n)
-    dx: Tensor  # differences of the iterates, (*batch, m, n); a zero row is not yet filled
+    dx: Tensor  # differences of the iterates, (*batch, m, n); a zero row is still unused
     dmove: Tensor  # differences of their moves, (*batch, m, n)
 
 
 @dataclasses.dataclass(frozen=True)
 class Anderson(Solver):
-    """Fixed-point iteration accelerated by the last ``memory`` moves, which are mixed so that their combination is smallest.
+    """Accelerates the fixed-point iteration by the linear combination of the last ``memory`` moves that has the smallest norm.
 
     Example:
         >>> import torch
@@ -29,10 +29,10 @@ class Anderson(Solver):
         2
 
     Args:
-        memory: m, the number of differences that are kept, at most as many as there are unknowns.
+        memory: m, the number of stored differences; at most the number of unknowns is used.
         mixing: β in (0, 1], the fraction of the combined move that is taken.
-        regularization: ridge of the least-squares problem, relative to its unit-length columns; default 10 ε of the
-            dtype. A singular system falls back to the map's own step.
+        regularization: the ridge of the least-squares problem, relative to its unit-length columns; default: 10 ε of the
+            dtype. For a singular system, the map's own step is taken.
 
     Raises:
         ValueError: if memory < 1, or mixing or regularization is out of range.
@@ -51,7 +51,7 @@ class Anderson(Solver):
     def init(self, problem: Problem, x0: Tensor) -> AndersonState:
         residual = problem.residual(x0)
         move = problem.move(x0, residual) - x0
-        rows = min(self.memory, max(1, x0.shape[-1]))  # more differences than unknowns depend on one another
+        rows = min(self.memory, max(1, x0.shape[-1]))  # more differences than unknowns are linearly dependent
         empty = torch.zeros_like(x0).unsqueeze(-2).expand(*x0.shape[:-1], rows, x0.shape[-1])
         return AndersonState(residual, move, empty, empty)
 
@@ -64,7 +64,7 @@ class Anderson(Solver):
         return target, AndersonState(residual, move, dx, dmove)
 
     def _combined(self, state: AndersonState) -> Tensor:
-        """The accelerated move; the plain one where the history does not help."""
+        """The accelerated move; the plain move if the accelerated one is not finite."""
         weights = self._weights(state.dmove, state.move)  # (*batch, m)
         correction = ((state.dx + self.mixing * state.dmove) * weights.to(state.dx.dtype).unsqueeze(-1)).sum(-2)
         plain = self.mixing * state.move
@@ -75,7 +75,7 @@ class Anderson(Solver):
         """Least squares min ‖move − Σ w_i dmove_i‖ by normal equations on unit-length columns; empty rows get weight 0."""
         working = torch.promote_types(move.dtype, torch.float32)  # no half-precision factorizations exist
         dmove, move = dmove.to(working), move.to(working)
-        length = torch.linalg.vector_norm(dmove, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
+        length = torch.linalg.vector_norm(dmove, dim=-1)  # its derivative at 0 is 0, unlike that of a square root
         empty = length == 0
         inverse_length = torch.where(empty, 0, 1 / torch.where(empty, 1, length))
         unit = dmove * inverse_length.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""What a solver is: a pure rule for moving, which knows nothing of tolerances and adjoints."""
+"""The interface of solvers: pure update rules, independent of tolerances and adjoints."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -17,32 +17,32 @@ _REMEDY = {
 
 
 class Solver(ABC):
-    """How to move. Stateless; `init` and `update` are pure functions on tensors of fixed shapes.
+    """A stateless update rule: `init` and `update` are pure functions on tensors of fixed shapes.
 
-    A state is a named tuple with at least ``residual``, the optimality condition at the current point.
+    A state is a named tuple with at least the field ``residual``, the optimality condition at the current point.
     """
 
     solves: ClassVar[frozenset[Kind]] = frozenset(Kind)
     exact_residual: ClassVar[bool] = True
-    """Whether ``state.residual`` was evaluated at the current point and not carried along by a recurrence."""
+    """Whether ``state.residual`` is evaluated at the current point, rather than updated by a recurrence."""
 
     descends: ClassVar[bool] = False
-    """Whether the energy never rises for long, so that a large gradient is no sign of divergence."""
+    """Whether the solver enforces a decrease of the energy, so that a large gradient does not indicate divergence."""
 
     follows: ClassVar[bool] = False
-    """Whether its steps are those of the map, so that what is left of F is soon its slowest part."""
+    """Whether its steps are those of the map, so that F is soon dominated by its slowest component."""
 
     sees_saddles: ClassVar[bool] = False
-    """Whether, of a symmetric linear equation, it fails where it meets a direction of negative curvature."""
+    """Whether it reports failure at a direction of negative curvature of a symmetric linear equation."""
 
     contracts: ClassVar[bool] = False
-    """Whether, of a map, it converges only where that contracts."""
+    """Whether it converges for a map only if the map contracts."""
 
     measures_first: ClassVar[bool] = False
-    """Whether it finds the length of its first step by itself, so that no step size is estimated where none is given."""
+    """Whether it determines the length of its first step itself, so that no step size has to be estimated."""
 
     unrollable: ClassVar[bool] = True
-    """Whether derivatives may be taken through its updates."""
+    """Whether its updates can be differentiated."""
 
     @abstractmethod
     def init(self, problem: Any, x0: Tensor) -> Any:
@@ -53,11 +53,11 @@ class Solver(ABC):
         """The next point and its state."""
 
     def merit(self, state: Any, size: Tensor) -> Tensor:
-        """What decides which iterate is best, ``(*batch)``: the smaller, the better. ``size`` is the residual's norm."""
+        """A measure of the quality of an iterate, ``(*batch)``; smaller is better. ``size`` is the norm of the residual."""
         return size
 
     def breakdown(self, state: Any) -> Tensor | None:
-        """``(*batch)`` bool: samples for which the solver has detected that there is no answer; None: it cannot detect that."""
+        """``(*batch)`` bool: samples for which the solver has detected that no solution exists; None: it cannot detect that."""
         return None
 
     def stalled(self, state: Any) -> Tensor | None:
@@ -65,10 +65,10 @@ class Solver(ABC):
         return None
 
     def check(self, kind: Kind) -> None:
-        """Raise for a problem that this solver cannot solve, before its first step.
+        """Raise an error, before the first step, for a problem that this solver cannot solve.
 
         Raises:
-            TypeError: naming the solvers that can.
+            TypeError: with the names of solvers that can solve it.
         """
         if kind not in self.solves:
             raise TypeError(f"{type(self).__name__} cannot solve {kind.value}. Use {_REMEDY[kind]}.")

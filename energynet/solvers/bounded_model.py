@@ -1,7 +1,7 @@
-"""The quadratic model of `ProjectedLBFGS`, and its minimum within bounds, which costs no evaluation.
+"""The quadratic model of `ProjectedLBFGS` and its minimization within bounds, which needs no evaluation of the energy.
 
-The Cauchy point, the first minimum of the model on the projected path of steepest descent, says which coordinates end at a
-bound, however many change at once; a quasi-Newton step in the others follows.
+The Cauchy point is the first minimum of the model along the projected path of steepest descent. It determines which
+coordinates end at a bound, and any number of them may change at once. A quasi-Newton step in the other coordinates follows.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from energynet.solvers.vectors import inner
 
 
 class Memory(NamedTuple):
-    """The last pairs, oldest first, divided by the lengths of their moves; a zero row is not yet filled."""
+    """The last pairs, oldest first, divided by the lengths of their moves; a zero row is still unused."""
 
     moves: Tensor  # S, differences of the iterates, (*batch, m, n)
     changes: Tensor  # Y, differences of their gradients, (*batch, m, n)
@@ -43,7 +43,7 @@ class Bounded(NamedTuple):
 
 
 def nothing(x: Tensor, m: int) -> Memory:
-    """A memory of m pairs that holds none."""
+    """An empty memory for m pairs."""
     working = torch.float32 if x.device.type == "mps" else torch.float64
     zero = torch.zeros_like(x.sum(-1), dtype=working)[..., None, None]  # n may be 0
     rows, square = (zero.expand(*x.shape[:-1], m, k) for k in (x.shape[-1], m))
@@ -51,7 +51,7 @@ def nothing(x: Tensor, m: int) -> Memory:
 
 
 def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Memory:
-    """Push the newest pair where the step was taken and the energy is curved along it."""
+    """Append the newest pair where the step was taken and the curvature along it is positive."""
     move, change = move.to(memory.moves.dtype), change.to(memory.moves.dtype)
     length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
     noise = 10 * torch.finfo(move.dtype).eps * length.squeeze(-1) * torch.linalg.vector_norm(change, dim=-1)
@@ -66,7 +66,7 @@ def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Mem
 
 
 def _pushed(square: Tensor, column: Tensor, row: Tensor) -> Tensor:  # (*batch, m, m), (*batch, m) twice
-    """Without its first row and column, and with these as its last."""
+    """The matrix without its first row and column, and with the given ones as its last."""
     upper = torch.cat([square[..., 1:, 1:], column[..., :-1].unsqueeze(-1)], -1)
     return torch.cat([upper, row.unsqueeze(-2)], -2)
 
@@ -76,11 +76,11 @@ def either(condition: Tensor, one: Memory, other: Memory) -> Memory:
 
 
 def model_of(memory: Memory, curvature: Tensor) -> Model:
-    """The BFGS matrix of the pairs, with S Yᵀ = L + D + …: D^-½ Y is P, C⁻¹(θ S + L D⁻¹ Y) is Q, C Cᵀ = θ S Sᵀ + L D⁻¹ Lᵀ.
+    """The BFGS matrix of the pairs: P = D^-½ Y and Q = C⁻¹(θ S + L D⁻¹ Y), with S Yᵀ = L + D + … and C Cᵀ = θ S Sᵀ + L D⁻¹ Lᵀ.
 
     Args:
         memory: the pairs.
-        curvature: θ where there are none, ``(*batch, 1)``.
+        curvature: θ for samples without pairs, ``(*batch, 1)``.
     """
     S, Y, SY, SS = memory
     diagonal = SY.diagonal(dim1=-2, dim2=-1)
@@ -94,9 +94,9 @@ def model_of(memory: Memory, curvature: Tensor) -> Model:
 
 
 def model_minimum(point: Bounded, model: Model) -> Tensor:  # (*batch, n)
-    """Near the least value of the model in the box: from the Cauchy point a Newton step in the free coordinates, projected.
+    """An approximate minimizer of the model in the box: the Cauchy point plus a projected Newton step in the free coordinates.
 
-    Where the projection spoils the descent, the step ends at the first bound instead.
+    If the projected step does not descend, the step ends at the first bound instead.
     """
     start, free = cauchy_point(point, model)
     slope = point.gradient + model.times(start - point.x)
@@ -111,10 +111,10 @@ def model_minimum(point: Bounded, model: Model) -> Tensor:  # (*batch, n)
 
 
 def cauchy_point(point: Bounded, model: Model) -> tuple[Tensor, Tensor]:
-    """The first minimum of the model on the projected path of −∇E, and which coordinates are free there.
+    """The first minimum of the model along the projected path of −∇E, and which coordinates are free there.
 
-    Coordinate i stops at the time when it meets its bound. Between two such times the model is a parabola, and its slope and
-    curvature are sums over the coordinates that still move and those that have stopped: all are computed at once.
+    Each coordinate stops at the time when it reaches its bound. Between two such times the model is a parabola, whose slope
+    and curvature are sums over the moving and the stopped coordinates. All intervals are computed at once.
     """
     g, W = point.gradient, torch.cat([model.plus, model.minus], -2)
     bound = torch.where(g > 0, point.lower, point.upper)
@@ -125,7 +125,7 @@ def cauchy_point(point: Bounded, model: Model) -> tuple[Tensor, Tensor]:
     velocity = -g.gather(-1, order)
     images = W.gather(-1, order.unsqueeze(-2).expand(W.shape)) * velocity.unsqueeze(-2)
     squared, moving = _from_each(velocity.square()), _from_each(images)
-    begun = torch.where(torch.isfinite(begins), begins, 0)  # of coordinates that never stop
+    begun = torch.where(torch.isfinite(begins), begins, 0)  # infinite for coordinates that never stop
     displaced = _before_each(images * begun[..., None, 1:]) + begun.unsqueeze(-2) * moving
     slope = -squared + model.theta * begun * squared + _signed(moving * displaced)
     bend = model.theta * squared + _signed(moving.square())
@@ -145,18 +145,18 @@ def _signed(sums: Tensor) -> Tensor:  # (*batch, 2 m, k) -> (*batch, k)
 
 
 def _from_each(values: Tensor) -> Tensor:  # (..., n) -> (..., n + 1)
-    """Sums of the values from each place to the end."""
+    """The sums of the values from each index to the end."""
     sums = values.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([sums, torch.zeros_like(values.sum(-1, keepdim=True))], -1)
 
 
 def _before_each(values: Tensor) -> Tensor:  # (..., n) -> (..., n + 1)
-    """Sums of the values before each place."""
+    """The sums of the values before each index."""
     return torch.cat([torch.zeros_like(values.sum(-1, keepdim=True)), values.cumsum(-1)], -1)
 
 
 def _free_newton_step(model: Model, slope: Tensor, free: Tensor) -> Tensor:  # (*batch, n) each
-    """−B⁻¹ slope with the rows and columns of the free coordinates alone: twice Woodbury's formula, first for θ I + Pᵀ P."""
+    """−B⁻¹ slope, with B restricted to the free coordinates, by Woodbury's formula applied twice, first to θ I + Pᵀ P."""
     theta = model.theta.unsqueeze(-1)
     P, Q = (torch.where(free.unsqueeze(-2), rows, 0) for rows in (model.plus, model.minus))
     identity = theta * torch.eye(P.shape[-2], dtype=P.dtype, device=P.device)
@@ -178,7 +178,7 @@ def inside(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def first_bound(x: Tensor, direction: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """The multiple of a direction with which each coordinate meets its bound, and the least of them, ``(*batch)``."""
+    """The multiple of a direction at which each coordinate reaches its bound, and the smallest of these, ``(*batch)``."""
     room = torch.where(direction > 0, upper, lower) - x
     multiples = torch.where(direction == 0, torch.inf, room / torch.where(direction == 0, 1, direction))
     return multiples, multiples.amin(-1) if x.shape[-1] else x.sum(-1) + torch.inf

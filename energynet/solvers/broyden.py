@@ -12,7 +12,7 @@ from energynet.solvers.vectors import dot
 
 
 class BroydenState(NamedTuple):
-    """The inverse Jacobian of x − g(x) is estimated by I + Σ left_i right_iᵀ over the first ``filled`` rows."""
+    """The estimate of the inverse Jacobian of x − g(x) is I + Σ left_i right_iᵀ over the first ``filled`` rows."""
 
     residual: Tensor  # F(x), (*batch, n)
     move: Tensor  # g(x) − x, (*batch, n)
@@ -23,12 +23,10 @@ class BroydenState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Broyden(Solver):
-    """Broyden's good method on x − g(x) = 0: each step corrects the estimate of the inverse Jacobian by the change that it
-    observed.
+    """Broyden's good method for x − g(x) = 0: each step corrects the estimate of the inverse Jacobian by the observed change.
 
-    It begins with the map's own step, and begins again when the memory is full, since without the oldest correction the
-    others would be wrong. If a step makes the move ``TOO_LONG`` times longer, or not finite, it is undone and the memory is
-    dropped.
+    It starts with the map's own step, and restarts when the memory is full, because the corrections depend on the earlier
+    ones. If a step makes the move ``TOO_LONG`` times longer, or not finite, the step is undone and the memory is cleared.
 
     Example:
         >>> import torch
@@ -39,7 +37,7 @@ class Broyden(Solver):
         2
 
     Args:
-        memory: m, the number of corrections that are kept.
+        memory: m, the number of stored corrections.
 
     Raises:
         ValueError: if memory < 1.
@@ -71,33 +69,33 @@ class Broyden(Solver):
         return target, BroydenState(residual, move, left, right, filled)
 
     def _corrected(self, state: BroydenState, move: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The memory with a correction by which the step follows from the change of the move, or empty if it was full."""
+        """The memory with a correction that maps the change of the move to the step, or an empty one if it was full."""
         left, right, filled = state.left, state.right, state.filled
         step = step.to(left.dtype)
-        seen = _product(left, right, filled, state.move - move)
-        along, length = dot(step, seen), dot(step, step)
+        predicted = _product(left, right, filled, state.move - move)
+        along, length = dot(step, predicted), dot(step, step)
         damping = _damping(along, length)
-        bottom = length + damping * (along - length)
-        correction = damping * (step - seen) / torch.where(bottom == 0, 1, bottom)
+        denominator = length + damping * (along - length)
+        correction = damping * (step - predicted) / torch.where(denominator == 0, 1, denominator)
         here = (torch.arange(self.memory, device=step.device) == filled).unsqueeze(-1)  # (*batch, m, 1)
         new_right = torch.where(here, _product(right, left, filled, step).unsqueeze(-2), right)
         return torch.where(here, correction.unsqueeze(-2), left), new_right, torch.where(filled == self.memory, 0, filled + 1)
 
 
-TOO_LONG = 10.0  # a move this many times longer than the last one: the corrections mislead
+TOO_LONG = 10.0  # the corrections are discarded if a move is longer than the previous one by this factor
 
 
 def _worse(state: BroydenState, move: Tensor) -> Tensor:  # (*batch, 1)
-    """Whether the memory, if there is any, has led to a much longer move."""
+    """Whether the corrections, if there are any, have led to a much longer move."""
     before, after = (torch.linalg.vector_norm(m, dim=-1, keepdim=True, dtype=state.left.dtype) for m in (state.move, move))
     return (state.filled > 0) & ~(after <= TOO_LONG * before)
 
 
 def _damping(along: Tensor, length: Tensor) -> Tensor:  # (*batch, 1)
-    """θ, the part of the correction that is taken so that the estimate stays regular: 1, or less if sᵀH y is near 0."""
+    """θ, the fraction of the correction that keeps the estimate regular: 1, or less if sᵀH y is close to 0."""
     cosine = along / torch.where(length == 0, 1, length)
     small = cosine.abs() < 0.1
-    least = torch.where(cosine < 0, -0.1, torch.full_like(cosine, 0.1))  # two Python numbers would have the default dtype
+    least = torch.where(cosine < 0, -0.1, torch.full_like(cosine, 0.1))  # two Python scalars would have the default dtype
     return torch.where(small, (1 - least) / torch.where(small, 1 - cosine, 1), 1)
 
 

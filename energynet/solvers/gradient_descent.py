@@ -15,32 +15,32 @@ from energynet.step import Kind
 
 class GradientDescentState(NamedTuple):
     residual: Tensor  # ∇E(x), (*batch, n)
-    energies: Tensor  # the last ones, newest last, (*batch, k)
+    energies: Tensor  # the last energies, newest last, (*batch, k)
     search: Search
-    failures: Tensor  # searches without result in a row, (*batch) int32
-    unbounded: Tensor  # (*batch) bool: however far, the energy falls
+    failures: Tensor  # consecutive failed searches, (*batch) int32
+    unbounded: Tensor  # (*batch) bool: the energy decreases however long the step is
 
 
 class Progress(NamedTuple):
-    """What a rule may look at after a step; every field is ``(*batch)``."""
+    """The measurements after a step that a rule may use; every field is ``(*batch)``."""
 
-    length: Tensor  # the step's
+    length: Tensor  # the length of the step
     moved: Tensor  # ‖s‖², s the difference of the iterates
     along: Tensor  # sᵀy, y the difference of the gradients
     changed: Tensor  # ‖y‖²
 
 
 class StepRule(ABC):
-    """How long the steps of gradient descent are."""
+    """Chooses the step lengths of gradient descent."""
 
     memory: int = 1
-    """How many energies are remembered; a step must lie below the largest."""
+    """The number of stored energies; a step must reach a value below the largest one."""
 
     unrollable: ClassVar[bool] = True
-    """Whether derivatives may be taken through the lengths."""
+    """Whether the step lengths can be differentiated."""
 
     def judge(self, search: Search, energy: Tensor, slope: Tensor) -> tuple[Tensor, Search]:
-        """Which samples take their trial point, and the search of the others; by default every step must descend."""
+        """Which samples accept their trial point, and the search of the others; by default every step must descend."""
         return Backtracking().judge(search, energy, slope)
 
     @abstractmethod
@@ -50,7 +50,7 @@ class StepRule(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class FixedStep(StepRule):
-    """The constant γ: the plain fixed-point iteration, which compares no energies.
+    """Uses the constant step γ: this is the plain fixed-point iteration, which compares no energies.
 
     Example:
         >>> FixedStep()
@@ -66,14 +66,14 @@ class FixedStep(StepRule):
 
 @dataclasses.dataclass(frozen=True)
 class BacktrackingStep(StepRule):
-    """Try a longer step than the last one, and shorten it until the energy falls enough.
+    """Tries a longer step than the last one and shortens it until the energy decreases sufficiently.
 
     Example:
         >>> BacktrackingStep(growth=1.5)
         BacktrackingStep(growth=1.5)
 
     Args:
-        growth: the length that is tried first, in units of the last one.
+        growth: the ratio of the first trial length to the last accepted one.
 
     Raises:
         ValueError: if growth < 1.
@@ -82,7 +82,7 @@ class BacktrackingStep(StepRule):
     """
 
     growth: float = 2.0
-    unrollable: ClassVar[bool] = False  # each length follows from the last, by a derivative that grows without bound
+    unrollable: ClassVar[bool] = False  # each length depends on the previous one, so that derivatives grow without bound
 
     def __post_init__(self) -> None:
         if not 1 <= self.growth < float("inf"):
@@ -94,7 +94,7 @@ class BacktrackingStep(StepRule):
 
 @dataclasses.dataclass(frozen=True)
 class BarzilaiBorwein(StepRule):
-    """The inverse curvature along the last step. The energy may rise now and then, but stays below the last few energies.
+    """Uses the inverse curvature along the last step. The energy may rise temporarily but stays below the last few energies.
 
     This is often a hundred times faster than a constant step when the condition number is large.
 
@@ -103,7 +103,7 @@ class BarzilaiBorwein(StepRule):
         BarzilaiBorwein(memory=5)
 
     Args:
-        memory: the number of energies that are remembered; with 1 the energy never rises.
+        memory: the number of stored energies; with 1 the energy never rises.
 
     Raises:
         ValueError: if memory < 1.
@@ -120,13 +120,13 @@ class BarzilaiBorwein(StepRule):
     def next_length(self, progress: Progress) -> Tensor:
         positive = progress.along > 0
         length = progress.moved / torch.where(positive, progress.along, 1)
-        # Without positive curvature the energy falls ever faster: go further.
+        # Without positive curvature the energy decreases ever faster, so a longer step is tried.
         return torch.where(positive & torch.isfinite(length) & (length > 0), length, 10 * progress.length)
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientDescent(Solver):
-    """Downhill along −∇E, with one evaluation of the energy and its gradient per step.
+    """Descends along −∇E, with one evaluation of the energy and its gradient per step.
 
     Example:
         >>> import torch
@@ -136,7 +136,7 @@ class GradientDescent(Solver):
         tensor(True)
 
     Args:
-        rule: how long the steps are: `FixedStep`, `BacktrackingStep` or `BarzilaiBorwein`. The first one is γ.
+        rule: the rule for the step lengths: `FixedStep`, `BacktrackingStep` or `BarzilaiBorwein`. The first length is γ.
 
     Raises:
         TypeError: if it is none of these, such as a line search of `LBFGS`.

@@ -14,11 +14,11 @@ from energynet.step import Kind
 
 
 class Memory(NamedTuple):
-    """The last pairs, oldest first, divided by the lengths of their moves; a zero row is not yet filled."""
+    """The last pairs, oldest first, divided by the lengths of their moves; a zero row is still unused."""
 
     moves: Tensor  # S, differences of the iterates, (*batch, m, n)
     changes: Tensor  # Y, differences of their gradients, (*batch, m, n)
-    inverse: Tensor  # of the upper triangle of S Yᵀ, (*batch, m, m); the identity where rows are not filled
+    inverse: Tensor  # the inverse of the upper triangle of S Yᵀ, (*batch, m, m); the identity for unused rows
     products: Tensor  # Y Yᵀ, (*batch, m, m)
 
 
@@ -28,16 +28,16 @@ class LBFGSState(NamedTuple):
     direction: Tensor  # (*batch, n)
     search: Search
     memory: Memory
-    failures: Tensor  # searches without result in a row, (*batch) int32
-    unbounded: Tensor  # (*batch) bool: however far, the energy falls
+    failures: Tensor  # consecutive failed searches, (*batch) int32
+    unbounded: Tensor  # (*batch) bool: the energy decreases however long the step is
 
 
 @dataclasses.dataclass(frozen=True)
 class LBFGS(Solver):
-    """Quasi-Newton descent based on the last ``memory`` changes of the gradient; robust even where an energy is not convex.
+    """Quasi-Newton descent based on the last ``memory`` changes of the gradient; robust also for energies that are not convex.
 
-    It takes one evaluation of the energy and its gradient per step. If a search fails, it drops the memory and goes
-    downhill.
+    It takes one evaluation of the energy and its gradient per step. If a line search fails, it clears the memory and follows
+    the negative gradient.
 
     Example:
         >>> import torch
@@ -112,14 +112,14 @@ def first_length(problem: Minimization, x: Tensor, gradient: Tensor) -> Tensor: 
     curvature = inner(gradient, problem.hvp(x, gradient))
     bends = curvature > 0
     parabola = size.square() / torch.where(bends, curvature, 1)
-    # A parabola of little curvature would lead to another country.
+    # The minimum of a parabola with little curvature is too far away to be trusted.
     far = 10 * (1 + torch.linalg.vector_norm(x, dim=-1)) / torch.where(size > 0, size, 1)
     usable = bends & (parabola > 0) & torch.isfinite(parabola)
     return torch.where(usable, torch.minimum(parabola, far), 1 / torch.clamp(size, min=1))
 
 
 def nothing(x: Tensor, m: int) -> Memory:
-    """A memory of m pairs that holds none; in float32 or better."""
+    """An empty memory for m pairs, in float32 or better."""
     working = torch.promote_types(x.dtype, torch.float32)
     zero = torch.zeros_like(x.sum(-1), dtype=working)[..., None, None]  # n may be 0
     rows, square = (zero.expand(*x.shape[:-1], m, k) for k in (x.shape[-1], m))
@@ -127,10 +127,10 @@ def nothing(x: Tensor, m: int) -> Memory:
 
 
 def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Memory:
-    """Push the newest pair where the step was taken and the energy is curved along it.
+    """Append the newest pair where the step was taken and the curvature along it is positive.
 
-    The inverse of a triangle is kept, not the triangle: what is left of it without its first row and column is again that
-    of what is left of the triangle, so a pair costs a column, and a direction no solve.
+    The inverse of the triangle is stored and not the triangle itself. Deleting the first row and column of both keeps them
+    inverse to each other, so a new pair costs one column, and a direction needs no triangular solve.
     """
     move, change = move.to(memory.moves.dtype), change.to(memory.moves.dtype)
     length = torch.linalg.vector_norm(move, dim=-1, keepdim=True)
@@ -142,7 +142,7 @@ def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Mem
     above, products, left = _times(moves, y), _times(changes, y), memory.inverse[..., 1:, 1:]
     curvature = torch.where(rows, above[..., -1:], 1)
     column = torch.cat([-_times(left, above[..., :-1]), torch.ones_like(curvature)], -1) / curvature
-    below = torch.zeros_like(above[..., None, :-1])  # not by pad, which would fix the size of the batch in a program
+    below = torch.zeros_like(above[..., None, :-1])  # pad would fix the batch size in a compiled program
     inverse = torch.cat([torch.cat([left, below], -2), column.unsqueeze(-1)], -1)
     beside = torch.cat([memory.products[..., 1:, 1:], products[..., :-1].unsqueeze(-2)], -2)
     return _either(keep, Memory(moves, changes, inverse, torch.cat([beside, products.unsqueeze(-1)], -1)), memory)
@@ -153,7 +153,7 @@ def _either(condition: Tensor, one: Memory, other: Memory) -> Memory:
 
 
 def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
-    """A length along −∇E that moves x by a thousandth: where nothing is known, a search soon goes on from there."""
+    """A length along −∇E that moves x by a thousandth: without other information, the search extrapolates from there."""
     size = torch.linalg.vector_norm(gradient, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
     return 1e-3 * (1 + torch.linalg.vector_norm(x, dim=-1)) / torch.where(size > 0, size, 1)
 
@@ -162,7 +162,7 @@ def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tens
                   state: LBFGSState) -> tuple[Tensor, Search]:  # fmt: skip
     """A quasi-Newton direction with length one; straight downhill where there is no memory, or it does not descend.
 
-    After a search that met a wall, at most twice as far as that one came, for the next wall is likely to be as near.
+    After a search that met a wall, the first trial goes at most twice as far as that search did, because the wall is near.
     """
     walled = torch.isinf(state.search.high_energy)
     direction = -quasi_newton(gradient, memory, walled)
@@ -178,10 +178,10 @@ def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tens
 
 
 def quasi_newton(gradient: Tensor, memory: Memory, walled: Tensor) -> Tensor:  # (*batch, n)
-    """The inverse BFGS matrix, made of the pairs, times the gradient; empty rows count for nothing.
+    """The inverse BFGS matrix of the pairs times the gradient; unused rows have no effect.
 
-    What the pairs do not tell is taken from the newest one: yᵀs/yᵀy, the inverse curvature as the most curved direction has
-    it; beside a wall, which bends the energy without bound, sᵀs/sᵀy instead.
+    The initial matrix is scaled by the newest pair: by yᵀs/yᵀy, which is close to the inverse of the largest curvature, or by
+    sᵀs/sᵀy beside a wall, where the curvature is unbounded.
     """
     S, Y, inverse, YY = memory
     g, diagonal = gradient.to(S.dtype), 1 / torch.diagonal(inverse, dim1=-2, dim2=-1)

@@ -1,7 +1,7 @@
-"""Line searches with one trial point per update: there is no loop inside the loop, and each sample searches by itself.
+"""Line searches with one trial point per update: there is no inner loop, and each sample searches independently.
 
-A solver asks for the energy and the slope at ``x + t d``, hands them to `LineSearch.judge`, and gets back which samples
-take the point and which length each of the others tries next.
+A solver evaluates the energy and the slope at ``x + t d`` and passes them to `LineSearch.judge`, which returns the samples
+that accept the point, and the next trial length for each of the others.
 """
 
 import dataclasses
@@ -13,41 +13,41 @@ from torch import Tensor
 
 APPROXIMATE = 0.1  # δ of the approximate Wolfe conditions
 MOST_TRIALS = 30
-TOWARDS_START = 0.3  # of the length at which a search met a wall before any point that is finite
-CANCELLED = 1e-8  # relative differences of energies below this are not believed
+TOWARDS_START = 0.3  # the factor by which a length is reduced at a wall before any finite trial point was found
+CANCELLED = 1e-8  # relative differences of energies below this are treated as rounding errors
 
 
 class Search(NamedTuple):
-    """What a search along one direction knows; every field is ``(*batch)``."""
+    """The state of a search along one direction; every field is ``(*batch)``."""
 
-    energy: Tensor  # where it began
-    slope: Tensor  # there, negative
-    length: Tensor  # t, to be tried
-    low: Tensor  # the longest one known to be too short, with energy and slope
+    energy: Tensor  # the energy at the start
+    slope: Tensor  # the slope at the start, negative
+    length: Tensor  # t, the next trial length
+    low: Tensor  # the longest length known to be too short, with its energy and slope
     low_energy: Tensor
     low_slope: Tensor
-    high: Tensor  # the shortest one known to be too long; infinite at first
-    high_energy: Tensor  # infinite at a trial point where the energy or its slope was not finite: a wall
+    high: Tensor  # the shortest length known to be too long; infinite at first
+    high_energy: Tensor  # infinite if the energy or its slope was not finite there: a wall
     trials: Tensor  # int32
-    walled: Tensor  # bool: the search before this one met a trial point that is not finite
+    walled: Tensor  # bool: the previous search met a trial point that is not finite
 
     @property
     def met_wall(self) -> Tensor:
-        """Samples of which a trial point, in this search or the one before, was not finite: a wall is near."""
+        """Samples with a trial point that was not finite, in this search or the previous one: a wall is near."""
         return self.walled | torch.isinf(self.high_energy)
 
     @property
     def failed(self) -> Tensor:
-        """Samples whose search found nothing: the direction is useless, or energies differ by rounding only."""
+        """Samples whose search failed: the direction is useless, or the energies differ only by rounding errors."""
         return self.trials >= MOST_TRIALS
 
     def successful(self, taken: Tensor) -> Tensor:
-        """Samples whose search ended well: away from walls, not by taking what was best after all trials, as at a kink."""
+        """Samples whose search succeeded: away from walls, this excludes taking the best point after all trials, as at a kink."""
         return taken & (~self.failed | self.met_wall)
 
 
 def begin(energy: Tensor, slope: Tensor, length: Tensor, before: Search | None = None) -> Search:
-    """A search that has seen nothing yet but, if there was one, the end of the search before it."""
+    """A new search; ``before`` is the previous one, if there was one."""
     zero = torch.zeros_like(energy)
     none = zero.to(torch.int32)
     walled = none.bool() if before is None else torch.isinf(before.high_energy)
@@ -55,25 +55,25 @@ def begin(energy: Tensor, slope: Tensor, length: Tensor, before: Search | None =
 
 
 class LineSearch(ABC):
-    """When a trial point is good enough."""
+    """Decides when a trial point is accepted."""
 
     decrease: float
-    """Part of the slope's promise that must be kept."""
+    """The fraction of the decrease predicted by the slope that must be achieved."""
     flatness: float
-    """The slope at the new point may be this part of the one at the start, in magnitude."""
+    """The largest allowed slope at the new point, in magnitude, as a fraction of the slope at the start."""
 
     def judge(self, search: Search, energy: Tensor, slope: Tensor) -> tuple[Tensor, Search]:
-        """Which samples take the trial point, and the search of those that go on.
+        """Which samples accept the trial point, and the search of those that continue.
 
         Args:
-            search: as it stood before the trial.
-            energy: at the trial point, ``(*batch)``.
-            slope: there, along the direction.
+            search: the state before the trial.
+            energy: the energy at the trial point, ``(*batch)``.
+            slope: the slope there, along the direction.
         """
         finite = torch.isfinite(energy) & torch.isfinite(slope)
         low_enough = _low_enough(search, energy, slope, self.decrease) & finite
         bound = self.flatness * search.slope.abs()
-        # Half of the way to a wall is far enough, and after many trials the longest step that lowers the energy is.
+        # Half of the way to a wall is accepted, and after many trials the longest step that lowers the energy.
         last = (search.trials == MOST_TRIALS - 1) & (search.high < torch.inf)
         settled = last | (torch.isinf(search.high_energy) & (search.length >= 0.5 * search.high))
         too_short = low_enough & (slope < -bound) & ~settled
@@ -91,7 +91,7 @@ class LineSearch(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Backtracking(LineSearch):
-    """Shorten the step until the energy falls by a fraction of what the slope predicts.
+    """Shortens the step until the energy decreases by a fraction of what the slope predicts.
 
     Example:
         >>> Backtracking()
@@ -103,7 +103,7 @@ class Backtracking(LineSearch):
     Raises:
         ValueError: if it is outside this interval.
 
-    Source: Armijo (1966); where energies differ by rounding only, the slopes decide, as in Hager and Zhang (2005).
+    Source: Armijo (1966); where energies differ only by rounding errors, the slopes decide, as in Hager and Zhang (2005).
     """
 
     decrease: float = 1e-4
@@ -115,18 +115,18 @@ class Backtracking(LineSearch):
 
 @dataclasses.dataclass(frozen=True)
 class StrongWolfe(LineSearch):
-    """Sufficient decrease and a slope that is flat enough: what quasi-Newton updates need.
+    """Requires sufficient decrease and a sufficiently flat slope, as quasi-Newton updates need.
 
     Example:
         >>> StrongWolfe(flatness=0.1)
         StrongWolfe(decrease=0.0001, flatness=0.1)
 
     Args:
-        decrease: as of `Backtracking`.
-        flatness: the slope's magnitude at the new point in units of that at the old one, in (decrease, 1).
+        decrease: as for `Backtracking`.
+        flatness: the largest ratio of the slope at the new point to that at the old one, in magnitude, in (decrease, 1).
 
     Raises:
-        ValueError: if one is outside its interval.
+        ValueError: if an argument is outside its interval.
 
     Source: Wolfe (1969); Nocedal and Wright (2006), section 3.5.
     """
@@ -146,29 +146,30 @@ def _check(decrease: float, most: float) -> None:
 
 
 def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) -> Tensor:
-    promise = -search.length * search.slope
-    known = promise > 8 * torch.finfo(energy.dtype).eps * search.energy.abs()  # else the energy cannot show it, and slopes decide
-    armijo = known & (energy <= search.energy - decrease * promise)
-    # How well an energy is known, its own terms do not tell: large ones may cancel in it. Slopes do not lie, so be generous.
+    predicted = -search.length * search.slope
+    # Below the rounding error of the energy, the slopes decide.
+    known = predicted > 8 * torch.finfo(energy.dtype).eps * search.energy.abs()
+    armijo = known & (energy <= search.energy - decrease * predicted)
+    # The size of an energy does not show its rounding error, because large terms may cancel in it. Slopes are more reliable.
     noise = max(8 * torch.finfo(energy.dtype).eps, CANCELLED) * search.energy.abs()
     level = (energy <= search.energy + noise) & (slope <= (2 * APPROXIMATE - 1) * search.slope)
     return armijo | level
 
 
 def _inside(search: Search) -> Tensor:
-    """The minimum of the parabola through what is known at both ends, kept away from them; the middle if one is a wall."""
-    # Where nothing is known to be too long any end serves but an infinite one, which would leave NaN in a derivative.
+    """The minimum of the parabola through the known values, kept away from both ends; the middle if one end is a wall."""
+    # Where no upper end is known, any finite one serves; an infinite one would leave NaN in a derivative.
     width = torch.where(search.high < torch.inf, search.high, search.low + search.length) - search.low
     bend = search.high_energy - search.low_energy - search.low_slope * width
     usable = (bend > 0) & (bend < torch.inf)
     part = -0.5 * search.low_slope * width / torch.where(usable, bend, 1)
-    # How far away a wall is has to be found first, in steps of a constant factor, before the rest is bisected.
+    # The distance of a wall is found first, in steps of a constant factor; then the interval is bisected.
     blind = torch.where(torch.isinf(search.high_energy), torch.where(search.low > 0, 0.5, TOWARDS_START), 0.1)
     return search.low + torch.where(usable, torch.clamp(part, 0.1, 0.9), blind) * width
 
 
 def _beyond(search: Search, slope: Tensor) -> Tensor:
-    """Where the slope would vanish if it went on changing as it did, between twice and ten times as far."""
+    """The length at which the slope would vanish by extrapolation, limited to between two and ten times the current one."""
     change = slope - search.low_slope
     bends = change != 0
     secant = search.length - slope * (search.length - search.low) / torch.where(bends, change, 1)

@@ -1,4 +1,4 @@
-"""Nesterov: Picard with momentum."""
+"""Nesterov's method: the fixed-point iteration with momentum."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -29,9 +29,9 @@ class GuardedNesterovState(NamedTuple):
 class Nesterov(Solver):
     """Accelerated descent, x ← g(y) with y ← x + β (x − x_before), restarted for each sample whose momentum points uphill.
 
-    One evaluation per step; on a `ProximalStep` it is FISTA. What it returns is y, where F is known. Bounds and zeros that
-    have held for two steps hold there as they do at x; another constraint may be exceeded by the tolerance. Where γ is not
-    given, one that turns out too long on the way is halved.
+    It takes one evaluation per step; on a `ProximalStep` it is FISTA. It returns y, where F is known. Bounds and zeros that
+    hold at two consecutive x also hold at y; other constraints may be violated by up to the tolerance. If γ is estimated and
+    turns out too large, it is halved.
 
     Example:
         >>> import torch
@@ -41,7 +41,7 @@ class Nesterov(Solver):
         True
 
     Args:
-        restart: whether to drop the momentum when it forms an obtuse angle with the move that g proposes.
+        restart: whether to reset the momentum when it forms an obtuse angle with the move of g.
 
     Source: Nesterov (1983); Beck and Teboulle (2009), FISTA; O'Donoghue and Candès (2015), the gradient restart scheme.
     """
@@ -68,12 +68,12 @@ class Nesterov(Solver):
         moved = x - state.guarded.gamma * state.residual
         trial, older = self._extrapolated(x, moved, state.previous, state.age)
         x, taken, residual, guarded = attempt(problem, x, trial, state.guarded)
-        # A refused point may have been the momentum's fault: without it, a step short enough is always taken.
+        # The momentum may have caused the rejection; without it, a sufficiently short step is always accepted.
         age = torch.where(taken.squeeze(-1), older, 1)
         return x, GuardedNesterovState(residual, torch.where(taken, moved, state.previous), age, guarded)
 
     def _extrapolated(self, x: Tensor, moved: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-        """The point beyond the step from x, and the age of the momentum that led there."""
+        """The extrapolated point, and the new age of the momentum."""
         change = moved - previous
         if self.restart:
             uphill = ((x - moved) * change).detach().sum(-1) > 0

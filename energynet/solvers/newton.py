@@ -9,17 +9,17 @@ from torch import Tensor
 from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
 
-FAR = 1e3  # times max(1, ‖x‖): a longer Newton step says little but its direction
+FAR = 1e3  # a Newton step longer than this multiple of max(1, ‖x‖) is not trusted
 
 
 @dataclasses.dataclass(frozen=True)
 class Newton(TrustRegion):
-    """Newton steps with the whole Hessian and its Cholesky factor: few steps, however ill-conditioned the energy is.
+    """Takes Newton steps with the whole Hessian and its Cholesky factor: few steps, however ill-conditioned the energy is.
 
-    A step that lowers the energy too little, or leads over a wall, is shortened along its direction, which does not change with
-    the units of the coordinates. Where the Hessian is not positive definite, it makes the
-    step of `NewtonCG`. One step costs n Hessian-vector products, taken at once, a factorization and one evaluation. Memory: n²
-    numbers per sample, and n times that of one product; for up to some hundred unknowns.
+    A step that lowers the energy too little, or crosses a wall, is shortened along its direction, which does not depend on
+    the units of the coordinates. Where the Hessian is not positive definite, the step of `NewtonCG` is taken. One step costs n
+    simultaneous Hessian-vector products, a factorization and one evaluation. The memory is n² numbers per sample, and n times
+    that of one product, so it suits up to a few hundred unknowns.
 
     Example:
         >>> import torch
@@ -29,7 +29,7 @@ class Newton(TrustRegion):
         tensor([[1., 0.]])
 
     Args:
-        radius: of the first ball, in units of max(1, ‖x‖), where the Hessian is not positive definite.
+        radius: the radius of the first ball, in units of max(1, ‖x‖), where the Hessian is not positive definite.
 
     Raises:
         ValueError: if radius ≤ 0.
@@ -47,12 +47,12 @@ class Newton(TrustRegion):
         hessian = problem.matrix(x)
         finite = torch.isfinite(hessian.mean((-2, -1)))
 
-        def product(p: Tensor) -> Tensor:  # a Hessian that is not finite counts as zero: the step goes downhill
+        def product(p: Tensor) -> Tensor:  # a Hessian that is not finite counts as zero, so that the step follows −∇E
             image = (hessian @ p.to(hessian.dtype).unsqueeze(-1)).squeeze(-1)
             return torch.where(finite.unsqueeze(-1), image, 0).to(p.dtype)
 
         step, definite = _newton_step(hessian, state.residual)
-        fits = definite & finite & (norm(step) <= FAR * unit(x))  # where the curvature vanishes, a step of any length
+        fits = definite & finite & (norm(step) <= FAR * unit(x))  # where the curvature vanishes, steps may be arbitrarily long
         radius = torch.where(torch.isinf(state.radius) & ~fits, unit(x), state.radius)
         state = state._replace(radius=radius)
         step = torch.where(fits.unsqueeze(-1), step, truncated_step(product, state, 2 * x.shape[-1], done=fits).step)

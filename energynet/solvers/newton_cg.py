@@ -11,10 +11,11 @@ from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated
 
 @dataclasses.dataclass(frozen=True)
 class NewtonCG(TrustRegion):
-    """Newton steps from Hessian-vector products, inside a ball whose radius is adapted to their success.
+    """Takes Newton steps from Hessian-vector products, inside a trust region whose radius is adapted to their success.
 
-    Negative curvature is followed to the edge of the ball, so that saddles are left behind. One step costs up to ``inner``
-    Hessian-vector products and one evaluation. It is worthwhile for ill-conditioned energies and for accurate answers.
+    Directions of negative curvature are followed to the boundary of the trust region, so the method escapes from saddles. One
+    step costs up to ``inner`` Hessian-vector products and one evaluation. It pays off for ill-conditioned energies and for
+    accurate solutions.
 
     Example:
         >>> import torch
@@ -25,7 +26,7 @@ class NewtonCG(TrustRegion):
 
     Args:
         inner: the largest number of Hessian-vector products per step.
-        radius: radius of the first ball, in units of max(1, ‖x‖).
+        radius: the radius of the first trust region, in units of max(1, ‖x‖).
 
     Raises:
         ValueError: if inner < 1 or radius ≤ 0.

@@ -1,4 +1,4 @@
-"""Picard: take the map's own step."""
+"""Picard iteration, which takes the map's own step."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -23,8 +23,8 @@ class GuardedPicardState(NamedTuple):
 class Picard(Solver):
     """The plain fixed-point iteration x ← g(x); for a gradient step, this is gradient descent.
 
-    Converges linearly at the contraction factor of g, one evaluation per step. Where γ is not given, one that turns out too
-    long on the way is halved.
+    It converges linearly at the contraction factor of g, with one evaluation per step. If γ is estimated and turns out too
+    large, it is halved.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ class Picard(Solver):
     """
 
     follows: ClassVar[bool] = True
-    sees_saddles: ClassVar[bool] = True  # it diverges there
+    sees_saddles: ClassVar[bool] = True  # it diverges at saddles
     contracts: ClassVar[bool] = True
 
     def init(self, problem: Problem, x0: Tensor) -> PicardState | GuardedPicardState:

@@ -1,4 +1,4 @@
-"""Problems: frozen values that say what is being solved, and nothing about how."""
+"""Problems: immutable descriptions of what is solved, independent of the solver."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from energynet.solvers.spectrum import ritz_values, some_direction
 
 @dataclasses.dataclass(frozen=True)
 class Problem(ABC):
-    """Find x, ``(*batch, n)``, with residual(x) = 0, where the map g(x) = x − γ F(x) may lead there.
+    """Find x, ``(*batch, n)``, with F(x) = 0; the map g(x) = x − γ F(x) may converge to it.
 
     Args:
         residual: the optimality condition F, ``(*batch, n) -> (*batch, n)``.
@@ -24,7 +24,7 @@ class Problem(ABC):
 
     residual: Callable[[Tensor], Tensor]
     batch_dims: int = dataclasses.field(default=1, kw_only=True)
-    """How many leading dimensions count samples."""
+    """The number of leading batch dimensions."""
 
     @property
     @abstractmethod
@@ -40,14 +40,14 @@ class Problem(ABC):
         return x - self.gamma * residual
 
     def each_gamma(self, x: Tensor) -> Tensor:
-        """γ of each sample, ``(*batch, 1)``."""
+        """γ per sample, ``(*batch, 1)``."""
         return torch.zeros_like(x.detach().sum(-1, keepdim=True)) + self.gamma
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Map(Problem):
-    """The fixed point of a map: F is in units of ``x``, as x − g(x) is.
+    """The fixed point of a map, with F(x) = x − g(x) up to damping, so that F has the units of ``x``.
 
     Example:
         >>> import torch
@@ -68,22 +68,22 @@ class Map(Problem):
 
 @dataclasses.dataclass(frozen=True)
 class Differentiable(Problem, ABC):
-    """A problem that offers derivatives of F, by which F is brought to units of ``x``."""
+    """A problem with derivatives of F, which convert F to units of ``x``."""
 
     jacobian: Callable[[Tensor], Callable[[Tensor], Tensor]]
-    """x -> (p -> ∂F/∂x p), linearized once and replayed for each p."""
+    """x -> (p -> ∂F/∂x p), linearized once and reused for each p."""
     step_size: float | Tensor | None = dataclasses.field(default=None, kw_only=True)
     """γ; None: `gamma` estimates it."""
     start: Tensor = dataclasses.field(kw_only=True)
-    """Where the solve begins, ``(*batch, n)``, which is where γ is estimated."""
+    """The initial point, ``(*batch, n)``, at which γ is estimated."""
 
     @property
     def has_newton_step(self) -> bool:
-        """Whether conjugate gradients find how far the answer is: ∂F/∂x is a Hessian, at least among the free coordinates."""
+        """Whether a Newton step measures the distance to the solution: ∂F/∂x is a Hessian, at least for free coordinates."""
         return False
 
     def hvp(self, x: Tensor, p: Tensor) -> Tensor:
-        """∂F/∂x p: of a minimization, the Hessian-vector product."""
+        """∂F/∂x p; for a minimization, this is the Hessian-vector product."""
         return self.jacobian(x)(p)
 
     def matrix(self, x: Tensor) -> Tensor:  # -> (*batch, n, n)
@@ -93,41 +93,41 @@ class Differentiable(Problem, ABC):
 
     @functools.cached_property
     def gamma(self) -> float | Tensor:
-        """γ as given, or a safe one from the curvature where the solve begins, ``(*batch, 1)``."""
+        """γ as passed, or a safe value from the curvature at the initial point, ``(*batch, 1)``."""
         if self.step_size is not None:
             return self.step_size
         with torch.no_grad():
             return self._guarded(self.start, safe_step_size(self.jacobian(self.start), self.residual(self.start)))
 
     def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """The step size, shortened where the first step shows that it is too long."""
+        """The step size, reduced if the first step shows that it is too large."""
         return gamma
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Condition(Differentiable):
-    """A root of any other optimality condition, such as one that somebody else's solver meets."""
+    """A root of any other optimality condition, such as that of an external solver."""
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Linear(Differentiable):
-    """A u = v, so F(u) = A u − v; it is judged relative to v."""
+    """The equation A u = v, so F(u) = A u − v; tolerances are relative to v."""
 
     right: Tensor = dataclasses.field(kw_only=True)  # v, (*batch, n)
     symmetric: bool = dataclasses.field(default=False, kw_only=True)
-    """Whether A is."""
+    """Whether A is symmetric."""
     noise: Tensor | float = dataclasses.field(default=0.0, kw_only=True)
-    """How much of v is rounding, ``(*batch)``."""
+    """The rounding error of v, ``(*batch)``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Descent(Differentiable, ABC):
-    """A problem with an energy, whose values can judge a step."""
+    """A problem with an energy, by whose values a step can be judged."""
 
     guessed: bool = dataclasses.field(default=False, kw_only=True)
-    """Whether γ is a guess that may turn out too long on the way."""
+    """Whether γ is an estimate that may turn out too large during the solve."""
 
     value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]] = dataclasses.field(kw_only=True)
     """x -> the smooth part of the energy, ``(*batch)``, and its gradient, evaluated together."""
@@ -144,12 +144,12 @@ class Descent(Differentiable, ABC):
 @final
 @dataclasses.dataclass(frozen=True)
 class Proximal(Descent):
-    """The minimum of a smooth energy and a term that is not: F is the prox-gradient mapping."""
+    """The minimum of the sum of a smooth energy and a nonsmooth term; F is the prox-gradient mapping."""
 
     land: Callable[[Tensor, Tensor], Tensor] = dataclasses.field(kw_only=True)
-    """(x − γ ∇E(x), γ) -> where the step lands."""
+    """The prox: (x − γ ∇E(x), γ) -> the end point of the step."""
     bounded: bool = dataclasses.field(default=False, kw_only=True)
-    """Whether the other term is the indicator of a box."""
+    """Whether the nonsmooth term is the indicator of a box."""
 
     @property
     def has_newton_step(self) -> bool:
@@ -157,7 +157,7 @@ class Proximal(Descent):
 
     @functools.cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:  # (*batch, n) each
-        """Within bounds, the lower and upper ones: where steps land that go infinitely far."""
+        """The lower and upper bounds of a box: the end points of infinitely long steps."""
         start, gamma = self.start.detach(), self.each_gamma(self.start)
         with torch.no_grad():
             return self.land(torch.full_like(start, -torch.inf), gamma), self.land(torch.full_like(start, torch.inf), gamma)
@@ -169,7 +169,7 @@ class Proximal(Descent):
 @final
 @dataclasses.dataclass(frozen=True)
 class Minimization(Descent):
-    """The minimum of a smooth energy: F is its gradient.
+    """The minimum of a smooth energy; F is its gradient.
 
     Example:
         >>> import torch
@@ -188,12 +188,12 @@ class Minimization(Descent):
         return slope
 
     def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """Backtracking: halve γ until the first step lowers the energy by half of what its slope promises."""
+        """Backtracking: halve γ until the first step lowers the energy by a quarter of what its slope predicts."""
         energy, gradient = self.value_and_gradient(x)
         slope = gradient.square().sum(-1)
 
         def enough(gamma: Tensor) -> Tensor:
-            # A difference of energies is known to their rounding unit only.
+            # The rounding error of the difference of energies.
             noise = 8 * torch.finfo(energy.dtype).eps * energy.abs()
             return self.energy(x - gamma * gradient) <= energy - 0.25 * gamma.squeeze(-1) * slope + noise
 
@@ -217,11 +217,11 @@ def safe_step_size(product: Callable[[Tensor], Tensor], gradient: Tensor) -> Ten
         >>> safe_step_size(lambda p: torch.tensor([1.0, 10.0]) * p, torch.ones(1, 2)).round(decimals=3)
         tensor([[0.0950]])
 
-    Source: Lanczos (1950): the same products as the power method, combined to the best estimate that they contain.
+    Source: Lanczos (1950): the same products as in the power method, combined into the best estimate that they permit.
     """
     largest = ritz_values(product, some_direction(gradient), steps=10).abs().amax(-1, keepdim=True)
     usable = (largest > 0) & torch.isfinite(largest)
     return torch.where(usable, 1 / (SAFETY * torch.where(usable, largest, 1)), 1).to(gradient.dtype)
 
 
-SAFETY = 1.05  # ten products find the largest curvature to a few percent, from below
+SAFETY = 1.05  # ten products underestimate the largest curvature by a few percent

@@ -1,7 +1,7 @@
 """Limited-memory BFGS within bounds, batched per sample.
 
-Each step goes from x toward the minimum of a quadratic model within the bounds, by a line search along a segment that lies in
-the box. Coordinates at a bound are at it exactly.
+Each step is a line search from x toward the minimum of a quadratic model within the bounds, along a segment inside the box.
+Coordinates at a bound are equal to it exactly.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ class ProjectedLBFGSState(NamedTuple):
     residual: Tensor  # the prox-gradient mapping F(x), (*batch, n)
     energy: Tensor  # E(x), (*batch)
     gradient: Tensor  # ∇E(x), (*batch, n)
-    target: Tensor  # the point that the search goes to, at length 1, (*batch, n)
+    target: Tensor  # the point that the search reaches at length 1, (*batch, n)
     search: Search
     memory: Memory
-    failures: Tensor  # searches without result in a row, (*batch) int32
-    unbounded: Tensor  # (*batch) bool: however far, the energy falls
+    failures: Tensor  # consecutive failed searches, (*batch) int32
+    unbounded: Tensor  # (*batch) bool: the energy decreases however long the step is
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectedLBFGS(Solver):
-    """Quasi-Newton descent within bounds, by the last ``memory`` changes of the gradient: the method of L-BFGS-B.
+    """Quasi-Newton descent within bounds, based on the last ``memory`` changes of the gradient: the method of L-BFGS-B.
 
-    It takes one evaluation of the energy and its gradient per step, always within the bounds. If a search fails, it drops
-    the memory and goes downhill. The model is kept in float64 where the device supports it.
+    It takes one evaluation of the energy and its gradient per step, always within the bounds. If a line search fails, it
+    clears the memory and follows the projected gradient. The model is kept in float64 where the device supports it.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class ProjectedLBFGS(Solver):
         tensor([[0.8000, 0.6400]])
 
     Args:
-        memory: m, the number of changes that are kept.
+        memory: m, the number of stored changes.
 
     Raises:
         ValueError: if memory < 1.
@@ -95,7 +95,7 @@ class ProjectedLBFGS(Solver):
         length, direction = state.search.length, state.target - x
         most = torch.clamp(first_bound(x, direction, *problem.bounds)[1], min=1)
         trial = inside(x + length.to(x.dtype).unsqueeze(-1) * direction, *problem.bounds)
-        trial = torch.where((length == 1).unsqueeze(-1), state.target, trial)  # to the bounds without rounding
+        trial = torch.where((length == 1).unsqueeze(-1), state.target, trial)  # reaches bounds without rounding errors
         energy, gradient = problem.value_and_gradient(trial)
         taken, search = SEARCH.judge(state.search, energy, inner(gradient, direction))
         taken = taken | ((search.low >= length) & (length >= most))  # a longer step would leave the box
@@ -120,7 +120,7 @@ SEARCH = StrongWolfe()
 
 
 def _prox_gradient(problem: Proximal, x: Tensor, gradient: Tensor) -> Tensor:  # (*batch, n)
-    """(x − P(x − γ ∇E)) / γ, without the rounding of that difference."""
+    """(x − P(x − γ ∇E)) / γ, without the rounding error of that difference."""
     lower, upper = problem.bounds
     return inside(gradient, (x - upper) / problem.gamma, (x - lower) / problem.gamma)
 
@@ -131,7 +131,7 @@ def _downhill(problem: Proximal, x: Tensor, gradient: Tensor, length: float | Te
 
 def _begin_search(problem: Proximal, x: Tensor, energy: Tensor, gradient: Tensor, memory: Memory, failed: Tensor
                   ) -> tuple[Tensor, Search]:  # fmt: skip
-    """Toward the minimum of the model; along the projected gradient where a search failed, or the model is of no use."""
+    """A search toward the minimum of the model; along the projected gradient if a search failed or the model is useless."""
     point = Bounded(*(t.to(memory.moves.dtype) for t in (x, gradient, *problem.bounds)))
     model = model_of(memory, 1 / problem.each_gamma(x))
     target = inside(model_minimum(point, model).to(x.dtype), *problem.bounds)
@@ -141,6 +141,6 @@ def _begin_search(problem: Proximal, x: Tensor, energy: Tensor, gradient: Tensor
 
 
 def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch, 1)
-    """A length along −∇E that moves x by a thousandth: where nothing is known, a search soon goes on from there."""
+    """A length along −∇E that moves x by a thousandth: without other information, the search extrapolates from there."""
     size = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     return 1e-3 * (1 + torch.linalg.vector_norm(x, dim=-1, keepdim=True)) / torch.where(size > 0, size, 1)

@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of linear maps that are given by their products only, batched per sample."""
+"""Extreme eigenvalues of linear maps from matrix-vector products only, batched per sample."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def some_direction(like: Tensor) -> Tensor:
-    """A deterministic direction ``(*batch, n)`` that is orthogonal to nothing in particular, leaning on ``like``."""
+    """A deterministic generic direction ``(*batch, n)`` with a component along ``like``."""
     n = like.shape[-1]
     wave = torch.cos(1.7 * torch.arange(n, dtype=torch.float64, device=like.device) ** 1.3 + 0.5).to(like.dtype)
     unit = normalized(like)
-    # Twice: where there is one direction only, it may be the opposite of the other.
+    # The factor 2 prevents cancellation if n = 1 and the two directions are opposite.
     return normalized(2 * torch.where(torch.isfinite(unit), unit, 0) + normalized(wave))
 
 
 def normalized(x: Tensor) -> Tensor:  # (*batch, n)
-    """Samples of length one; zero stays zero."""
+    """The vectors scaled to length one; zero stays zero."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(length > 0, length, 1)
 
@@ -32,8 +32,8 @@ def ritz_values(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) 
 
     Args:
         product: p -> A p, ``(*batch, n) -> (*batch, n)``, A symmetric.
-        start: where the Krylov space begins, ``(*batch, n)``.
-        steps: at most n of them are taken.
+        start: the first vector of the Krylov space, ``(*batch, n)``.
+        steps: the number of products; at most n are taken.
 
     Returns:
         ``(*batch, m)`` in ascending order, m = min(steps, n).
@@ -53,7 +53,7 @@ def ritz_values(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) 
         w = product(basis[-1].to(start.dtype)).to(working)
         size = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         alpha = (w * basis[-1]).sum(-1, keepdim=True)
-        # Once the Krylov space is exhausted a value from within the spectrum fills the rest.
+        # Once the Krylov space is exhausted, the remaining entries repeat a value inside the spectrum.
         alphas.append(torch.where(alive, alpha, alphas[0] if alphas else alpha))
         stacked = torch.stack(basis, -2)  # (*batch, k, n)
         for _ in range(2):
@@ -83,8 +83,8 @@ def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> T
 
     Args:
         product: p -> A p, ``(*batch, n) -> (*batch, n)``.
-        start: where the Krylov space begins, ``(*batch, n)``.
-        steps: at most n of them are taken; with n, every eigenvalue is found.
+        start: the first vector of the Krylov space, ``(*batch, n)``.
+        steps: the number of products; at most n are taken, and n of them find every eigenvalue.
 
     Returns:
         ``(*batch, m)``, complex, in no order, m = min(steps, n); NaN where a product is not finite.
@@ -103,7 +103,7 @@ def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> T
         w, weights = _without(basis, w)
         beta = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         exhausted = ~(beta > 100 * torch.finfo(working).eps * size)
-        # The Krylov space is invariant: a new direction finds the eigenvalues that it does not contain.
+        # If the Krylov space is invariant, a new direction finds the eigenvalues that are missing.
         fresh, _ = _without(basis, torch.cos((k + 2.3) * w.shape[-1] * some_direction(torch.zeros_like(w))))
         beta, w = torch.where(exhausted, 0, beta), torch.where(exhausted, fresh, w)
         columns.append(torch.nn.functional.pad(torch.cat([weights, beta], -1), (0, steps - k - 1)))
@@ -115,7 +115,7 @@ def arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> T
 
 
 def _without(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """What of ``w`` is orthogonal to the rows of ``basis``, and the weights of the rest, ``(*batch, k)``."""
+    """The part of ``w`` that is orthogonal to the rows of ``basis``, and the weights of the rest, ``(*batch, k)``."""
     total = torch.zeros_like(basis[..., 0])
     for _ in range(2):
         weights = (basis @ w.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Newton steps inside a ball around x, in which the parabola that stands for the energy is believed; one ball a sample."""
+"""Newton steps inside a trust region, a ball around x in which the quadratic model of the energy is trusted; one per sample."""
 
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -13,30 +13,30 @@ from energynet.solvers.problem import Minimization
 from energynet.solvers.vectors import dot
 from energynet.step import Kind
 
-MOST_REJECTED = 30  # each shortens the ball at least four times
+MOST_REJECTED = 30  # each rejection shrinks the ball at least by a factor of four
 
 
 class Ball(NamedTuple):
-    """What is known at x, and how far it is believed: the state of such a solver."""
+    """The state of a trust-region solver: the values at x, and the ball in which the model is trusted."""
 
     residual: Tensor  # ∇E(x), (*batch, n)
     energy: Tensor  # E(x), (*batch)
     radius: Tensor  # (*batch); infinite until a step fails
-    steepest: Tensor  # largest ‖∇E‖ seen, (*batch)
-    rejected: Tensor  # steps in a row that were not taken, (*batch) int32
-    part: Tensor  # of the model's step that is tried, (*batch) in (0, 1]: a line search, as walls and Newton's direction need it
+    steepest: Tensor  # the largest ‖∇E‖ so far, (*batch)
+    rejected: Tensor  # the number of consecutive rejected steps, (*batch) int32
+    part: Tensor  # the fraction of the model's step that is tried, (*batch) in (0, 1]: a line search along its direction
     decrement: Tensor  # √(−gᵀp) of the last step p, before it was shortened, (*batch)
-    walled: Tensor  # (*batch) bool: a trial point of the last step taken, or of those since, was not finite
+    walled: Tensor  # (*batch) bool: whether a trial point since the last accepted step was not finite
 
 
 class TrustRegion(Solver):
-    """What solvers with such a ball share."""
+    """The base class of trust-region solvers."""
 
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.ENERGY})
     descends: ClassVar[bool] = True
     unrollable: ClassVar[bool] = False  # Hessian-vector products keep no graph, and the inner loop ends at 0 / 0
     radius: float
-    """Of the first ball, in units of max(1, ‖x‖)."""
+    """The radius of the first ball, in units of max(1, ‖x‖)."""
 
     def merit(self, state: Ball, size: Tensor) -> Tensor:
         return state.energy
@@ -51,69 +51,69 @@ class TrustRegion(Solver):
         return state.rejected > MOST_REJECTED
 
 
-
 def attempt(problem: Minimization, x: Tensor, ball: Ball, step: Tensor, image: Tensor, along: Tensor) -> tuple[Tensor, Ball]:
-    """The next x and its ball: the step is taken where the energy falls by some of what the parabola promised.
+    """The next x and its ball: a step is accepted if the energy decreases by a fraction of what the model predicts.
 
-    A step that is not is shortened: beside a wall along its direction, since a smaller ball would turn it away from where the
-    parabola leads, and the nearest wall would limit every coordinate; else the ball.
+    After a rejection the ball shrinks. Beside a wall, the step is shortened along its direction instead: a smaller ball would
+    turn it away from the minimum of the model, and the nearest wall would limit every coordinate.
 
     Args:
         problem: a minimization.
         x: ``(*batch, n)``.
-        ball: around x.
-        step: p in it.
+        ball: the ball around x.
+        step: p, a step in the ball.
         image: H p.
-        along: ``(*batch)`` bool, where it is always shortened along its direction.
+        along: ``(*batch)`` bool, samples whose step is always shortened along its direction.
     """
     slope = dot(ball.residual, step).squeeze(-1)
     decrement = torch.clamp(-slope, min=0).sqrt()
-    # Of an energy that is a sum of logarithms, steps of the same decrement lead as far towards the wall.
+    # If the energy is a sum of logarithms, steps with the same decrement go equally far toward the wall.
     part = ball.part * torch.clamp(ball.decrement / torch.where(decrement > 0, decrement, 1), min=1)
     part = torch.where(decrement > 0, torch.clamp(part, max=1), 1)
     rows = part.unsqueeze(-1)
     step, image = rows * step, rows * image
-    promised = -(part * slope + 0.5 * dot(step, image).squeeze(-1))
+    predicted = -(part * slope + 0.5 * dot(step, image).squeeze(-1))
     trial = x + step
     energy, gradient = problem.value_and_gradient(trial)
     finite = torch.isfinite(energy) & torch.isfinite(gradient).all(-1)
     slopes = -0.5 * dot(ball.residual + gradient, step).squeeze(-1)
-    foretold = norm(gradient - ball.residual - image) <= 0.01 * norm(ball.residual)
+    as_predicted = norm(gradient - ball.residual - image) <= 0.01 * norm(ball.residual)
     length, size = norm(step), unit(x)
     terms = norm(image) / torch.where(length > 0, length, 1) * size.square()
-    kept = _decrease(ball.energy, energy, slopes, foretold, terms) / torch.where(promised > 0, promised, 1)
-    kept = torch.where((promised > 0) & torch.isfinite(kept) & finite, kept, -1)
-    taken = kept > 1e-4
-    walled = ~finite | (ball.walled & ~(taken & (ball.rejected == 0)))
+    ratio = _decrease(ball.energy, energy, slopes, as_predicted, terms) / torch.where(predicted > 0, predicted, 1)
+    ratio = torch.where((predicted > 0) & torch.isfinite(ratio) & finite, ratio, -1)
+    accepted = ratio > 1e-4
+    walled = ~finite | (ball.walled & ~(accepted & (ball.rejected == 0)))
     along = along | walled
     shorter = _shortened(torch.minimum(length, ball.radius), size, torch.where(along, 0.5, 0.25))
-    grown = torch.where((kept > 0.75) & (length > 0.9 * ball.radius), 2 * ball.radius, ball.radius)
-    radius = torch.where((kept < 0.25) & ~along, shorter, grown)
+    grown = torch.where((ratio > 0.75) & (length > 0.9 * ball.radius), 2 * ball.radius, ball.radius)
+    radius = torch.where((ratio < 0.25) & ~along, shorter, grown)
     less = part * shorter / torch.where(length > 0, length, 1)
     twice = torch.clamp(2 * part, max=1)
-    more = torch.where(kept < 0.25, 0.5 * part, torch.where(kept > 0.5, twice, part))
+    more = torch.where(ratio < 0.25, 0.5 * part, torch.where(ratio > 0.5, twice, part))
     more = torch.where(walled, torch.where(ball.rejected > 0, part, twice), more)
-    part = torch.where(taken, more, torch.where(along, less, part))
-    energy, rejected = torch.where(taken, energy, ball.energy), torch.where(taken, 0, ball.rejected + 1)
-    rows = taken.unsqueeze(-1)
+    part = torch.where(accepted, more, torch.where(along, less, part))
+    energy, rejected = torch.where(accepted, energy, ball.energy), torch.where(accepted, 0, ball.rejected + 1)
+    rows = accepted.unsqueeze(-1)
     x, gradient = torch.where(rows, trial, x), torch.where(rows, gradient, ball.residual)
     return x, Ball(gradient, energy, radius, torch.maximum(ball.steepest, norm(gradient)), rejected, part, decrement, walled)
 
 
 def _shortened(length: Tensor, size: Tensor, factor: Tensor) -> Tensor:
-    """This part of it; of one far beyond the size of x the geometric mean of both, so that few rejections bring it near."""
+    """This fraction of the length; if it far exceeds ``size``, at most their geometric mean, so that few rejections suffice."""
     return torch.minimum(factor * length, torch.clamp(length, max=torch.finfo(length.dtype).max).sqrt() * size.sqrt())
 
 
-def _decrease(before: Tensor, after: Tensor, slopes: Tensor, foretold: Tensor, terms: Tensor) -> Tensor:
-    """By how much the energy fell; by its slopes where the difference may be lost in rounding, of it or of its terms.
+def _decrease(before: Tensor, after: Tensor, slopes: Tensor, as_predicted: Tensor, terms: Tensor) -> Tensor:
+    """The decrease of the energy; from the slopes if the difference of energies may be a rounding error.
 
-    How large these are, the energy does not tell: they may cancel in it. A parabola's are of the size of its curvature times
-    ‖x‖². Where the gradient is as foretold, a difference in doubt tells nothing new; one beyond doubt does: there may be a wall.
+    The size of the energy does not bound this error, because large terms may cancel in it; those of a quadratic energy are of
+    the size of its curvature times ‖x‖². Where the gradient is as the model predicts, the slopes decide for larger differences
+    as well, up to these terms. Beyond them the difference counts: there may be a wall.
     """
     noise = 100 * torch.finfo(before.dtype).eps
     difference, size = before - after, before.abs()
-    doubted = torch.where(foretold, max(noise, CANCELLED) * size + noise * terms, noise * size)
+    doubted = torch.where(as_predicted, max(noise, CANCELLED) * size + noise * terms, noise * size)
     return torch.where(difference.abs() <= doubted, slopes, difference)
 
 
@@ -122,13 +122,13 @@ class Inner(NamedTuple):
 
     step: Tensor  # p, (*batch, n)
     image: Tensor  # H p
-    left: Tensor  # g + H p, the model's gradient
-    direction: Tensor  # d, of length 1, since H d and dᵀH d may overflow for the length of a gradient
+    left: Tensor  # g + H p, the gradient of the model
+    direction: Tensor  # d, of length 1, because H d and dᵀH d may overflow for a longer one
     done: Tensor  # bool
 
 
 def truncated_step(product: Callable[[Tensor], Tensor], ball: Ball, most: int, done: Tensor) -> Inner:
-    """Least m(p) in the ball, as far as ``most`` products tell; the closer to the answer, the more exactly.
+    """Minimize m(p) in the ball with at most ``most`` products, more accurately the closer x is to the solution.
 
     Zero where ``done``, ``(*batch)`` bool.
     """
@@ -146,10 +146,10 @@ def truncated_step(product: Callable[[Tensor], Tensor], ball: Ball, most: int, d
 
 
 def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor) -> Inner:
-    """One step; at the edge of the ball, or where the curvature is not positive, it ends on the edge."""
+    """One step; it ends on the boundary if it would leave the ball, or if the curvature is not positive."""
     p, d = inner.step, inner.direction
     along = dot(d, hd)
-    finite = torch.isfinite(along)  # a product that is not counts as zero: the step goes downhill
+    finite = torch.isfinite(along)  # a product that is not finite counts as zero, so that the step follows −∇E
     along, hd = torch.where(finite, along, 0), torch.where(finite, hd, 0)
     flat = ~(along > torch.finfo(d.dtype).eps * norm(hd).unsqueeze(-1))
     curvature = torch.where(flat, 1, along)
@@ -171,7 +171,7 @@ def _to_edge(p: Tensor, d: Tensor, radius: Tensor) -> Tensor:
     """τ ≥ 0 with ‖p + τ d‖ = radius."""
     dd, pd, room = dot(d, d), dot(p, d), torch.clamp(radius.square() - dot(p, p), min=0)
     root = (pd.square() + dd * room).sqrt()
-    # Of the two forms of the root, the one without cancellation.
+    # This is the form of the root without cancellation.
     return torch.where(pd > 0, room / torch.where(pd + root > 0, pd + root, 1), (root - pd) / torch.where(dd > 0, dd, 1))
 
 
@@ -181,5 +181,5 @@ def unit(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
 
 
 def norm(a: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-    """Lengths of samples."""
+    """‖a‖ per sample."""
     return torch.linalg.vector_norm(a, dim=-1)
