@@ -22,7 +22,7 @@ from energynet import (
     fixed_point,
     minimize,
 )
-from energynet.diagnostics import contraction_factor, curvature, explain, gradient_error, solution_error
+from energynet.diagnostics import contraction_factor, curvature, explain, gradient_error, laplace, solution_error
 from energynet.energies import Quadratic
 from energynet.solvers.spectrum import arnoldi, some_direction
 
@@ -332,3 +332,39 @@ def test_explain_of_one_problem_of_none_and_under_vmap() -> None:
     assert explain(Solution(torch.zeros(0, 1), empty, empty.float(), empty)) == "There are no samples."
     with pytest.raises(ValueError, match="vmap"):
         torch.func.vmap(lambda x: (explain(minimize(energy, x)), x)[1])(torch.zeros(2, 1))
+
+
+def test_laplace_of_few_unknowns_is_the_inverse_hessian() -> None:
+    torch.manual_seed(0)
+    root = torch.randn(2, 6, 6, dtype=torch.float64)
+    Q = root @ root.mT + 0.1 * torch.eye(6, dtype=torch.float64)
+    energy = Quadratic()
+    b = torch.randn(2, 6, dtype=torch.float64)
+    solution = minimize(energy, None, Q, b)
+    noise = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    expected = noise[:, None] * torch.linalg.inv(Q).diagonal(dim1=1, dim2=2).sqrt()
+    torch.testing.assert_close(laplace(energy, solution, Q, b, noise=noise), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape, spacing, tolerance", [((60,), 12, 2e-2), ((60,), 24, 1e-3), ((2, 6, 8), 8, 0.05)])
+def test_laplace_by_probes_on_a_grid(shape: tuple[int, ...], spacing: int, tolerance: float) -> None:
+    """Diffusion along the last dimension, whose correlations reach about two places."""
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return (0.5 * x.square()).flatten(1).sum(1) + (2 * x.diff(dim=-1).square()).flatten(1).sum(1)
+
+    x = torch.zeros(2, *shape, dtype=torch.float64)
+    n = x[0].numel()
+    H = torch.func.hessian(lambda v: energy(v.reshape(1, *shape))[0])(torch.zeros(n, dtype=torch.float64))
+    expected = torch.linalg.inv(H).diagonal().sqrt().reshape(shape).expand_as(x)
+    got = laplace(energy, x, spacing=spacing)
+    assert (got / expected - 1).abs().max() < tolerance
+
+
+def test_laplace_where_it_cannot_be() -> None:
+    saddle = lambda x: (x[:, 0].square() - x[:, 1].square())  # noqa: E731
+    assert laplace(saddle, torch.zeros(1, 2)).isnan().any()
+    with pytest.raises(ValueError, match="at least 1"):
+        laplace(saddle, torch.zeros(1, 2), spacing=0)
+    with pytest.raises(TypeError, match="one tensor"):
+        laplace(lambda x: x["a"].square().sum(-1), {"a": torch.zeros(1, 2)})
