@@ -37,6 +37,7 @@ ORDER = [
     "engine.functions",
     "engine.binding",
     "engine.held",
+    "engine.approximations",
     "engine.equation",
     "engine.row_inputs",
     "engine.tasks",

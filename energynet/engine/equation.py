@@ -5,6 +5,7 @@ can be differentiated to any order.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from energynet._torch import tree as _tree
-from energynet._torch.autodiff import linearize, pullback, pushforward, transform_active, value_and_gradient_of_sum
+from energynet._torch.autodiff import linearize, pullback, pushforward, value_and_gradient_of_sum
 from energynet._torch.tree import Layout
 from energynet.energy import evaluate
 from energynet.engine.ambient import Ambient
+from energynet.engine.approximations import At, jacobian, or_zero
 from energynet.engine.binding import Binding
 from energynet.solvers import problem as problems
+from energynet.solvers.preconditioner import Preconditioner
 from energynet.solvers.problem import Problem
 from energynet.step import Kind, ProximalStep, Step, per_sample
 
@@ -149,22 +152,23 @@ class Root:
         def value_and_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
             return value_and_gradient_of_sum(energy, x)
 
-        def jacobian(x: Tensor) -> Callable[[Tensor], Tensor]:
-            return _jacobian(residual, x, self.symmetric)
+        def jacobian_at(x: Tensor) -> Callable[[Tensor], Tensor]:
+            return jacobian(residual, x, self.symmetric)
 
         if self.kind is Kind.ENERGY:
             return problems.Minimization(
-                residual, jacobian, batch_dims=dims, step_size=step_size, start=start, guessed=step.guessed,
-                value_and_gradient=value_and_gradient,
+                residual, jacobian_at, batch_dims=dims, step_size=step_size, start=start, guessed=step.guessed,
+                value_and_gradient=value_and_gradient, approximate=lambda made, x: self.approximate(made, x, inputs),
+                quadratic=lambda x, made: self.quadratic(x, made, inputs),
             )  # fmt: skip
         if isinstance(step, ProximalStep):
             land = self._mapped(self._land, inputs)
             return problems.Proximal(
-                residual, jacobian, batch_dims=dims, step_size=step_size, start=start, guessed=step.guessed,
+                residual, jacobian_at, batch_dims=dims, step_size=step_size, start=start, guessed=step.guessed,
                 value_and_gradient=value_and_gradient, land=lambda x, gamma: land(torch.cat([x, gamma], -1)),
                 bounded=self.kind is Kind.BOUNDED,
             )  # fmt: skip
-        return problems.Condition(residual, jacobian, batch_dims=dims, step_size=step_size, start=start)
+        return problems.Condition(residual, jacobian_at, batch_dims=dims, step_size=step_size, start=start)
 
     def step_size(self, inputs: tuple[Tensor, ...], like: Tensor) -> float | Tensor | None:
         """γ as a float or ``(*batch, 1)``; None if it was not given."""
@@ -195,6 +199,40 @@ class Root:
         for in_dims, randomness in self.vmaps:
             function = torch.func.vmap(function, in_dims=(0, *in_dims), randomness=randomness)
         return lambda x: function(x, *inputs)
+
+    def approximate(self, made: Preconditioner, x: Tensor, inputs: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
+        """r -> M⁻¹ r at x, ``(*batch, n)``."""
+        return self._at(x, inputs, lambda at: (at.preconditioner(made),))[0]
+
+    def quadratic(self, x: Tensor, made: Preconditioner | None, inputs: tuple[Tensor, ...]
+                  ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:  # fmt: skip
+        """p -> A p and r -> M⁻¹ r of the quadratic that the energy offers at x, ``(*batch, n)``."""
+
+        def both(at: At) -> tuple[Callable[[Tensor], Tensor], ...]:
+            above, product = at.quadratic()
+            return product, (lambda r: r) if made is None else at.quadratic_preconditioner(made, above, product)
+
+        product, solve = self._at(x, inputs, both)
+        return product, solve
+
+    def _at(self, x: Tensor, inputs: tuple[Tensor, ...], make: Callable[[At], tuple[Callable[[Tensor], Tensor], ...]]
+            ) -> list[Callable[[Tensor], Tensor]]:  # fmt: skip
+        """Functions of vectors that are made at a point: once, but under ``vmap``, which maps tensors only, at each call."""
+        if not self.vmaps:
+            with self.ambient.evaluating():
+                made = make(At(self.layout, *self._attach(inputs), x))
+            return [functools.partial(self._within, function) for function in made]
+        n = x.shape[-1]
+
+        def once(k: int) -> Callable[[Tensor], Tensor]:
+            mapped = self._mapped(lambda step, code, xp: make(At(self.layout, step, code, xp[..., :n]))[k](xp[..., n:]), inputs)
+            return lambda p: mapped(torch.cat([x, p.expand_as(x)], -1))
+
+        return [once(0), once(1)]
+
+    def _within(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with self.ambient.evaluating():
+            return function(x)
 
     def _attach(self, inputs: tuple[Tensor, ...]) -> tuple[Step, tuple[Any, ...]]:
         step = self.binding.attach(inputs[: self.num_shared])
@@ -278,7 +316,7 @@ class Linear:
     def residual(self, u: Tensor, v: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
         function = self.root.function(inputs)
         if self.transposed or self.symmetric:
-            return _or_zero(pullback(function, [x], u)[0], x) - v
+            return or_zero(pullback(function, [x], u)[0], x) - v
         return pushforward(function, [x], [u]) - v
 
     def problem(self, inputs: tuple[Tensor, ...], start: Tensor) -> problems.Linear:
@@ -287,7 +325,7 @@ class Linear:
         step_size = self.root.step_size(tuple(rest), x)
         return problems.Linear(
             lambda u: product(u) - v, lambda _: product, batch_dims=self.batch_dims, step_size=step_size, start=start, right=v,
-            symmetric=self.symmetric,
+            symmetric=self.symmetric, approximate=lambda made, _: self.root.approximate(made, x, tuple(rest)),
         )  # fmt: skip
 
     @property
@@ -296,21 +334,6 @@ class Linear:
 
     def linearization(self, u: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Root, bool, tuple[Tensor, ...]]:
         return self.root, self.transposed, inputs[1:]
-
-
-def _jacobian(residual: Callable[[Tensor], Tensor], x: Tensor, symmetric: bool) -> Callable[[Tensor], Tensor]:
-    """p -> ∂F/∂x p. The Jacobian of a gradient is symmetric, so a vector-Jacobian product suffices."""
-    if not transform_active() and not torch.is_grad_enabled():
-        return linearize(residual, x, transposed=symmetric)
-
-    def product(p: Tensor) -> Tensor:
-        return _or_zero(pullback(residual, [x], p)[0], x) if symmetric else pushforward(residual, [x], [p])
-
-    return product
-
-
-def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient
 
 
 Equation = Root | Linear

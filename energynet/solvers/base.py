@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from energynet.energy import EnergyLike
 from energynet.step import Kind
 
 _REMEDY = {
@@ -72,3 +73,6 @@ class Solver(ABC):
         """
         if kind not in self.solves:
             raise TypeError(f"{type(self).__name__} cannot solve {kind.value}. Use {_REMEDY[kind]}.")
+
+    def check_energy(self, energy: EnergyLike | None) -> None:
+        """Raise TypeError for an energy that does not offer what this solver asks for, before its first step."""

@@ -1,6 +1,7 @@
 """Limited-memory BFGS, batched per sample."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import LineSearch, Search, StrongWolfe, begin
+from energynet.solvers.preconditioner import Preconditioner, check_preconditioner
 from energynet.solvers.problem import Minimization
 from energynet.solvers.vectors import inner
 from energynet.step import Kind
@@ -49,10 +51,13 @@ class LBFGS(Solver):
     Args:
         memory: m, the number of changes that are kept.
         search: how far to go in a direction; `StrongWolfe` or `Backtracking`.
+        initial_inverse: what is known of the inverse Hessian before the first step, `HessianDiagonal`, `HessianBlocks`, or a
+            function of x and the context that returns p -> M⁻¹ p, as for `ConjugateGradient`. It is made once, where the solve
+            begins; its units do not matter.
 
     Raises:
         ValueError: if memory < 1.
-        TypeError: if the search is neither, such as a rule of `GradientDescent`.
+        TypeError: if the search is neither, such as a rule of `GradientDescent`, or the initial inverse is neither.
 
     Source: Liu and Nocedal (1989); the compact form of Byrd, Nocedal and Schnabel (1994), theorem 2.2.
     """
@@ -62,21 +67,24 @@ class LBFGS(Solver):
     measures_first: ClassVar[bool] = True
     memory: int = 10
     search: LineSearch = dataclasses.field(default_factory=StrongWolfe)
+    initial_inverse: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         if self.memory < 1:
             raise ValueError(f"LBFGS needs memory ≥ 1, got {self.memory}.")
         if not isinstance(self.search, LineSearch):
             raise TypeError(f"LBFGS needs StrongWolfe() or Backtracking() as its search, got {self.search!r}.")
+        check_preconditioner(self.initial_inverse, "initial_inverse")
 
     def merit(self, state: LBFGSState, size: Tensor) -> Tensor:
         return state.energy
 
     def init(self, problem: Minimization, x0: Tensor) -> LBFGSState:
         energy, gradient = problem.value_and_gradient(x0)
-        search = begin(energy, -inner(gradient, gradient), first_length(problem, x0, gradient))
+        downhill = problem.first_inverse(self.initial_inverse)(gradient)
+        search = begin(energy, -inner(gradient, downhill), first_length(problem, x0, gradient, downhill))
         none = torch.zeros_like(search.trials)
-        return LBFGSState(gradient, energy, -gradient, search, nothing(x0, self.memory), none, none.bool())
+        return LBFGSState(gradient, energy, -downhill, search, nothing(x0, self.memory), none, none.bool())
 
     def stalled(self, state: LBFGSState) -> Tensor:
         return state.failures > 1
@@ -96,22 +104,27 @@ class LBFGS(Solver):
         x = torch.where(taken.unsqueeze(-1), trial, x)
         energy = torch.where(taken, energy, state.energy)
         gradient = torch.where(taken.unsqueeze(-1), gradient, state.residual)
-        direction, fresh = _begin_search(energy, gradient, memory, _tiny(x, gradient), state)
+        if self.initial_inverse is None:
+            direction = -quasi_newton(gradient, memory, torch.isinf(state.search.high_energy))
+        else:
+            direction = -two_loops(gradient, memory, problem.first_inverse(self.initial_inverse))
+        direction, fresh = _begin_search(energy, gradient, direction, memory, _tiny(x, gradient), state)
         anew = taken | failed
         search = Search(*(torch.where(anew, new, old) for new, old in zip(fresh, search, strict=True)))
         direction = torch.where(anew.unsqueeze(-1), direction, state.direction)
         return x, LBFGSState(gradient, energy, direction, search, memory, failures, unbounded)
 
 
-def first_length(problem: Minimization, x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
-    """How far to go along −∇E: γ where it is given, else to the minimum of the parabola that the curvature tells."""
-    if problem.step_size is not None:
+def first_length(problem: Minimization, x: Tensor, gradient: Tensor, downhill: Tensor) -> Tensor:  # -> (*batch)
+    """How far to go against ``downhill``: γ of a gradient where it is given, else to the minimum of the parabola there."""
+    if problem.step_size is not None and downhill is gradient:
         step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
         return torch.zeros_like(gradient.sum(-1)) + step_size
-    size = torch.linalg.vector_norm(gradient, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
-    curvature = inner(gradient, problem.hvp(x, gradient))
+    size = torch.linalg.vector_norm(downhill, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
+    slope = size.square() if downhill is gradient else inner(gradient, downhill)
+    curvature = inner(downhill, problem.hvp(x, downhill))
     bends = curvature > 0
-    parabola = size.square() / torch.where(bends, curvature, 1)
+    parabola = slope / torch.where(bends, curvature, 1)
     # The minimum of a parabola with little curvature is too far away to be trusted.
     far = 10 * (1 + torch.linalg.vector_norm(x, dim=-1)) / torch.where(size > 0, size, 1)
     usable = bends & (parabola > 0) & torch.isfinite(parabola)
@@ -158,14 +171,13 @@ def _tiny(x: Tensor, gradient: Tensor) -> Tensor:  # -> (*batch)
     return 1e-3 * (1 + torch.linalg.vector_norm(x, dim=-1)) / torch.where(size > 0, size, 1)
 
 
-def _begin_search(energy: Tensor, gradient: Tensor, memory: Memory, length: Tensor,
+def _begin_search(energy: Tensor, gradient: Tensor, direction: Tensor, memory: Memory, length: Tensor,
                   state: LBFGSState) -> tuple[Tensor, Search]:  # fmt: skip
-    """A quasi-Newton direction with length one; straight downhill where there is no memory, or it does not descend.
+    """The quasi-Newton direction with length one; straight downhill where there is no memory, or it does not descend.
 
     After a search that met a wall, the first trial goes at most twice as far as that search did, because the wall is near.
     """
     walled = torch.isinf(state.search.high_energy)
-    direction = -quasi_newton(gradient, memory, walled)
     slope, squared = inner(gradient, direction), inner(gradient, gradient)
     empty = (memory.moves[..., -1, :] == 0).all(-1)
     downhill = empty | ~(slope < 0) | ~torch.isfinite(slope)
@@ -191,6 +203,26 @@ def quasi_newton(gradient: Tensor, memory: Memory, walled: Tensor) -> Tensor:  #
     a = _times(inverse, _times(S, g))
     b = _times(inverse.mT, diagonal * a + theta * (_times(YY, a) - _times(Y, g)))
     return (theta * g + _times(S.mT, b) - theta * _times(Y.mT, a)).to(gradient.dtype)
+
+
+def two_loops(gradient: Tensor, memory: Memory, solve: Callable[[Tensor], Tensor]) -> Tensor:  # (*batch, n)
+    """The same with the inverse of a matrix M in place of a number, scaled as the newest pair tells.
+
+    Source: Nocedal and Wright (2006), algorithm 7.4.
+    """
+    S, Y = memory.moves, memory.changes
+    left, diagonal = gradient.to(S.dtype), 1 / torch.diagonal(memory.inverse, dim1=-2, dim2=-1)  # sᵀy, 1 where there is no pair
+    weights = []
+    for k in reversed(range(S.shape[-2])):
+        weights.append(inner(S[..., k, :], left) / diagonal[..., k])
+        left = left - weights[-1].unsqueeze(-1) * Y[..., k, :]
+    bend = inner(Y[..., -1, :], solve(Y[..., -1, :].to(gradient.dtype)).to(S.dtype))
+    theta = torch.where(bend > 0, diagonal[..., -1] / torch.where(bend > 0, bend, 1), 1)
+    found = theta.unsqueeze(-1) * solve(left.to(gradient.dtype)).to(left.dtype)
+    for k, weight in enumerate(reversed(weights)):
+        beta = inner(Y[..., k, :], found) / diagonal[..., k]
+        found = found + (weight - beta).unsqueeze(-1) * S[..., k, :]
+    return found.to(gradient.dtype)
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:  # (*batch, k, n), (*batch, n) -> (*batch, k)

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from energynet.solvers.preconditioner import Preconditioner, check_preconditioner
 from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated_step
 
@@ -27,20 +28,27 @@ class NewtonCG(TrustRegion):
     Args:
         inner: the largest number of Hessian-vector products per step.
         radius: the radius of the first trust region, in units of max(1, ‖x‖).
+        preconditioner: `HessianDiagonal`, `HessianBlocks`, or a function of x and the context that returns p -> M⁻¹ p, as for
+            `ConjugateGradient`; it is evaluated at each step.
 
     Raises:
         ValueError: if inner < 1 or radius ≤ 0.
+        TypeError: if the preconditioner is neither.
 
     Source: Steihaug (1983); Nocedal and Wright (2006), algorithms 4.1 and 7.2.
     """
 
     inner: int = 50
     radius: float = 1.0
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         if self.inner < 1 or not 0 < self.radius < float("inf"):
             raise ValueError(f"NewtonCG needs inner ≥ 1 and a positive radius, got {self}.")
+        check_preconditioner(self.preconditioner, "preconditioner")
 
     def update(self, problem: Minimization, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
-        inner = truncated_step(problem.jacobian(x), state, self.inner, torch.zeros_like(state.rejected, dtype=torch.bool))
+        solve = problem.inverse(self.preconditioner, x)
+        done = torch.zeros_like(state.rejected, dtype=torch.bool)
+        inner = truncated_step(problem.jacobian(x), state, self.inner, done, solve=solve)
         return attempt(problem, x, state, inner.step, inner.image, torch.zeros_like(state.walled))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from energynet._torch.autodiff import columns
 from energynet._torch.while_loop import while_loop
+from energynet.solvers.preconditioner import Inverse, Preconditioner
 from energynet.solvers.spectrum import ritz_values, some_direction
 
 
@@ -76,6 +77,8 @@ class Differentiable(Problem, ABC):
     """γ; None: `gamma` estimates it."""
     start: Tensor = dataclasses.field(kw_only=True)
     """The initial point, ``(*batch, n)``, at which γ is estimated."""
+    approximate: Callable[[Preconditioner, Tensor], Inverse] | None = dataclasses.field(default=None, kw_only=True)
+    """(preconditioner, x) -> (p -> M⁻¹ p), M ≈ ∂F/∂x; None where the step that defines F is not known."""
 
     @property
     def has_newton_step(self) -> bool:
@@ -90,6 +93,22 @@ class Differentiable(Problem, ABC):
         """∂F/∂x itself, in float32 or better: no half-precision factorizations exist."""
         working = torch.promote_types(x.dtype, torch.float32)
         return columns(self.jacobian(x), x).movedim(0, -1).to(working)
+
+    def inverse(self, preconditioner: Preconditioner | None, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """r -> M⁻¹ r; r itself if there is no preconditioner, and where M⁻¹ r is not a descent direction."""
+        if preconditioner is None or self.approximate is None:
+            return lambda r: r
+        return _downhill(self.approximate(preconditioner, x))
+
+    def first_inverse(self, preconditioner: Preconditioner | None) -> Callable[[Tensor], Tensor]:
+        """The same at the initial point, computed once."""
+        if id(preconditioner) not in self._made:
+            self._made[id(preconditioner)] = self.inverse(preconditioner, self.start)
+        return self._made[id(preconditioner)]
+
+    @functools.cached_property
+    def _made(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        return {}
 
     @functools.cached_property
     def gamma(self) -> float | Tensor:
@@ -180,12 +199,24 @@ class Minimization(Descent):
         tensor([[3., 3.]])
     """
 
+    quadratic: Callable[[Tensor, Preconditioner | None], tuple[Inverse, Inverse]] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+    """(x, preconditioner) -> (p -> A p, r -> M⁻¹ r), with A the matrix of the quadratic above the energy that touches it at x."""
+
     @property
     def has_newton_step(self) -> bool:
         return True
 
     def condition(self, x: Tensor, gamma: Tensor, slope: Tensor) -> Tensor:
         return slope
+
+    def majorized(self, preconditioner: Preconditioner | None, x: Tensor) -> tuple[Inverse, Inverse]:
+        """p -> A p and r -> M⁻¹ r of the quadratic that touches the energy at x."""
+        if self.quadratic is None:
+            raise TypeError("This energy offers no majorizer.")
+        product, solve = self.quadratic(x, preconditioner)
+        return product, _downhill(solve)
 
     def _guarded(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Backtracking: halve γ until the first step lowers the energy by a quarter of what its slope predicts."""
@@ -204,6 +235,17 @@ class Minimization(Descent):
 
         found: tuple[Tensor, Tensor] = while_loop(lambda carry: ~carry[1].all(), halve, (gamma, enough(gamma)), HALVINGS)
         return found[0]
+
+
+def _downhill(solve: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, but the identity where the result is not a descent direction."""
+
+    def downhill(r: Tensor) -> Tensor:
+        z = solve(r).to(r.dtype)
+        along = (r * z).sum(-1, keepdim=True)
+        return torch.where((along > 0) & torch.isfinite(along), z, r)
+
+    return downhill
 
 
 HALVINGS = 20

@@ -127,25 +127,28 @@ class Inner(NamedTuple):
     done: Tensor  # bool
 
 
-def truncated_step(product: Callable[[Tensor], Tensor], ball: Ball, most: int, done: Tensor) -> Inner:
-    """Minimize m(p) in the ball with at most ``most`` products, more accurately the closer x is to the solution.
+def truncated_step(product: Callable[[Tensor], Tensor], ball: Ball, most: int, done: Tensor,
+                   *, solve: Callable[[Tensor], Tensor] = lambda r: r, accuracy: float | None = None) -> Inner:  # fmt: skip
+    """Minimize m(p) in the ball with at most ``most`` products, until its gradient has been reduced by the factor ``accuracy``;
+    without one, more accurately the closer x is to the solution.
 
-    Zero where ``done``, ``(*batch)`` bool.
+    Zero where ``done``, ``(*batch)`` bool. The preconditioner ``solve``, r -> M⁻¹ r, changes the iterates and not the ball: the
+    model decreases along their path, which ends where it first leaves the ball.
     """
     g, radius, size = ball.residual, ball.radius.unsqueeze(-1), norm(ball.residual).unsqueeze(-1)
     steepest = torch.where(ball.steepest > 0, ball.steepest, 1).unsqueeze(-1)
-    goal = size * torch.clamp((size / steepest).sqrt(), max=0.1)
-    inner = Inner(torch.zeros_like(g), torch.zeros_like(g), g, _unit_length(-g), done.unsqueeze(-1) | (size == 0))
+    goal = accuracy * size if accuracy else size * torch.clamp((size / steepest).sqrt(), max=0.1)
+    inner = Inner(torch.zeros_like(g), torch.zeros_like(g), g, _unit_length(-solve(g)), done.unsqueeze(-1) | (size == 0))
     found: Inner = while_loop(
         lambda inner: ~inner.done.all(),
-        lambda inner: _conjugate_gradient(product(inner.direction), inner, radius, goal),
+        lambda inner: _conjugate_gradient(product(inner.direction), inner, radius, goal, solve),
         inner,
         min(most, max(2 * g.shape[-1], 1)),
     )
     return found
 
 
-def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor) -> Inner:
+def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor, solve: Callable[[Tensor], Tensor]) -> Inner:
     """One step; it ends on the boundary if it would leave the ball, or if the curvature is not positive."""
     p, d = inner.step, inner.direction
     along = dot(d, hd)
@@ -158,7 +161,8 @@ def _conjugate_gradient(hd: Tensor, inner: Inner, radius: Tensor, goal: Tensor) 
     length = torch.where(inner.done, 0, torch.where(outside, _to_edge(p, d, radius), alpha))
     left = inner.left + length * hd
     done = inner.done | outside | (norm(left).unsqueeze(-1) <= goal)
-    following = _unit_length(dot(left, hd) / curvature * d - left)
+    z = solve(left)
+    following = _unit_length(dot(z, hd) / curvature * d - z)
     return Inner(p + length * d, inner.image + length * hd, left, following, done)
 
 
