@@ -89,12 +89,12 @@ def test_each_shape_has_its_recording_but_not_any_number_of_them(recordings: lis
     assert len(recordings) == replay.SHAPES
 
 
-def test_zeros_of_either_sign_and_what_is_no_number_tell_recordings_apart() -> None:
+def test_signed_zeros_nan_and_types_have_different_keys() -> None:
     on_device = torch.zeros(2)
     values = (0.0, -0.0, float("nan"), 1, 1.0, True)
-    kinds = [replay._told(each, on_device.device) for each in values]
+    kinds = [replay._key(each, on_device.device) for each in values]
     assert len(set(kinds)) == len(values)
-    assert kinds == [replay._told(each, on_device.device) for each in values]
+    assert kinds == [replay._key(each, on_device.device) for each in values]
 
 
 def test_inputs_with_gaps_are_launched(recordings: list[Tensor]) -> None:

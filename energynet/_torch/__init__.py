@@ -1,1 +1,1 @@
-"""The only private parts of PyTorch that the core uses."""
+"""All uses of PyTorch's private interfaces by the core."""

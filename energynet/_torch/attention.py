@@ -1,8 +1,8 @@
-"""Which kernels of ``scaled_dot_product_attention`` may be taken.
+"""Controls which kernels ``scaled_dot_product_attention`` may use.
 
-Only one of them, the one that is composed of products and a softmax, has second derivatives, and the gradient of an energy is
-always differentiated again. PyTorch keeps the choice for the whole process; so the threads that need it are counted here, and it
-is the only one allowed until the last of them is done. Other threads meanwhile get the same numbers to rounding.
+Only the math kernel, which is composed of products and a softmax, has second derivatives, and the gradient of an energy is
+always differentiated again. PyTorch's setting is global. So the threads that need the math kernel are counted here, and it is
+the only one allowed until the last of them has finished. Meanwhile other threads get the same values up to rounding.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ _lock = threading.Lock()
 
 
 def allowed_kernels() -> Kernels:
-    """What the user has chosen, whatever is needed here in the meantime."""
+    """The kernels that the user allows, independent of temporary restrictions by this module."""
     with _lock:
         return twice_differentiable.outside if twice_differentiable.count else _current()
 
 
 @contextlib.contextmanager
 def kernels(allowed: Kernels) -> Iterator[None]:
-    """In here these are allowed, unless a thread needs others."""
+    """A context in which these kernels are allowed, unless a thread needs second derivatives."""
     before = _choose(allowed)
     try:
         yield
@@ -39,11 +39,11 @@ def kernels(allowed: Kernels) -> Iterator[None]:
 
 
 class _TwiceDifferentiable:
-    """Attention in here has derivatives of every order. Entered at each evaluation, so it takes a microsecond."""
+    """A context in which attention has derivatives of every order. It is entered at each evaluation and takes a microsecond."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.outside = _COMPOSED  # what is allowed where the count is zero
+        self.outside = _COMPOSED  # the kernels that are allowed again when the count is zero
 
     def __enter__(self) -> None:
         with _lock:
@@ -63,7 +63,7 @@ twice_differentiable = _TwiceDifferentiable()
 
 
 def _choose(allowed: Kernels) -> Kernels:
-    """Allow these from now on, or once nobody needs others any more; what was allowed before."""
+    """Allow these kernels, at once or when no thread needs second derivatives; returns those that were allowed before."""
     with _lock:
         before = twice_differentiable.outside if twice_differentiable.count else _current()
         if twice_differentiable.count:

@@ -20,7 +20,7 @@ from energynet._torch.normalization import composed
 
 
 def transform_active() -> bool:
-    """Whether a ``torch.func`` transform or a dual level of ``torch.autograd.forward_ad`` is open, and at work here."""
+    """Whether a ``torch.func`` transform or a dual level of ``torch.autograd.forward_ad`` is active here."""
     dual = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()  # not in a Function's forward
     return torch._C._functorch.peek_interpreter_stack() is not None or dual
 
@@ -29,20 +29,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def opaque(function: Function) -> Function:
-    """What ``torch.compiler.disable`` does, without its import of Dynamo, which takes as long as that of PyTorch itself."""
+    """The effect of ``torch.compiler.disable`` without importing Dynamo, which takes as long as importing PyTorch itself."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # a caller that Dynamo traces calls it as it is
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # a traced caller does not trace into this function
     frames = torch._C._dynamo.eval_frame
-    skip = frames._FrameAction.SKIP  # where Dynamo meets this frame: neither it nor what it calls is looked at
+    skip = frames._FrameAction.SKIP  # Dynamo traces neither this frame nor the functions that it calls
     frames.set_code_exec_strategy(call.__code__, frames._FrameExecStrategy(skip, skip))
     return functools.wraps(function)(call)  # type: ignore[return-value]
 
 
 LoopRecorder = Callable[[Callable[[Any], Any], Callable[[Any], Any], Any, int | Tensor, int], Any]
-"""Writes a loop into a program: condition, body, carry, limit and how many updates are made between two looks."""
+"""Records a loop in a program: condition, body, carry, limit and the number of updates between two checks."""
 
 
 class _Recording(threading.local):
@@ -58,13 +58,13 @@ def tracing() -> bool:
 
 
 def loop_recorder() -> LoopRecorder | None:
-    """What records the loops of this thread, if it records a program."""
+    """The recorder of loops, if this thread records a program."""
     return _recording.recorder
 
 
 @contextlib.contextmanager
 def recording_program(recorder: LoopRecorder) -> Iterator[None]:
-    """In here, `tracing` is true, and loops go to the recorder."""
+    """A context in which `tracing` is true and the recorder receives all loops."""
     before, _recording.recorder = _recording.recorder, recorder
     try:
         yield
@@ -73,12 +73,12 @@ def recording_program(recorder: LoopRecorder) -> Iterator[None]:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether Python may look at the values: under ``vmap`` a tensor stands for many, in a recorded program for all."""
+    """Whether Python can read the values: not under ``vmap``, and not while a program is recorded."""
     return not tracing() and not any(torch._C._functorch.is_batchedtensor(t) for t in wrappers(tensor))
 
 
 def wrappers(tensor: Tensor) -> list[Tensor]:
-    """The tensor and what the ``torch.func`` transforms have wrapped, outermost first."""
+    """The tensor and all tensors inside its ``torch.func`` wrappers, outermost first."""
     found = [tensor]
     while torch._C._functorch.is_functorch_wrapped_tensor(found[-1]):
         found.append(torch._C._functorch.get_unwrapped(found[-1]))
@@ -87,7 +87,7 @@ def wrappers(tensor: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def recording(tree: Any) -> Iterator[Any]:
-    """The tensors of a pytree where graphs can be recorded: inference mode is left, its tensors become ordinary ones."""
+    """A context with the tensors of a pytree, in which graphs can be recorded: outside inference mode, as ordinary tensors."""
     if not torch.is_inference_mode_enabled():
         yield tree
         return
@@ -110,31 +110,31 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Saved tensors without the wrappers of transforms that have ended, as when ``torch.func.vjp``'s result is called."""
+    """Saved tensors without the wrappers of finished transforms, as when the function from ``torch.func.vjp`` is called."""
     return [torch._C._functorch.unwrap_if_dead(t) for t in tensors]
 
 
 @contextlib.contextmanager
 def inside_jvp(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The saved tensors of a Function's jvp rule, for arithmetic that outer forward-mode levels can follow.
+    """The saved tensors in a Function's jvp rule, in a context in which outer forward-mode levels stay active.
 
-    PyTorch switches forward mode off in there, for its own level and, wrongly, for all outer ones: jacfwd of jacfwd would
-    lose terms in silence. So it is switched on again, and the tangents of this level alone are taken off.
+    PyTorch disables forward mode there, for its own level and, wrongly, for all outer ones: jacfwd of jacfwd would silently
+    lose terms. So it is enabled again, and only the tangents of this level are removed.
     """
     with forward_ad._set_fwd_grad_enabled(True):
         yield [forward_ad.unpack_dual(t).primal if t.is_floating_point() else t for t in tensors]
 
 
 def is_grads_batched(tensor: Tensor) -> bool:
-    """Whether an older vmap is at work that no Function rule knows of.
+    """Whether the tensor belongs to PyTorch's older vmap, for which a Function has no rule.
 
-    It is that of ``autograd.grad(is_grads_batched=True)`` and of ``autograd.functional`` with ``vectorize=True``.
+    It is used by ``autograd.grad(is_grads_batched=True)`` and by ``autograd.functional`` with ``vectorize=True``.
     """
     return torch._C._dispatch_keys(tensor).has("Batched")
 
 
 def with_grads_batched(function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Map ``function`` over the hidden dimension of such tensors by ``torch.func.vmap``, and hide it again."""
+    """Map ``function`` over the hidden dimension of such tensors by ``torch.func.vmap``, and restore that dimension."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     present: list[bool] = []
@@ -151,7 +151,7 @@ def with_grads_batched(function: Callable[..., Sequence[Tensor | None]], tensors
 
 
 def differentiated_again(function: Function) -> Function:
-    """The function, with attention that has second derivatives, and where a graph is built with derivatives of every order."""
+    """The function, with attention that has second derivatives, and normalization with all derivatives if a graph is built."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with twice_differentiable, _every_order():
@@ -200,7 +200,7 @@ def value_and_gradient_of_sum(function: Callable[[Tensor], Tensor], x: Tensor) -
 
 
 def pullback(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
-    """Vector-Jacobian products of ``function`` at ``primals``; None where it does not depend on one of them."""
+    """Vector-Jacobian products of ``function`` at ``primals``; None for each primal on which it does not depend."""
     if not torch.is_grad_enabled() and not transform_active():
         return _pull(function, primals, cotangent)
     with twice_differentiable, composed():
@@ -224,7 +224,7 @@ def pushforward(function: Callable[..., Tensor], primals: Sequence[Tensor], tang
 
 
 def linearize(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool) -> Callable[[Tensor], Tensor]:
-    """The Jacobian of ``function`` at ``x``, or its transpose, evaluated once and replayed at each call. Builds no graph."""
+    """The Jacobian of ``function`` at ``x``, or its transpose: linearized once and reused at each call, without a graph."""
     with torch.enable_grad(), contextlib.nullcontext() if transposed else twice_differentiable:
         x = x.detach().requires_grad_()
         output = function(x)
@@ -238,7 +238,7 @@ def linearize(function: Callable[[Tensor], Tensor], x: Tensor, transposed: bool)
 
 
 def columns(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:  # (*batch, n) -> (n, *batch, n)
-    """A linear map of the n unit vectors, taken at once; one by one where a part of it cannot be mapped, as code of NumPy's."""
+    """A linear map of all n unit vectors, by ``vmap``, or one by one if that is not supported, as for NumPy code."""
     n = like.shape[-1]
     units = _identity(n, like).reshape(n, *[1] * (like.ndim - 1), n).expand(n, *like.shape)
     try:
@@ -252,7 +252,7 @@ _MARK = "_energynet_identity"
 
 
 def _identity(n: int, like: Tensor) -> Tensor:
-    """The identity matrix, known by its memory: `is_identity`."""
+    """The identity matrix, whose memory is marked for `is_identity`."""
     matrix = torch.eye(n, dtype=like.dtype, device=like.device)
     if tracing():
         setattr(wrappers(matrix)[-1].untyped_storage(), _MARK, True)
@@ -260,16 +260,16 @@ def _identity(n: int, like: Tensor) -> Tensor:
 
 
 def is_identity(matrix: Tensor) -> bool:  # (n, m)
-    """Whether it is the whole matrix of `columns`' unit vectors, and not written into since.
+    """Whether this is the whole, unmodified matrix of unit vectors from `columns`.
 
-    Of no other it is said: where an energy multiplies I and an A that is not finite, the product is NaN, and not A.
+    No other identity matrix counts: if an energy multiplies I by an A that is not finite, the product is NaN and not A.
     """
     whole = matrix.shape[0] == matrix.shape[1] and matrix.is_contiguous() and not matrix._version
     return whole and hasattr(matrix.untyped_storage(), _MARK) and matrix.untyped_storage().nbytes() == matrix.nbytes
 
 
 def leaf_variables(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a graph begins with."""
+    """The leaf tensors of a graph."""
     seen: set[Any] = set()
     stack, found = [tensor.grad_fn], []
     while stack:
@@ -291,12 +291,12 @@ def _replay(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
 def _pull(function: Callable[..., Tensor], primals: Sequence[Tensor], cotangent: Tensor | None) -> Sequence[Tensor | None]:
     grad_enabled = torch.is_grad_enabled()
     with torch.enable_grad():
-        # An alias cuts the paths on which one primal depends on another: partial derivatives are asked for.
+        # Aliases cut the paths by which one primal depends on another, because partial derivatives are needed.
         aliases = [p.view_as(p) if grad_enabled and p.requires_grad else p.detach().requires_grad_() for p in primals]
         output = function(*aliases)
     if not output.requires_grad:
         return [None] * len(aliases)
-    # No graph where none is asked for: only the aliases may have asked.
+    # No graph is built if only the aliases require grad.
     create_graph = grad_enabled and (any(p.requires_grad for p in primals) or _others_ask(output, aliases))
     return torch.autograd.grad(output, aliases, cotangent, create_graph=create_graph, allow_unused=True)
 

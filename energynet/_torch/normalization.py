@@ -1,8 +1,8 @@
-"""Normalization whose derivatives are right at every order.
+"""Normalization functions with correct derivatives of every order.
 
-PyTorch's kernels of ``layer_norm`` and of ``batch_norm`` in training, which is also what ``instance_norm`` calls, hold mean and
-deviation constant when their second derivative is differentiated, so that their third is wrong, without a word. Where a graph is
-being built they are therefore written as what they are: a mean, a variance and a product.
+PyTorch's kernels for ``layer_norm`` and for ``batch_norm`` in training, which ``instance_norm`` uses as well, treat the mean and
+deviation as constants when their second derivative is differentiated, so the third derivative is silently wrong. While a graph
+is being built, they are therefore replaced by compositions of a mean, a variance and a product.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def composed() -> contextlib.AbstractContextManager[Any]:
-    """In here the normalizations of PyTorch can be differentiated as often as one likes."""
+    """A context in which PyTorch's normalization functions have correct derivatives of every order."""
     return _Composed()
 
 
@@ -44,8 +44,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm``, of the batch's own mean and variance."""
-    if not training:  # without running statistics PyTorch refuses, in its own words
+    """``torch.nn.functional.batch_norm`` with the mean and variance of the batch."""
+    if not training:  # without running statistics PyTorch raises its own error
         return F.batch_norm(input, None, None, weight, bias, training, momentum, eps)
     return _by_channel(input, (0, *range(2, input.ndim)), (weight, bias), eps)
 
@@ -60,7 +60,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.instance_norm``, of each sample's own mean and variance."""
+    """``torch.nn.functional.instance_norm`` with the mean and variance of each sample."""
     if not use_input_stats:
         return F.instance_norm(input, None, None, weight, bias, use_input_stats, momentum, eps)
     return _by_channel(input, tuple(range(2, input.ndim)), (weight, bias), eps)
@@ -81,7 +81,7 @@ _WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 def _kernel_is_wrong(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Not that of running statistics: these are constants, or changed in place, which only PyTorch's own function does."""
+    """Whether to replace a call; not with running statistics, which are constants or are updated in place by PyTorch."""
     if func not in _WRITTEN_OUT:
         return False
     running = (*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))

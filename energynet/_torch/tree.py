@@ -1,6 +1,6 @@
-"""Pytrees as one matrix: the only place that touches ``torch.utils._pytree``.
+"""Converts pytrees to one flat tensor; this is the only module that uses ``torch.utils._pytree``.
 
-Solvers work on one tensor of shape ``(*batch, n)``. A `Layout` remembers how the user's pytree was folded into it.
+Solvers work on one tensor of shape ``(*batch, n)``. A `Layout` records how the user's pytree is stored in it.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 
 
 def register_dataclass(cls: type, field: Callable[[Any, str], Any] = getattr) -> type:
-    """Make a dataclass a pytree, so that it may leave ``torch.func.vmap``; fields that are None are no leaves.
+    """Register a dataclass as a pytree, so that ``torch.func.vmap`` can return it; fields that are None are not leaves.
 
     Args:
         cls: the dataclass.
-        field: reads a field of a value, by its name.
+        field: (value, name) -> the field of the value.
     """
 
     def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
@@ -37,19 +37,19 @@ def register_dataclass(cls: type, field: Callable[[Any, str], Any] = getattr) ->
 
 
 def least_precise(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of the largest rounding unit."""
+    """The dtype with the largest rounding unit."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a pytree of tensors lies in one tensor of shape ``(*batch, n)``."""
+    """The mapping between a pytree of tensors and one tensor of shape ``(*batch, n)``."""
 
     spec: Any
-    shapes: tuple[torch.Size, ...]  # of one sample
+    shapes: tuple[torch.Size, ...]  # the shapes for one sample
     dtypes: tuple[torch.dtype, ...]
     batch_dims: int
-    bare: bool  # one tensor, in no container
+    bare: bool  # whether the pytree is a single tensor without a container
 
     @classmethod
     def of(cls, tree: Any, batch_dims: int) -> "Layout":

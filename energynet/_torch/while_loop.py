@@ -1,4 +1,4 @@
-"""Loops that a program can keep as loops: Python runs them, unless somebody records what it does."""
+"""Loops that a compiled program can keep as loops; Python runs them unless a program is being recorded."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,11 @@ def while_loop(condition: Condition, body: Callable[[Any], Any], carry: Any, lim
         tensor(192)
 
     Args:
-        condition: carry -> 0-d bool, or a bool where its values can be read.
-        body: carry -> carry of the same shapes and dtypes; both may use tensors from around.
+        condition: carry -> a 0-d tensor, or a bool where values can be read.
+        body: carry -> carry with the same shapes and dtypes; both functions may capture tensors.
         carry: a pytree of tensors.
-        limit: the largest number of updates; where no value can be read, as under ``vmap``, so many are made.
-        every: how many updates are made between two looks at the condition; a program may end so many after the limit.
+        limit: the largest number of updates; where no value can be read, as under ``vmap``, exactly this number is made.
+        every: the number of updates between two checks of the condition; a program may exceed the limit by this number.
     """
     recorder = loop_recorder()
     if recorder is not None:

@@ -1,4 +1,4 @@
-"""The `Compiled` driver: a solve as one program of machine code. Begin with the README of this folder."""
+"""The `Compiled` driver, which compiles a solve into one program of machine code. Start with the README of this folder."""
 
 from energynet.compiled.driver import CompilationError, Compiled
 

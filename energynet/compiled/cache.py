@@ -1,4 +1,4 @@
-"""The programs of the process, which are reused as long as nothing that their code reads has changed."""
+"""The cache of compiled programs in this process; a program is reused while nothing that its code reads has changed."""
 
 import dataclasses
 import functools
@@ -29,23 +29,23 @@ T = TypeVar("T")
 
 
 class Failure:
-    """Why a task has no program."""
+    """The reason why a task has no program."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
         self._said = False
 
     def first_time(self) -> bool:
-        """Whether nobody has asked before."""
+        """Whether this is the first call."""
         said, self._said = self._said, True
         return not said
 
 
 class Programs:
-    """The programs that drivers of one capacity share, and what has been seen of the steps that they serve.
+    """The programs that drivers of equal capacity share, and the data by which they are looked up.
 
     Args:
-        capacity: how many programs are kept; the one longest unused goes first.
+        capacity: the number of programs to keep; the least recently used one is dropped first.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -54,21 +54,21 @@ class Programs:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all programs."""
+        """Delete all programs."""
         capacity = self.capacity
         with self.lock:
             self.compilations = 0
             self._counter = itertools.count()
-            self._marks: Recent[int] = Recent(capacity)  # fingerprint -> a number
-            self._met: Recent[list[Tensor]] = Recent(capacity)  # of that number
-            self._bound: Recent[tuple[Fingerprint, Binding, int]] = Recent(capacity)  # step -> its binding, how many came before
+            self._marks: Recent[int] = Recent(capacity)  # fingerprint -> mark
+            self._met: Recent[list[Tensor]] = Recent(capacity)  # mark -> tensors that the fingerprint has found
+            self._bound: Recent[tuple[Fingerprint, Binding, int]] = Recent(capacity)  # step -> binding, number of changes
             self._examined: Recent[Any] = Recent(16 * capacity)
-            self._families: Recent[list[Program]] = Recent(capacity)  # task -> its programs, but for the sizes of batches
-            self._exact: Recent[Program | Failure] = Recent(16 * capacity)  # task and shapes -> program, if it has one
+            self._families: Recent[list[Program]] = Recent(capacity)  # task -> its programs for all batch sizes
+            self._exact: Recent[Program | Failure] = Recent(16 * capacity)  # task and shapes -> program or failure
             self._own: Recent[tuple[bool, ...]] = Recent(capacity)  # task and kinds -> which tensors have one row per sample
 
     def bind(self, step: Step) -> Binding:
-        """The step's tensors as inputs, and a mark by which steps that read the same are known."""
+        """The step with its tensors as inputs, and a mark that identifies steps that read the same state."""
         named = [(name, part) for name, value in vars(step).items() for part in lasting(value)]
         where = (type(step), *((name, v if isinstance(v, NUMBERS) else id(v)) for name, v in named))
         with self.lock:
@@ -98,7 +98,7 @@ class Programs:
         return mark
 
     def examined(self, binding: Binding, tensors: Any, examine: Callable[[], T]) -> T:
-        """What a look at the user's function says, once for each kind of arguments."""
+        """The result of ``examine()``, cached for arguments of the same kind."""
         if transform_active() or binding.mark is None:
             return examine()
         leaves, spec = _tree.flatten(tensors)
@@ -115,7 +115,7 @@ class Programs:
         return result
 
     def shards(self, function: Task, tensors: tuple[Tensor, ...]) -> Shards | None:
-        """How the batch is divided, if it pays."""
+        """How the batch is divided; None if dividing it does not pay."""
         count = how_many(tensors, function.batch_dims)
         if count == 1:
             return None
@@ -160,7 +160,7 @@ class Programs:
             lost = [tuple(t.shape) for t in program.captured if _memory(t) not in known and not written_out(t)]
             if lost:
                 raise RuntimeError(f"it uses tensors of shapes {lost} that were found in no attribute, closure or global")
-        except Exception as error:  # whatever the tracer and the compiler raise
+        except Exception as error:  # the tracer and the compiler may raise anything
             if any(dynamic):
                 return self._compiled(function, tensors, [()] * len(tensors), parts)
             return Failure(error)
@@ -170,31 +170,31 @@ class Programs:
 
 @functools.cache
 def programs(capacity: int) -> Programs:
-    """Those of the process, for drivers of this capacity."""
+    """The programs in this process for drivers of this capacity."""
     return Programs(capacity)
 
 
-MANY = 8  # changes of what one energy reads, after which somebody should know
+MANY = 8  # the number of changes to the state that an energy reads, after which the user is warned
 
 
 def _tell_of_changes(step: Step) -> None:
     what = _parts(step)[2]
     warnings.warn(
         f"Something that {getattr(what, '__qualname__', type(what).__qualname__)} may read has changed {MANY} times, and each "
-        "time it is compiled anew. Likely causes: a counter, a cache or a growing list among the attributes, a number that is "
-        "scheduled. Keep it elsewhere, or as a 0-d tensor in a buffer, whose values may change.",
+        "change compiles it again. Likely causes: a counter, a cache or a growing list among the attributes, or a scheduled "
+        "number. Keep it elsewhere, or as a 0-d tensor in a buffer, whose values may change.",
         stacklevel=3,
     )
 
 
 def _task(function: Task, tensors: Sequence[Tensor], parts: int) -> tuple[Hashable, ...]:
-    """What a program is told by, but for shapes."""
+    """The key of a program, without shapes."""
     return task_key(function), function.check_every, function.binding.mark, parts, torch.get_num_threads()
 
 
 def _options(device: torch.device, parts: int) -> dict[str, Any]:
-    """Of Inductor: on a CPU the loops themselves in C++, and less work than this, in elements, left to one thread."""
-    reuse = {"allow_buffer_reuse": False}  # in loops, Inductor of torch 2.9 to 2.13 may reuse memory that is read once more
+    """Inductor's options: on a CPU, loops are generated in C++, and small operations run on one thread."""
+    reuse = {"allow_buffer_reuse": False}  # in loops, Inductor of torch 2.9 to 2.13 may reuse memory that is still needed
     if device.type != "cpu":
         return reuse
     threads = torch.get_num_threads() if parts == 1 else 1
@@ -202,7 +202,7 @@ def _options(device: torch.device, parts: int) -> dict[str, Any]:
 
 
 def _parts(step: Step) -> tuple[Any, ...]:
-    """What a step consists of; itself it is made anew at each call."""
+    """The parts of a step, which identify it, because the step itself is a new object at each call."""
     return type(step), tuple(vars(step)), *vars(step).values()
 
 
@@ -211,12 +211,12 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _order(tensor: Tensor) -> Hashable:
-    """How the memory is laid out, but for the sizes."""
+    """The memory layout, without the sizes."""
     return tensor.is_contiguous() or tensor.stride()
 
 
 def _changed(earlier: Sequence[Sequence[torch.Size]], tensors: Sequence[Tensor], batch_dims: int) -> list[list[int]]:
-    """For each tensor the batch dimensions whose sizes differ from those of earlier ones."""
+    """For each tensor, the batch dimensions whose sizes differ from those of earlier programs."""
     return [
         [d for d in range(min(t.ndim, batch_dims)) if t.shape[d] > 1 and any(sizes[k][d] != t.shape[d] for sizes in earlier)]
         for k, t in enumerate(tensors)

@@ -1,4 +1,4 @@
-"""What was read of a piece of Python, to see whether all of it is as it was."""
+"""Records the values that were read from Python objects, to detect later whether any of them has changed."""
 
 import contextvars
 import operator
@@ -13,7 +13,7 @@ MISSING: Any = object()
 
 
 class Watch:
-    """Places that were read, and what was there. Objects and functions themselves are held weakly, so that they may die.
+    """The places that were read, and their values. Objects and functions are held weakly, so that they can be deleted.
 
     Example:
         >>> names = {"scale": 2.0}
@@ -31,13 +31,13 @@ class Watch:
         self._orders: list[tuple[Any, tuple[Any, ...]]] = []
         self._variables: list[tuple[contextvars.ContextVar[Any], Any]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
-        self._codes: list[tuple[Callable[[], Any], tuple[Any, ...]]] = []  # of a function, its code and defaults
+        self._codes: list[tuple[Callable[[], Any], tuple[Any, ...]]] = []  # function, its code and defaults
         self._types: list[tuple[Callable[[], Any], type]] = []
         self._contents: list[tuple[Any, Hashable]] = []
         self._kinds: list[tuple[Tensor, Hashable]] = []
 
     def unchanged(self) -> bool:
-        """Whether all that was read is still there: the same objects at the same places."""
+        """Whether the same objects are still at the places that were read."""
         return (
             all(mapping.get(name, MISSING) is value for mapping, name, value in self._entries)
             and all(len(container) == size for container, size in self._sizes)
@@ -51,13 +51,13 @@ class Watch:
         )
 
     def entry(self, mapping: Any, name: Any) -> Any:
-        """What a mapping has under a name, or `MISSING`."""
+        """The entry of a mapping under a name, or `MISSING`."""
         value = mapping.get(name, MISSING)
         self._entries.append((mapping, name, value))
         return value
 
     def whole(self, container: Any, items: dict[Any, Any]) -> None:
-        """That a container has so many entries; of a list also which, of a mapping also in which order."""
+        """Record the size and the given entries of a container; for a mapping, also the order of its keys."""
         if isinstance(container, Mapping):
             self._orders.append((container, tuple(container)))
         else:
@@ -71,35 +71,35 @@ class Watch:
         return value
 
     def function(self, function: types.FunctionType) -> tuple[Any, ...]:
-        """What a function closes over."""
+        """The values that a function captures."""
         cells = [cell for cell in function.__closure__ or () if _filled(cell)]
         self._cells += [(cell, cell.cell_contents) for cell in cells]
         self._codes.append((_weakly(function), _code(function)))
         return tuple(cell.cell_contents for cell in cells)
 
     def object(self, value: Any) -> "Attributes":
-        """The attributes of an object of this class."""
+        """The attributes of an object, whose class is recorded as well."""
         self._types.append((_weakly(value), type(value)))
         return Attributes(_weakly(value))
 
     def content(self, value: Any) -> Hashable:
-        """That of a set, or of an array such as NumPy's, which change in place."""
+        """The content of a set or of an array such as NumPy's, which can change in place."""
         content = _content(value)
         self._contents.append((value, content))
         return content
 
     def tensors(self, tensors: list[Tensor]) -> None:
-        """That they are of these kinds; their values may change."""
+        """Record the kinds of tensors; their values may change."""
         self._kinds += [(tensor, asked(tensor)) for tensor in tensors]
 
 
 def kind(tensor: Tensor) -> Hashable:
-    """All that a program depends on, but for the values."""
+    """Everything about a tensor that a program depends on, except its values."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def asked(tensor: Tensor) -> Hashable:
-    """The same, and whether it takes part in derivatives, as of a tensor that is captured."""
+    """`kind`, and whether the tensor requires grad, for captured tensors."""
     return tensor.requires_grad, kind(tensor)
 
 
@@ -132,7 +132,7 @@ def _content(value: Any) -> Hashable:
 
 
 def _code(function: Any) -> tuple[Any, ...]:
-    """What a function does; of one that is no more, nothing."""
+    """The code and defaults of a function; None for one that has been deleted."""
     return (None,) * 3 if function is None else (function.__code__, function.__defaults__, function.__kwdefaults__)
 
 

@@ -1,8 +1,8 @@
-"""Loops of Inductor's C++ wrapper that keep their memory.
+"""Rewrites loops in Inductor's C++ wrapper so that they reuse their memory.
 
-As Inductor writes it, a turn of a loop makes a new tensor for everything it computes and a new handle for everything it
-reads: on a small problem ten times the work of the arithmetic. Here the tensors are made once, in front of the loop, and a
-turn swaps the old values with the new ones. What is not recognized stays as it was.
+In Inductor's code, each iteration of a loop allocates a new tensor for everything that it computes and a new handle for
+everything that it reads; on a small problem this takes ten times as long as the arithmetic. Here the tensors are allocated
+once, before the loop, and an iteration swaps the old values with the new ones. Unrecognized code stays unchanged.
 """
 
 import re
@@ -25,11 +25,11 @@ _WHILE = re.compile(r"\s*while \(1\) \{$")
 
 
 class UnknownFormError(ValueError):
-    """Inductor wrote code of another form than a rewrite expects."""
+    """Inductor's code has another form than a rewrite expects."""
 
 
 def in_place(source: str) -> str:
-    """The same program with loops that keep their memory.
+    """The same program, with loops that reuse their memory.
 
     Example:
         >>> in_place("int main() { return 0; }")
@@ -42,7 +42,7 @@ def in_place(source: str) -> str:
 
 
 def _block(lines: list[str]) -> list[str]:
-    """A sequence of statements with each loop in it rewritten, inner ones first."""
+    """A sequence of statements, in which each loop is rewritten, inner ones first."""
     result: list[str] = []
     k = 0
     while k < len(lines):
@@ -69,16 +69,16 @@ def _end(lines: list[str], k: int) -> int:
 
 
 class _Hoisted:
-    """What goes in front of a loop."""
+    """The code that is moved before a loop."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.made: dict[str, str] = {}  # name -> how its memory is made
-        self.swapped: dict[str, str] = {}  # carried name -> the hoisted one that it changes places with
+        self.made: dict[str, str] = {}  # name -> the call that allocates it
+        self.swapped: dict[str, str] = {}  # carried name -> the hoisted tensor with which it is swapped
 
 
 def _loop(lines: list[str]) -> tuple[_Hoisted, list[str]]:
-    """The body of a loop, and what of it can be done once."""
+    """The body of a loop, and the part of it that can run once."""
     before = _Hoisted()
     aliases: set[str] = set()
     constants: set[str] = set()
@@ -90,7 +90,7 @@ def _loop(lines: list[str]) -> tuple[_Hoisted, list[str]]:
         line = lines[k]
         depth += line.count("{") - line.count("}")
         made, alias = _statement(_MAKE, lines, k), _statement(_ALIAS, lines, k)
-        if depth:  # of an inner loop, which has been rewritten already
+        if depth:  # a line of an inner loop, which has been rewritten already
             body.append(line)
         elif _CONSTANT.match(line):
             before.lines.append(line)
@@ -122,7 +122,7 @@ def _loop(lines: list[str]) -> tuple[_Hoisted, list[str]]:
 
 
 def _viewed(lines: list[str]) -> set[str]:
-    """Names whose memory may go on under another name, as another shape."""
+    """Names whose memory may be reused under another name and with another shape."""
     viewed = {match[1] for line in lines if (match := _VIEW.search(line))}
     for line in reversed(lines):
         if (reuse := _REUSE.match(line)) and reuse[1] in viewed:
@@ -131,17 +131,17 @@ def _viewed(lines: list[str]) -> set[str]:
 
 
 def _statement(pattern: re.Pattern[str], lines: list[str], k: int) -> re.Match[str] | None:
-    """The middle one of the three lines that make a tensor."""
+    """A match of the second of the three lines that create a tensor."""
     return pattern.match(lines[k + 1]) if k + 2 < len(lines) and _HANDLE.match(lines[k]) else None
 
 
 def _symbolic(call: str, constants: set[str]) -> bool:
-    """Whether memory is made for sizes that are not known when compiling."""
+    """Whether memory is allocated for sizes that are unknown at compile time."""
     return not constants.issuperset(_ARRAY.findall(call)) or bool(re.search(r"\bs\d+\b", call))
 
 
 def _owned(lines: list[str], before: _Hoisted) -> list[str]:
-    """The lines in front of a loop, where what it carries gets memory of its own to change places with."""
+    """The lines before a loop, in which each carried tensor gets its own memory, so that it can be swapped."""
     result: list[str] = []
     owned: set[str] = set()
     k = 0
@@ -160,7 +160,7 @@ def _owned(lines: list[str], before: _Hoisted) -> list[str]:
         else:
             result.append(lines[k])
         k += 1
-    if owned != set(before.swapped):  # it would change places with memory that is somebody else's
+    if owned != set(before.swapped):  # a tensor would be swapped with memory that it does not own
         raise UnknownFormError
     return result
 

@@ -1,4 +1,4 @@
-"""A program of Inductor's C++ wrapper that works on several parts of a batch at once, each on a thread of its own."""
+"""Rewrites Inductor's C++ wrapper so that it processes several parts of a batch in parallel, each on its own thread."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,11 @@ _AT_ONCE = Path(__file__).with_name("parts.h").read_text()
 
 
 def in_parts(source: str, parts: int) -> str:
-    """The same program so many times at once: inputs and outputs follow one another, part by part.
+    """The program that runs this one ``parts`` times in parallel; its inputs and outputs are those of the parts in sequence.
 
     Raises:
-        UnknownFormError: where the wrapper has another form than expected, or divides integers, which notes a division by
-            zero in a variable of the whole process.
+        UnknownFormError: if the wrapper has another form than expected, or if it divides integers, because this records a
+            division by zero in a global variable.
     """
     if parts == 1:
         return source

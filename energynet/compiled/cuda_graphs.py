@@ -1,8 +1,8 @@
-"""Loops of Inductor's Python wrapper on a GPU, each iteration recorded as one CUDA graph.
+"""Records each iteration of a loop in Inductor's Python wrapper on a GPU as one CUDA graph.
 
-As Inductor writes it, a turn launches its kernels from Python one by one: on a small problem ten times the work of the kernels.
-Here they are recorded once for some shapes, and a turn is one call that launches them all. What is not recognized, or
-cannot be recorded, stays as it was.
+In Inductor's code, an iteration launches its kernels from Python one by one; on a small problem this takes ten times as long as
+the kernels. Here they are recorded once per shape, and an iteration is one call that launches them all. Code that is not
+recognized or cannot be recorded stays unchanged.
 """
 
 import logging
@@ -17,13 +17,13 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 
 Graph = Callable[[list[Any]], Sequence[Any]]
-"""What Inductor makes of a part of a loop: it empties the list of its inputs."""
+"""A function that Inductor generates for a part of a loop; it clears the list of its inputs."""
 
 SMALL: Final = 2**24
-"""Elements of a loop's inputs; beyond, the kernels take longer than their launches, and memory is dear."""
+"""The largest number of elements in a loop's inputs; beyond it, kernels take longer than their launches, and memory is scarce."""
 
 SHAPES: Final = 4
-"""For how many shapes a loop is recorded, as for batches of some sizes; the rest are computed as Inductor has it."""
+"""The number of shapes for which a loop is recorded; for other shapes it runs as Inductor generates it."""
 
 _LOOP: Final = re.compile(
     r"""
@@ -43,7 +43,7 @@ _WHILE: Final = "while should_loop:"
 
 
 def with_replays(source: str) -> str:
-    """The same program, in which loops without loops inside are objects that may record them.
+    """The same program, in which each loop without inner loops becomes an object that may record it.
 
     Example:
         >>> with_replays("def call(args): return args")
@@ -56,7 +56,7 @@ def with_replays(source: str) -> str:
 
 
 def _is_simple(source: str, loop: re.Match[str]) -> bool:
-    """Whether its carry is a list whose entries come first in the inputs, and its body has no loop."""
+    """Whether the carry is a list whose entries come first in the inputs, and the body contains no loop."""
     outputs = _ENTRY.findall(loop["outputs"])
     in_order = outputs == [(outputs[0][0], str(k)) for k in range(len(outputs))]
     first = loop["inputs"].startswith(loop["outputs"].rstrip(", "))
@@ -70,13 +70,13 @@ def _call(loop: re.Match[str]) -> str:
 
 
 def _function(source: str, name: str) -> str:
-    """The text of a function of the module."""
+    """The source of a function in the module."""
     _, _, after = source.partition(f"\ndef {name}(args):\n")
     return re.split(r"\n(?=\S)", after, maxsplit=1)[0]
 
 
 class Recordings:
-    """A program together with what its loops record, which goes when it goes.
+    """A program together with the recordings of its loops, which are deleted with it.
 
     Args:
         run: the program: list of tensors -> results.
@@ -102,19 +102,19 @@ _running = _Running()
 
 
 def loop_of(body: Graph, test: Graph, carried: int) -> Callable[[list[Any]], list[Tensor]]:
-    """The loop of the program that runs which consists of these functions of its module."""
+    """The loop with these functions in the running program."""
     if _running.loops is None:
         return Loop(body, test, carried).launched
     return _running.loops.setdefault(body, Loop(body, test, carried))
 
 
 class Loop:
-    """``while test(carry, fixed): carry = body(carry, fixed)``, of which the first test has been made.
+    """``while test(carry, fixed): carry = body(carry, fixed)``, after the first test has succeeded.
 
     Args:
         body: carry and fixed inputs -> carry.
         test: carry and fixed inputs -> a bool.
-        carried: how many of the inputs are carried.
+        carried: the number of inputs that are carried.
     """
 
     def __init__(self, body: Graph, test: Graph, carried: int) -> None:
@@ -125,7 +125,7 @@ class Loop:
     def __call__(self, inputs: list[Any]) -> list[Tensor]:
         """Carry and fixed inputs -> the carry at the end."""
         key = kind(inputs)
-        if key is None or not self._busy.acquire(blocking=False):  # another thread is in here
+        if key is None or not self._busy.acquire(blocking=False):  # another thread is using this loop
             return self.launched(inputs)
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -134,20 +134,20 @@ class Loop:
             self._busy.release()
 
     def launched(self, inputs: list[Any]) -> list[Tensor]:
-        """The same, kernel by kernel."""
+        """The same, without a recording."""
         carry, fixed, go = inputs[: self.carried], inputs[self.carried :], True
         while go:
             *carry, go = self.turn([*carry, *fixed])
         return carry
 
     def turn(self, inputs: list[Any]) -> list[Any]:
-        """Carry and fixed inputs -> carry, and whether to go on."""
+        """Carry and fixed inputs -> carry, and whether to continue."""
         carry = self.body(list(inputs))
         return [*carry, *self.test([*carry, *inputs[self.carried :]])]
 
     def _replayed(self, key: Hashable, inputs: list[Any]) -> list[Tensor]:
         if key not in self.recorded and len(self.recorded) < SHAPES:
-            *carry, go = self.turn(inputs)  # which also loads what is to be recorded
+            *carry, go = self.turn(inputs)  # this also loads the kernels before they are recorded
             inputs = [*carry, *inputs[self.carried :]]
             self.recorded[key] = self._recorded(inputs)
             if not go:
@@ -158,18 +158,18 @@ class Loop:
     def _recorded(self, inputs: list[Any]) -> "Recorded | None":
         try:
             return Recorded(self.turn, inputs, self.carried)
-        except Exception as error:  # an operation that waits for the device, say; if it is the body's, it comes again
+        except Exception as error:  # such as an operation that synchronizes; an error in the body itself is raised again later
             _log.info("A loop's kernels are launched one by one, since they could not be recorded: %s", error)
             return None
 
 
 class Recorded:
-    """A turn of a loop in memory of its own, as one graph of kernels.
+    """An iteration of a loop as one graph of kernels with its own memory.
 
     Args:
-        turn: inputs -> carry, and whether to go on.
-        inputs: tensors like those that it will be called with, and numbers.
-        carried: how many of the inputs are carried.
+        turn: inputs -> carry, and whether to continue.
+        inputs: example inputs: tensors and numbers.
+        carried: the number of inputs that are carried.
     """
 
     def __init__(self, turn: Callable[[list[Any]], list[Any]], inputs: list[Any], carried: int) -> None:
@@ -181,7 +181,7 @@ class Recorded:
 
         def update() -> Tensor:
             *carry, go = turn(self.own)
-            # What only changes places is read before it is written.
+            # A carried tensor that is only moved to another position must be read before it is overwritten.
             carry = [t.clone() if t.untyped_storage().data_ptr() in memory else t for t in carry]
             copy(carry, self.own[:carried])
             return go.clone()
@@ -199,7 +199,7 @@ class Recorded:
 
 
 def copy(sources: Sequence[Any], places: Sequence[Any]) -> None:
-    """The values of all tensors of the first one's device, those of one dtype by one kernel."""
+    """Copy the values of all tensors on the first one's device, with one kernel per dtype."""
     pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for source, place in zip(sources, places, strict=True):
         if isinstance(source, Tensor) and source.device == places[0].device:
@@ -209,11 +209,11 @@ def copy(sources: Sequence[Any], places: Sequence[Any]) -> None:
 
 
 def record(update: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """What makes the update on the current stream whenever it is called, and the place of its result."""
+    """A function that replays the update on the current stream, and the tensor that receives its result."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
-    torch._C._cuda_clearCublasWorkspaces()  # no two graphs share one, which may run at the same time
+    torch._C._cuda_clearCublasWorkspaces()  # graphs that may run concurrently must not share a workspace
     with torch.cuda.stream(side):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
@@ -226,23 +226,23 @@ def record(update: Callable[[], Tensor], device: torch.device) -> tuple[Callable
 
 
 def kind(inputs: list[Any]) -> Hashable:
-    """Shapes, numbers and the stream for which one recording serves; None where it does not pay or cannot be."""
+    """A key of the shapes, numbers and stream for which a recording is valid; None if recording is impossible or does not pay."""
     device = inputs[0].device
     stream = stream_of(device)
     size = sum(t.numel() for t in inputs if isinstance(t, Tensor))
-    told = [_told(t, device) for t in inputs]
-    return None if stream is None or size > SMALL or None in told else (device, stream, *told)
+    keys = [_key(t, device) for t in inputs]
+    return None if stream is None or size > SMALL or None in keys else (device, stream, *keys)
 
 
-def _told(value: Any, device: torch.device) -> Hashable:
-    """What a recording has of an input: a number as it is, also as a tensor on the CPU; None of a tensor elsewhere."""
+def _key(value: Any, device: torch.device) -> Hashable:
+    """The part of an input that a recording fixes: the value of a number or CPU scalar, a tensor's layout; None otherwise."""
     if not isinstance(value, Tensor):
-        return type(value), repr(value)  # which tells zeros from one another, and not a NaN from itself
+        return type(value), repr(value)  # this distinguishes 0.0 from -0.0, and equates NaN with itself
     if value.device == device:
         return value.shape, value.stride(), value.dtype
     return (value.dtype, repr(value.item())) if value.device.type == "cpu" and value.dim() == 0 else None
 
 
 def stream_of(device: torch.device) -> int | None:
-    """The stream that is current there; None where kernels cannot be recorded."""
+    """The current stream of a device; None where kernels cannot be recorded."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""How products, powers and hyperbolic functions stand in a recorded program: as they are computed fastest."""
+"""Decompositions that record products, powers and hyperbolic functions in the form that is fastest."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor, fx
 
 from energynet._torch.autodiff import is_identity
 
-SMALL = 2**20  # elements; beyond, the product of a library is faster, on one thread as it is
-LANES = 16  # columns that a library computes at once
+SMALL = 2**20  # elements; for larger matrices a library's product is faster, even on one thread
+LANES = 16  # the number of columns that a library computes at once
 
 
 def recorded_as() -> dict[Any, Callable[..., Any]]:
-    """What is recorded otherwise than it comes: a thin product, one with a shared matrix, none; and what cannot be."""
+    """The operations that are recorded in another form, or refused because a program cannot contain them."""
     aten = torch.ops.aten
     return {aten.mm.default: _product, aten.bmm.default: _shared, aten.pow.Tensor_Scalar: _empty_power,
             aten.cholesky_solve.default: _cholesky_solve, aten.cosh.default: _cosh, aten.sinh.default: _sinh,
@@ -23,33 +23,33 @@ def recorded_as() -> dict[Any, Callable[..., Any]]:
 
 def _raising(info: Tensor, name: str, is_matrix: bool) -> Any:
     raise RuntimeError(
-        f"{name} raises where a matrix is singular, which a program cannot: use cholesky_ex or inv_ex, or driver=Eager()"
+        f"{name} raises an error for a singular matrix, which a program cannot: use cholesky_ex or inv_ex, or driver=Eager()"
     )
 
 
 def _reading(tensor: Tensor) -> Any:
-    """A number that PyTorch reads by itself, as in ``torch.add(x, y, alpha=tensor)``."""
+    """Refuses a number that PyTorch itself reads from a tensor, as in ``torch.add(x, y, alpha=tensor)``."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     if isinstance(tensor, FakeTensor):
         return NotImplemented
-    raise RuntimeError(f"a number is read from a tensor of shape {tuple(tensor.shape)}, and would stay as it is now")
+    raise RuntimeError(f"a number is read from a tensor of shape {tuple(tensor.shape)}, and would become a constant")
 
 
 def _product(a: Tensor, b: Tensor) -> Any:
-    """The columns of a Hessian begin with I A, which is A; not with a view of it, since it may be written into."""
+    """I A, the first product for the columns of a Hessian, is A; a copy and not a view, because it may be written to."""
     return b.clone(memory_format=torch.contiguous_format) if is_identity(a) else _thin(a, b)
 
 
 def _thin(a: Tensor, b: Tensor) -> Any:  # (1, k), (k, n)
-    """A product with one row, as of one small problem, by a matrix and a vector: that is fused with what stands around it."""
+    """A product with one row, as in a single small problem, as a matrix-vector product, which Inductor can fuse."""
     if not _known(a, b) or a.device.type != "cpu" or a.shape[0] != 1 or b.numel() > SMALL:
         return NotImplemented
     return torch.mv(b.mT, a[0]).unsqueeze(0)
 
 
 def _shared(a: Tensor, b: Tensor) -> Any:  # (B, n, k), (B, k, m)
-    """Products with the same matrix, of which ``vmap`` makes as many as there are samples, as one product."""
+    """Products with the same matrix, of which ``vmap`` makes one per sample, as a single product."""
     if b.stride(0) == 0:
         return torch.mm(a.flatten(0, 1), b[0]).unflatten(0, a.shape[:2])
     if a.stride(0) == 0 and b.shape[2] == 1:
@@ -58,19 +58,19 @@ def _shared(a: Tensor, b: Tensor) -> Any:  # (B, n, k), (B, k, m)
 
 
 def _cholesky_solve(right: Tensor, factor: Tensor, upper: bool = False) -> Any:
-    """What it calls itself: where a size may change, PyTorch cannot tell that nothing is broadcast."""
+    """Calls the helper directly: for dynamic sizes, PyTorch cannot verify that nothing is broadcast."""
     if _known(right, factor) or right.shape[:-2] != factor.shape[:-2]:
         return NotImplemented
     return torch.ops.aten._cholesky_solve_helper.default(right, factor, upper)
 
 
 def _empty_power(a: Tensor, exponent: Any) -> Any:
-    """x⁰ is 1, whatever x: so the Hessian of a square is seen not to change, and leaves a loop."""
+    """x⁰ is 1 for every x, so that the Hessian of a square is a visible constant and can be moved out of a loop."""
     return _ones_like(a) if exponent == 0 and not isinstance(exponent, complex) and a.is_floating_point() else NotImplemented
 
 
 def _ones_like(a: Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **layout: Any) -> Any:
-    """Ones, for which nothing of a has to be known but its shape."""
+    """Ones, which depend only on the shape of ``a``."""
     plain = all(not v or v in (torch.strided, torch.preserve_format) for v in layout.values())
     if not plain or not _known(a) or not a.is_contiguous():
         return NotImplemented
@@ -78,9 +78,9 @@ def _ones_like(a: Tensor, *, dtype: torch.dtype | None = None, device: torch.dev
 
 
 def _cosh(x: Tensor) -> Any:
-    """From what sinh takes too: the derivative of log cosh x, which is sinh x / cosh x, costs one exponential.
+    """cosh by the same ``expm1`` as sinh, so that the derivative of log cosh x, sinh x / cosh x, costs one exponential.
 
-    It is infinite a little earlier than cosh, in float32 from 88.8 and not from 89.5.
+    It overflows slightly earlier than cosh: in float32 from 88.8 instead of 89.5.
     """
     if not _has_expm1(x):
         return NotImplemented
@@ -91,17 +91,17 @@ def _cosh(x: Tensor) -> Any:
 def _sinh(x: Tensor) -> Any:
     if not _has_expm1(x):
         return NotImplemented
-    less = torch.expm1(x.abs())  # exp(|x|) - 1, and no digits lost where x is small
+    less = torch.expm1(x.abs())  # exp(|x|) - 1 without cancellation for small x
     return torch.copysign(less * (0.5 + 0.5 * (1 + less).reciprocal()), x)
 
 
 def _has_expm1(x: Tensor) -> bool:
-    """Whether that is a fast function of a processor's vectors."""
+    """Whether there is a fast vectorized ``expm1``."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def ragged(matrix: Tensor | None) -> bool:
-    """Whether a product with this matrix has so many columns that MKL is slow with the last of them."""
+    """Whether a product with this matrix has a number of columns for which MKL is slow on the last ones."""
     if matrix is None or matrix.device.type != "cpu" or matrix.dtype != torch.float32:
         return False
     columns = matrix.shape[1]
@@ -109,7 +109,7 @@ def ragged(matrix: Tensor | None) -> bool:
 
 
 def widened(graph: fx.Graph, product: fx.Node) -> fx.Node:
-    """Give a product's second matrix columns of zeros, up to a whole number of `LANES`; return that matrix."""
+    """Pad a product's second matrix with zero columns to a multiple of `LANES`; return the padded matrix."""
     a, b = product.args
     columns = product.meta["val"].shape[1]
     with graph.inserting_before(product):
@@ -122,5 +122,5 @@ def widened(graph: fx.Graph, product: fx.Node) -> fx.Node:
 
 
 def _known(*tensors: Tensor) -> bool:
-    """Whether their sizes are."""
+    """Whether all sizes are known."""
     return all(isinstance(n, int) for t in tensors for n in t.shape)

@@ -1,4 +1,4 @@
-"""A solve as one program of machine code."""
+"""The driver that compiles a solve into one program of machine code."""
 
 import dataclasses
 import warnings
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 
 class CompilationError(RuntimeError):
-    """A solve could not be compiled; the message says why, and what to do."""
+    """A solve could not be compiled; the message gives the reason and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled(Driver):
-    """Run the whole solve as one program of machine code, which is compiled at the first call for an energy and its shapes.
+    """Runs the whole solve as one program of machine code, which is compiled at the first call for an energy and its shapes.
 
-    Compiling takes up to a minute. Programs live in a cache of the process, which equal drivers share. Forward and adjoint
+    Compiling takes up to a minute. Programs are cached in the process, and equal drivers share them. Forward and adjoint
     solves, of any order and under ``torch.func``, are separate programs. A new batch size compiles once more; that program
-    serves every size from 2 if the energy asks for ``x.shape[0]``. (``len(x)`` is a number in Python, so each size is
-    compiled by itself.) Python runs the loop with ``trace=True``, with `UnrolledAdjoint`, and where a dispatch mode of
+    works for every size from 2 if the energy uses ``x.shape[0]``. (``len(x)`` is a number in Python, so each size would be
+    compiled separately.) Python runs the loop with ``trace=True``, with `UnrolledAdjoint`, and when a dispatch mode of
     PyTorch observes each operation.
 
     Example:
@@ -39,8 +39,8 @@ class Compiled(Driver):
     Args:
         strict: whether to raise `CompilationError` if a solve cannot be compiled. By default it warns once, and Python runs
             the loop.
-        capacity: the number of programs that are kept; the least recently used one is dropped first.
-        check_every: updates between two checks whether any sample is still running, as for `Eager`.
+        capacity: the number of programs to keep; the least recently used one is dropped first.
+        check_every: the number of updates between two checks whether any sample is still running, as for `Eager`.
 
     Raises:
         ValueError: if capacity < 1 or check_every < 1.
@@ -61,7 +61,7 @@ class Compiled(Driver):
         return self._programs.compilations
 
     def clear(self) -> None:
-        """Forget the programs of all drivers of this capacity."""
+        """Delete the programs of all drivers of this capacity."""
         self._programs.clear()
 
     @property
@@ -90,7 +90,7 @@ class Compiled(Driver):
         return function(*tensors) if program is None else program(tensors)
 
     def _whole(self, known: Programs, function: Task, tensors: tuple[Tensor, ...]) -> Program | None:
-        """The program for the batch in one; None, after a warning, if it has none."""
+        """The program for the whole batch; None, after a warning, if there is none."""
         program = known.program(function, tensors)
         if isinstance(program, Failure):
             self._refuse(program)
@@ -100,9 +100,9 @@ class Compiled(Driver):
     def _refuse(self, failure: Failure) -> None:
         reason = str(failure.error).strip().splitlines() or [type(failure.error).__name__]
         sentence = (
-            f"The solve could not be compiled: {reason[0]}. Likely causes: Python that looks at values, as `if x.sum() > 0` or "
-            "`.item()`, in the energy (use torch.where); a tensor out of reach (pass it as context or register it as a buffer); "
-            "no C++ compiler on this machine (install g++)."
+            f"The solve could not be compiled: {reason[0]}. Likely causes: Python code in the energy that reads values, such as "
+            "`if x.sum() > 0` or `.item()` (use torch.where); a tensor that cannot be found (pass it as context or register it "
+            "as a buffer); no C++ compiler on this machine (install g++)."
         )
         if self.strict:
             raise CompilationError(f"{sentence} Or use driver=Eager().") from failure.error
@@ -111,13 +111,13 @@ class Compiled(Driver):
 
 
 def _observed(tensors: Sequence[Tensor]) -> bool:
-    """Whether somebody follows each operation, such as ``make_fx`` or a counter of them, or there are no numbers."""
+    """Whether each operation is observed, as by ``make_fx`` or an operation counter, or whether the tensors are empty."""
     followed = torch._C._len_torch_dispatch_stack() > 0 or not tensors[0].numel()
     return followed or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors)
 
 
 def _settled(tensor: Tensor, rows: torch.Size) -> Tensor:
-    """The tensor as numbers in memory, whose strides do not change with the size of a batch."""
+    """The tensor without lazy conjugation or negation, and with strides that do not depend on the batch size."""
     if lazy(tensor):
         tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_contiguous() or tensor.shape[:1] != rows or tensor.stride(0) == 0:

@@ -1,4 +1,4 @@
-"""What a piece of Python says, apart from its tensors: equal fingerprints make equal programs."""
+"""Fingerprints of Python objects, apart from the values of their tensors: equal fingerprints give equal programs."""
 
 import collections
 import contextvars
@@ -25,14 +25,14 @@ _PLAIN = (type(None), bool, int, str, bytes, complex, torch.dtype, torch.device,
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "energynet"}
 
 
-_UNREAD = (Driver, AdjointReport, WarmStart)  # a model may hold them, but no energy reads what is in them
+_UNREAD = (Driver, AdjointReport, WarmStart)  # a model may have them as attributes, but no energy reads their content
 
 
 class Fingerprint:
-    """A key that changes with anything that the value's code may read, and the tensors met on the way.
+    """A key that changes with anything that the value's code may read, and the tensors that were found.
 
-    Functions count by their code, defaults, closures and the globals that they name, objects by their class and attributes,
-    what belongs to a library and all that cannot be looked into by identity, weakly where possible.
+    The key contains the code, defaults, closures and named globals of functions, and the classes and attributes of objects.
+    Library objects and opaque objects are represented by their identity, with weak references where possible.
 
     Example:
         >>> scaled = [functools.partial(torch.add, alpha=alpha) for alpha in (1.0, 1.0, 2.0)]
@@ -41,27 +41,27 @@ class Fingerprint:
 
     Args:
         value: anything.
-        inputs: tensors that count by their position here only.
+        inputs: tensors that are represented by their position in this sequence.
     """
 
     key: Hashable
     met: list[Tensor]
-    """Tensors that are none of the inputs, which count by identity."""
+    """Tensors that are not inputs; they are represented by their identity."""
     inputs: list[Tensor]
-    """Those of the inputs that were met."""
+    """The inputs that were found."""
 
     def __init__(self, value: Any, inputs: Sequence[Tensor] = ()) -> None:
         self.met, self.inputs = [], []
         self._positions = {id(t): k for k, t in enumerate(inputs)}
         self._seen: dict[int, int] = {}
-        self._alive: list[Any] = []  # ids are unique among the living only
+        self._alive: list[Any] = []  # keeps objects alive, because ids of dead objects are reused
         self._watch = Watch()
         self.key = self._describe(value)
         self._watch.tensors(self.met)
-        self._alive = [v for v in self._alive if not _hashable(v)]  # the rest may die
+        self._alive = [v for v in self._alive if not _hashable(v)]  # the others may be deleted
 
     def unchanged(self) -> bool:
-        """Whether all that was read is still there: the same objects at the same places. Cheaper than to look anew."""
+        """Whether the same objects are still at the places that were read; this is cheaper than a new fingerprint."""
         return self._watch.unchanged()
 
     def _describe(self, value: Any) -> Hashable:
@@ -142,7 +142,7 @@ class Fingerprint:
         return found + [part for c in inner for part in self._globals(c, names)]
 
     def _module(self, module: types.ModuleType, names: Sequence[str], around: tuple[Any, ...] = ()) -> list[Hashable]:
-        """What goes by these names in a user's module, and in modules in it."""
+        """The entries with these names in a user's module and in modules inside it."""
         if module in around or _of_a_library(module):
             return []
         found: list[Hashable] = []
@@ -153,7 +153,7 @@ class Fingerprint:
         return found
 
     def _class(self, cls: type) -> Hashable:
-        """A user's class with its methods and other attributes; one of a library by identity."""
+        """A user's class with its methods and other attributes; a library class by its identity."""
         read: list[Hashable] = []
         for own in (c for c in cls.__mro__ if not _of_a_library(c)):
             attributes = vars(own)
@@ -168,13 +168,13 @@ class Fingerprint:
 
 @functools.lru_cache(4096)
 def _global_names(code: types.CodeType) -> Sequence[str]:
-    """The globals and modules that a piece of code reads; an attribute may go by the name of a global that it does not read."""
+    """The globals and modules that a piece of code reads, without names that it uses only as attributes."""
     read = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")]
     return list(dict.fromkeys([*read, *_spelled(code)] if "globals" in read else read))
 
 
 def _names(code: types.CodeType) -> Sequence[str]:
-    """What it may ask a module for."""
+    """The names that the code may look up in a module."""
     return [*code.co_names, *_spelled(code)] if "getattr" in code.co_names else code.co_names
 
 
@@ -182,8 +182,8 @@ def _spelled(code: types.CodeType) -> list[str]:
     return [c for c in code.co_consts if isinstance(c, str) and c.isidentifier()]
 
 
-def told(value: Any) -> Hashable:
-    """A value that compares by content as its own key, anything else by its fingerprint."""
+def content_key(value: Any) -> Hashable:
+    """The value itself if it compares by content, otherwise the key of its fingerprint."""
     frozen = dataclasses.is_dataclass(value) and type(value).__eq__ is not object.__eq__ and _hashable(value)
     return value if frozen else Fingerprint(value).key
 
@@ -194,7 +194,7 @@ def _slots(cls: type) -> Sequence[str]:
 
 
 class _Same:
-    """A value that cannot be looked into, as a key that equals that of no other: it lives as long as its key."""
+    """A unique key for an opaque value, which it keeps alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -209,7 +209,7 @@ class _Same:
 def _identity(value: Any) -> Hashable:
     try:
         return weakref.ref(value) if _hashable(value) else _Same(value)
-    except TypeError:  # no weak reference to it can be made
+    except TypeError:  # the value does not support weak references
         return value
 
 
@@ -217,7 +217,7 @@ def _hashable(value: Any) -> bool:
     try:
         hash(value)
         return True
-    except Exception:  # a TypeError, but of PyTorch's containers
+    except Exception:  # usually a TypeError, but PyTorch's containers raise other errors
         return False
 
 

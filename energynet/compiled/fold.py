@@ -1,7 +1,7 @@
-"""Sums over the elements of a vector register, in what Inductor writes.
+"""Replaces sums over the elements of a vector register in Inductor's code.
 
-ATen's ``vec_reduce_all`` has shuffles for floats; for doubles it goes through memory element by element, and each time waits
-for what it has just stored: most of the time that a turn of a small problem in float64 took.
+ATen's ``vec_reduce_all`` uses shuffles for floats. For doubles it goes through memory element by element and waits for each
+store, which took most of the time of an iteration for small problems in float64.
 """
 
 from pathlib import Path
@@ -9,7 +9,6 @@ from pathlib import Path
 _SLOW = "at::vec::vec_reduce_all<double, "
 _FAST = "energynet_fold<double, "
 _PREFIX = "#include <torch/csrc/inductor/cpp_prefix.h>"
-
 
 
 def folded(source: str) -> str:
@@ -23,7 +22,7 @@ def folded(source: str) -> str:
 
 
 def calling(source: str, slow: str, fast: str, prefix: str, header: str) -> str:
-    """The same program that calls one function in place of another, which a header of this folder defines after the prefix."""
+    """The same program with calls of one function replaced by another, which a header of this folder defines."""
     if slow not in source or prefix not in source:
         return source
     definition = Path(__file__).with_name(header).read_text()

@@ -1,7 +1,7 @@
-"""Large products in float32, in what Inductor writes: by oneDNN, on processors where that is faster than MKL.
+"""Computes large float32 products in Inductor's code by oneDNN, on processors where that is faster than MKL.
 
-MKL leaves the widest vectors of other makers' processors alone; there oneDNN takes half to two thirds of the time. Its call is
-dearer, so small products stay where they are, and so do those with a part of a larger matrix, for which it has no fast code.
+MKL does not use the widest vectors on processors of other vendors; there oneDNN takes half to two thirds of the time. Its calls
+have more overhead, so small products still use MKL, and so do products with a part of a larger matrix, for which oneDNN is slow.
 """
 
 import functools
@@ -28,7 +28,7 @@ def by_onednn(source: str) -> str:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether this processor is one that MKL is slow on, and oneDNN is at hand."""
+    """Whether MKL is slow on this processor and oneDNN is available."""
     makers = Path("/proc/cpuinfo")
     other = makers.exists() and "GenuineIntel" not in makers.read_text()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -1,6 +1,6 @@
-"""Machine code of a graph, by Inductor: the only file that imports it, and only once something is compiled.
+"""Compiles a graph by Inductor; this is the only file that imports it, and it is imported only when something is compiled.
 
-What is done to Inductor's graphs and to the text that it writes is listed in the README of this folder, with what it gains.
+The README of this folder lists all changes to Inductor's graphs and to its generated code, with their benefits.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ _FILES = tuple(str(path) for path in sorted(Path(__file__).parent.iterdir()) if 
 
 @functools.cache
 def recorded_as() -> Mapping[Any, Callable[..., Any]]:
-    """What Inductor wants to be recorded as other operations, after what we want."""
+    """The decompositions of this package, followed by those of Inductor."""
     theirs: dict[Any, Callable[..., Any]] = select_decomp_table()
     ours = decompositions.recorded_as()
     return {**theirs, **{op: _first(way, theirs[op]) if op in theirs else way for op, way in ours.items()}}
 
 
 def _first(way: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
-    """The one way, and the other where that says that it does not apply."""
+    """A decomposition that tries one way, and the other if the first does not apply."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = way(*args, **kwargs)
@@ -55,21 +55,21 @@ def _first(way: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., 
 
 def compile_graph(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], parts: int
                   ) -> Callable[[list[Tensor]], Any]:  # fmt: skip
-    """List of tensors -> results, without what PyTorch wraps around the machine code where nothing is left for that to do.
+    """A function from a list of tensors to results, without PyTorch's wrappers around the machine code where none is needed.
 
-    A graph that changes nothing in place and makes all that it returns goes to Inductor as it is. Others go through AOTAutograd,
-    which records all operations once more, and takes as long as Inductor itself.
+    A graph without in-place operations that computes everything it returns goes to Inductor directly. Other graphs go through
+    AOTAutograd, which records all operations again and takes as long as Inductor itself.
 
-    The caller holds PyTorch's compile lock: `rewriting` patches a class of the whole process.
+    The caller holds PyTorch's compile lock, because `rewriting` patches a class globally.
 
     Args:
-        graph: of the operations that `recorded_as` leaves, a list of tensors -> a list of tensors.
-        inputs: fake tensors like those that it will be called with.
-        options: of Inductor.
-        parts: how many sets of inputs are worked on at once, see `in_parts`.
+        graph: a graph after the decompositions of `recorded_as`; it maps a list of tensors to a list of tensors.
+        inputs: fake tensors like the inputs of later calls.
+        options: Inductor's options.
+        parts: the number of input sets to process in parallel; see `in_parts`.
 
     Raises:
-        RuntimeError: if the program cannot be run in parts; whatever Inductor raises.
+        RuntimeError: if the program cannot be run in parts, or if Inductor raises it.
     """
     options = {**options, "post_grad_custom_pre_pass": _Passes(parts), **_KEPT_ON_DISK}
     with rewriting(parts):
@@ -83,11 +83,11 @@ def compile_graph(graph: fx.GraphModule, inputs: list[Any], options: dict[str, A
 
 
 _KEPT_ON_DISK = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": "a loop is its graphs"}}
-"""PyTorch's cache on disk takes programs with loops too: its keys are made of the graphs of their bodies as well."""
+"""Lets PyTorch's disk cache keep programs with loops, which is safe because its keys include the graphs of their bodies."""
 
 
 def _machine_code(graph: fx.GraphModule, inputs: list[Any]) -> Callable[[list[Tensor]], Any]:
-    """What `compile_fx` does after AOTAutograd."""
+    """Performs the steps of `compile_fx` after AOTAutograd."""
     mode = detect_fake_mode(inputs)
     with V.set_real_inputs(inputs), enable_python_dispatcher(), V.set_fake_mode(mode), tracing(TracingContext(mode)):
         extra = inductor.create_compiler_config_extra(graph)
@@ -120,7 +120,7 @@ def _outputs(graph: fx.GraphModule) -> Sequence[Any]:
 
 
 class _Passes(CustomGraphPass):
-    """Our passes; what identifies them also tells PyTorch's disk cache our programs from others, and from older ones of ours."""
+    """The passes of this package; their uuid distinguishes its programs in PyTorch's disk cache, also from older versions."""
 
     def __init__(self, parts: int) -> None:
         self.parts = parts
@@ -134,18 +134,18 @@ class _Passes(CustomGraphPass):
 
 
 def rewritten(source: str, parts: int) -> str:
-    """What Inductor has written, with our changes; a change that does not recognize the text leaves it as it is."""
+    """Inductor's source code with the rewrites of this package; a rewrite that does not recognize the code has no effect."""
     source = in_place(folded(with_replays(source)))
     return in_parts(by_onednn(source) if mkl_is_slow() else source, parts)
 
 
 @contextlib.contextmanager
 def rewriting(parts: int) -> Iterator[None]:
-    """In here, what Inductor writes is rewritten before it is compiled.
+    """A context in which Inductor's source code is rewritten before it is compiled.
 
-    The one place where PyTorch is patched, with the C++ compiler's level of optimization.
-    `GraphLowering._compile_to_module_lines` is handed the finished text of a program; a registered wrapper class would see it
-    only in pieces, before memory is planned, and would stay registered for everyone.
+    This is the only place where PyTorch is patched; it also changes the optimization level of the C++ compiler.
+    `GraphLowering._compile_to_module_lines` receives the complete source code of a program. A registered wrapper class would
+    only see it in pieces, before memory is planned, and would stay registered globally.
     """
     lowering: Any = torch._inductor.graph.GraphLowering
     original, flags = lowering._compile_to_module_lines, cpp_builder._get_optimization_cflags
@@ -167,13 +167,14 @@ def rewriting(parts: int) -> Iterator[None]:
 
 
 _ENOUGH = ("O2", "fvect-cost-model=dynamic", "fpeel-loops", "ftree-partial-pre", "fgcse-after-reload")
-"""Of O3, what a program runs faster with: all of it takes the C++ compiler four times as long for one with several loops."""
+"""The flags of O3 that speed up a program; with all of O3, compiling a program with several loops takes four times as long."""
 
 
 @contextlib.contextmanager
 def _without_remarks() -> Iterator[None]:
-    """In here, Inductor does not say which operations it calls the slower way, such as a triangular solve, nor what it still
-    uses that PyTorch has deprecated: a user cannot help it, and could not compile where warnings are errors.
+    """A context that suppresses Inductor's messages about slow fallbacks and about its own use of deprecated functions.
+
+    A user cannot change these, and could not compile at all where warnings are errors.
     """
     log = logging.getLogger("torch._inductor.ir")
     log.addFilter(_worth_saying)

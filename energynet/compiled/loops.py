@@ -1,6 +1,6 @@
-"""Loops that stay loops in a recorded program: each `while_loop` becomes one ``torch.while_loop``.
+"""Keeps loops as loops in a recorded program: each `while_loop` becomes one ``torch.while_loop``.
 
-What its body computes from things that do not change is moved in front of it.
+Computations in its body that depend only on constants are moved before the loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from energynet.compiled.decompositions import ragged, widened
 
 def record_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
                 every: int) -> Any:  # fmt: skip
-    """A `while_loop` as one ``torch.while_loop`` of the program that is being recorded."""
+    """Record a `while_loop` as one ``torch.while_loop`` of the current program."""
     from torch._higher_order_ops.while_loop import while_loop_op
 
     leaves, spec = _tree.flatten((torch.zeros((), dtype=torch.int64, device=_tree.leaves(carry)[0].device), carry))
@@ -45,7 +45,7 @@ def record_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], car
 def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Tensor]:
     """The tensors, copied where they are views or share memory with one another or with others.
 
-    ``torch.while_loop`` refuses to be given these, and Inductor's C++ wrapper frees a view after the first turn.
+    ``torch.while_loop`` does not accept such tensors, and Inductor's C++ wrapper frees a view after the first iteration.
     """
     taken = {t.untyped_storage()._cdata for t in others}
     result = []
@@ -60,12 +60,12 @@ def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Ten
 
 
 def _fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of a loop body, contiguous and in memory of their own, of the dtypes they came with."""
+    """The outputs of a loop body, contiguous, with their own memory, and with the dtypes of the inputs."""
     return _apart([t.to(before.dtype).contiguous() for t, before in zip(outputs, inputs, strict=True)], inputs)
 
 
 def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The function as a graph, its captured tensors as further inputs, and these."""
+    """The function as a graph with its captured tensors as additional inputs, and these tensors."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
     from energynet.compiled.inductor import recorded_as
@@ -77,9 +77,9 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
 
 
 def lift(graph: fx.GraphModule) -> list[Tensor]:
-    """Make each constant tensor of a graph a further input; return these tensors.
+    """Make each constant tensor of a graph an additional input; return these tensors.
 
-    One that is written out in the code, as ``torch.tensor([1.0, 2.0])``, is marked: `written_out`.
+    A literal in the code, such as ``torch.tensor([1.0, 2.0])``, is marked; see `written_out`.
     """
     nodes = list(graph.graph.nodes)
     last = [n for n in nodes if n.op == "placeholder"][-1]
@@ -112,12 +112,12 @@ _MARK = "_energynet_written_out"
 
 
 def written_out(tensor: Tensor) -> bool:
-    """Whether the code makes it from Python's numbers, each time the same."""
+    """Whether the tensor is a literal, which the code creates from Python numbers at each call."""
     return hasattr(tensor, _MARK)
 
 
 def _once(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """A tensor without the repetition of its elements, and the sizes to which ``expand`` brings it; none if it has none."""
+    """A tensor without repeated elements, and the sizes for ``expand`` that restore it; no sizes if nothing is repeated."""
     sizes = [n if step == 0 and n != 1 and isinstance(n, int) else -1 for n, step in zip(tensor.shape, tensor.stride())]
     for dim, n in enumerate(sizes):
         tensor = tensor if n == -1 else tensor.narrow(dim, 0, 1)
@@ -125,12 +125,12 @@ def _once(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """The same for two views of the same elements."""
+    """A key that is the same for two views of the same elements."""
     return tensor.untyped_storage()._cdata, *_layout(tensor)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Where in its memory the elements are, and how they are read; as text, since sizes may be symbols."""
+    """The position and interpretation of the elements in memory, as text because sizes may be symbolic."""
     where = (tensor.storage_offset(), *tensor.size(), *tensor.stride())
     return *map(str, where), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
@@ -146,7 +146,7 @@ def _widen(graph: fx.GraphModule, position: int, count: int) -> None:
 
 
 def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[Tensor]:
-    """Take what depends on captured tensors only out of a loop body: compute it here, and hand it over instead."""
+    """Move computations that depend only on captured tensors out of a loop body: the results become inputs."""
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
     fixed: dict[fx.Node, Any] = dict(zip(places[carried:], captured, strict=True))
     written = _written(graph.graph)
@@ -173,9 +173,9 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
 
 
 def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]:
-    """What the rest of the body reads of the fixed nodes; what is cheap, as expanding or a constant, is done again there."""
+    """The fixed nodes that the rest of the body reads; cheap ones, such as constants and ``expand``, are recomputed there."""
     crossing: dict[fx.Node, None] = {}
-    literal: set[fx.Node] = set()  # made of nothing but numbers in the text
+    literal: set[fx.Node] = set()  # nodes that depend only on numbers in the code
     for node in graph.graph.nodes:
         if node.op != "placeholder" and literal.issuperset(node.all_input_nodes):
             literal.add(node)
@@ -195,7 +195,7 @@ def _crossing(graph: fx.GraphModule, fixed: dict[fx.Node, Any]) -> list[fx.Node]
 
 
 def _written(graph: fx.Graph) -> set[int]:
-    """The memory of all that an operation in place takes: what it makes of a constant is none."""
+    """The memory of all arguments of in-place operations; such values are not constants."""
     return {m for node in graph.nodes if _is_mutable(node) for n in node.all_input_nodes for m in _memory(n)}
 
 
@@ -218,5 +218,5 @@ def _cheap(node: fx.Node, value: Any, is_literal: bool) -> bool:
     if not isinstance(value, Tensor):
         return True  # a size, or several results at once
     if is_literal and (value.dim() == 0 or not node.all_input_nodes):
-        return node.target is not torch.ops.aten.eye.default  # which keeps what it is part of from being vectorized
+        return node.target is not torch.ops.aten.eye.default  # it would prevent vectorization of the kernel that contains it
     return value._is_view() or any(step == 0 and size != 1 for size, step in zip(value.shape, value.stride()))

@@ -1,4 +1,4 @@
-"""What was used last, and objects as keys that are forgotten with them."""
+"""A cache of recently used values, and entries that are removed when the objects in their keys are deleted."""
 
 import types
 import weakref
@@ -11,7 +11,7 @@ NUMBERS = (float, int)
 
 
 class Recent(Generic[T]):
-    """A dictionary that forgets what was longest unused."""
+    """A dictionary that drops the least recently used entry."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -27,7 +27,7 @@ class Recent(Generic[T]):
         return value
 
     def put(self, key: Hashable, value: T) -> None:
-        self.values.pop(key, None)  # to the end of the line
+        self.values.pop(key, None)  # so that the key moves to the end
         self.values[key] = value
         if len(self.values) > self.capacity:
             self.values.popitem(last=False)
@@ -37,16 +37,16 @@ class Recent(Generic[T]):
 
 
 def lasting(value: Any) -> tuple[Any, ...]:
-    """What tells a value from others: of a bound method, which is another object each time, what it is made of."""
+    """The objects that identify a value; for a bound method, which is a new object at each access, its function and owner."""
     return (value.__func__, value.__self__) if isinstance(value, types.MethodType) else (value,)
 
 
 def forget_with(values: Iterable[Any], cache: Recent[Any], key: Hashable) -> bool:
-    """Have an entry forgotten when one of the values that its key names by id is no more, since ids come again."""
+    """Remove an entry once a value whose id is in its key is deleted, since ids are reused; returns whether this is possible."""
     objects = [v for v in values if not isinstance(v, (*NUMBERS, type(None)))]
     try:
         for value in objects:
             weakref.finalize(value, cache.forget, key).atexit = False
-    except TypeError:  # it cannot tell of its end
+    except TypeError:  # the value does not support weak references
         return False
     return True

@@ -1,7 +1,7 @@
-"""A batch in parts, one for each core: samples are independent, so the cores need not wait for one another.
+"""Divides a batch into parts, one per core: samples are independent, so the cores need not wait for one another.
 
-Cores that share every operation meet at its end, hundreds of times in a solve. Where a batch is large, each runs the whole
-program on samples of its own instead, and ends when these have ended.
+If the cores share each operation, they synchronize at its end, hundreds of times in a solve. For a large batch, each core
+instead runs the whole program on its own samples and stops when these have finished.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from torch import Tensor
 from energynet.engine.row_inputs import own_rows
 from energynet.engine.tasks import Pull, Task
 
-ROWS = 32  # samples of a part: fewer make no good use of shared weights, which each part reads by itself
-LEAST = 2048  # numbers of x in a part, below which to begin and end it costs more than it saves
-GOOD = 128, 32_768  # samples and numbers of a part that makes good use of weights, and that stays in a core's cache
+ROWS = 32  # the minimum number of samples per part, because each part reads shared weights separately
+LEAST = 2048  # the minimum number of elements of x per part; for smaller parts the overhead exceeds the gain
+GOOD = 128, 32_768  # samples and elements per part that use weights efficiently and fit into a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """How the tensors of a function are divided."""
+    """The division of a function's tensors into parts."""
 
     own: tuple[bool, ...]  # which of them have one row per sample
     count: int
@@ -35,7 +35,7 @@ class Shards:
         ]
 
     def joined(self, function: Task, parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """One result: rows one below the other; of what all samples share, gradients are summed, as they come."""
+        """The combined result: rows are concatenated, and gradients of shared tensors are summed as the parts arrive."""
         shared = [not own for own, want in zip(self.own[2:], function.wanted) if want] if isinstance(function, Pull) else []
         kept: list[list[Tensor]] = []
         for part in parts:
@@ -47,7 +47,7 @@ class Shards:
 
 
 def how_many(tensors: Sequence[Tensor], batch_dims: int) -> int:
-    """Parts that pay: as many for each thread, of equal size, and as small as is good; 1 on an accelerator."""
+    """The number of parts: of equal size, equally many per thread, and as small as is efficient; 1 on an accelerator."""
     x, threads = tensors[0], torch.get_num_threads()
     if batch_dims == 0 or x.device.type != "cpu" or threads == 1 or len(x) % threads:
         return 1
@@ -58,7 +58,7 @@ def how_many(tensors: Sequence[Tensor], batch_dims: int) -> int:
 
 
 def divided(function: Task, tensors: tuple[Tensor, ...]) -> tuple[bool, ...] | None:
-    """Which tensors have one row per sample; None where a part of the batch cannot be computed by itself."""
-    first = 2 if isinstance(function, Pull) else 1  # after v and the point, or the start
+    """Which tensors have one row per sample; None if a part of the batch cannot be computed separately."""
+    first = 2 if isinstance(function, Pull) else 1  # the inputs follow v and the point, or the initial point
     own = own_rows(function.equation, tensors[first - 1], tensors[first:])
     return None if own is None else (*[True] * first, *own)

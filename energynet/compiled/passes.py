@@ -1,4 +1,4 @@
-"""Passes over Inductor's graphs, on a CPU: what stays one operation, and what is computed only once."""
+"""Passes over Inductor's graphs on a CPU, which prevent some fusions and recomputations."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor, fx
 
 
 def sums_apart(graph: fx.Graph) -> None:
-    """Keep a product and what is added to it two operations, on a CPU.
+    """Keep a product and a following sum as two operations, on a CPU.
 
-    As one, ``addmm``, the summand would first be copied to where the product goes; as two, the sum costs nothing, since it
-    becomes part of the next kernel. A difference is what Inductor does not join.
+    In ``addmm`` the summand would first be copied to the output of the product. As a separate operation the sum costs nothing,
+    because it becomes part of the next kernel. The sum is written as a difference, which Inductor does not fuse.
     """
     aten = torch.ops.aten
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
@@ -29,11 +29,11 @@ def sums_apart(graph: fx.Graph) -> None:
 
 
 def dear_once(graph: fx.Graph) -> None:
-    """Compute what is dear once, and not for each element of a larger result, as a vector that all rows are multiplied with.
+    """Compute expensive functions once and not for each element of a larger result, such as a vector that scales all rows.
 
-    Inductor computes what is elementwise where it is read, unless it is told to keep it.
+    Inductor recomputes elementwise operations wherever they are read, unless they are marked to be stored.
     """
-    dear: dict[fx.Node, fx.Node] = {}  # what contains it, and where that was computed if it is a view
+    dear: dict[fx.Node, fx.Node] = {}  # nodes that contain an expensive function -> the node that computes it
     for node in graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not (_elementwise(node) or node.target in _VIEWS):

@@ -1,6 +1,6 @@
-"""Loops of Inductor's C++ wrapper that look up the memory of each tensor once, and not in each iteration.
+"""Rewrites loops in Inductor's C++ wrapper so that they look up each tensor's pointer once and not in each iteration.
 
-Asking takes longer than a small kernel's arithmetic. Where tensors change places, so do their pointers.
+A lookup takes longer than the arithmetic of a small kernel. Where tensors are swapped, their pointers are swapped as well.
 """
 
 import re
@@ -14,7 +14,7 @@ _OTHER = re.compile(r"\s*(?:(?:auto|RAIIAtenTensorHandle|AtenTensorHandle) )?(\w
 
 
 def with_pointers(body: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What goes in front of a loop, and its body, in which pointers stand for tensors that keep to this loop.
+    """The code before a loop, and the loop body with pointers in place of tensors that are used only in this loop.
 
     Example:
         >>> with_pointers(["auto& x = a;", "f((double*)(x.data_ptr()), (double*)(b.data_ptr()));", "std::swap(a, b);"])[1]
@@ -44,7 +44,7 @@ def _pointer(found: re.Match[str], names: dict[str, str], kept: set[str]) -> str
 
 
 def _at_depth_0(body: Sequence[str]) -> list[bool]:
-    """Which lines are not those of a loop within."""
+    """Which lines do not belong to an inner loop."""
     depth, result = 0, []
     for line in body:
         after = depth + line.count("{") - line.count("}")
@@ -54,7 +54,7 @@ def _at_depth_0(body: Sequence[str]) -> list[bool]:
 
 
 def _made_or_moved(body: Sequence[str], outer: Sequence[bool], swaps: Sequence[tuple[str, ...]]) -> set[str]:
-    """Names that are not there before the loop, that get other memory in it, or that change places with such."""
+    """Names that do not exist before the loop, that get other memory inside it, or that are swapped with such names."""
     found = {match[1] for line in body if not _ALIAS.match(line) and (match := _OTHER.match(line))}
     found |= {name for line in body for name in _TAKEN.findall(line)}
     found |= {name for line, mine in zip(body, outer) if not mine and (swap := _SWAP.match(line)) for name in swap.groups()}

@@ -1,7 +1,7 @@
-"""Python functions of tensors as compiled programs.
+"""Compiles Python functions of tensors into programs.
 
-A `Program` runs a function once on fake tensors and records every operation, whatever Python, module, autograd or
-``torch.func`` code they came from; Inductor makes machine code of the record.
+A `Program` runs a function once on fake tensors and records every operation, including those from modules, autograd and
+``torch.func``. Inductor compiles the recorded graph.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from energynet._torch.autodiff import recording_program
 from energynet.compiled.cuda_graphs import Recordings
 from energynet.compiled.loops import lift, record_loop
 
-_OFFSET = re.compile(r" and L\['t\d+'\]\.storage_offset\(\) == 0")  # of no matter: a program is given addresses
-CPU = "cpu"  # where loops are machine code: nothing has to be recorded
+_OFFSET = re.compile(r" and L\['t\d+'\]\.storage_offset\(\) == 0")  # irrelevant, because a program receives addresses
+CPU = "cpu"  # here loops are machine code, so no CUDA graph has to be recorded
 
 
 class Program:
-    """A function of tensors, compiled for some shapes.
+    """A function of tensors, compiled for certain shapes.
 
     Args:
         function: tensors -> a tuple of tensors, by operations that PyTorch can record.
-        examples: tensors like those that it will be called with.
-        dynamic: for each of them, the dimensions whose sizes may change from call to call.
-        options: of Inductor.
-        parts: how many sets of such tensors are worked on at once, by as many threads.
+        examples: tensors like the arguments of later calls.
+        dynamic: for each of them, the dimensions whose sizes may differ between calls.
+        options: Inductor's options.
+        parts: the number of argument sets that are processed in parallel, by as many threads.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor],
@@ -48,7 +48,7 @@ class Program:
         with _alone(), torch.no_grad(), recording_program(record_loop), ValuesUnread(), mode:
             graph = make_fx(lambda *t: list(function(*t)), recorded_as(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
-        """Tensors that the function took from elsewhere."""
+        """Tensors that the function captures."""
         if any(lazy(t) for t in self.captured):
             raise RuntimeError("it captures a lazily conjugated or negated tensor: take its .resolve_conj().resolve_neg()")
         guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None
@@ -59,7 +59,7 @@ class Program:
         self._run = run if examples[0].device.type == CPU else Recordings(run)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors of these sizes are what the program was compiled for."""
+        """Whether the program was compiled for tensors of these sizes."""
         if self._guard is None:
             return [t.shape for t in tensors] == self.sizes
         return self._shapes.evaluate_guards_expression(self._guard, list(tensors))
@@ -69,8 +69,8 @@ class Program:
             return tuple(self._run([*tensors, *self.captured]))
 
     def at_once(self, sets: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
-        """The results for each set, of which there are as many as parts, or a multiple of that."""
-        constants = [t.detach() for t in self.captured]  # other threads would record what is done with them
+        """The results for each set of tensors; the number of sets must be a multiple of ``parts``."""
+        constants = [t.detach() for t in self.captured]  # other threads would build graphs with them
         for k in range(0, len(sets), self.parts):
             found = self._run([t for tensors in sets[k : k + self.parts] for t in (*tensors, *constants)])
             count = len(found) // self.parts
@@ -80,7 +80,7 @@ class Program:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """In here no other thread compiles, be it by ``torch.compile``: what is changed for it belongs to the whole process."""
+    """A context in which no other thread compiles, not even by ``torch.compile``, because global state is changed."""
     from torch._dynamo.convert_frame import compile_lock
 
     with compile_lock:
@@ -88,7 +88,7 @@ def _alone() -> Iterator[None]:
 
 
 class ValuesUnread(TorchFunctionMode):
-    """In here no Python reads the numbers of a tensor from elsewhere: the program would have them as they are now."""
+    """Raises an error when Python reads the values of a captured tensor, which would become constants of the program."""
 
     def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,7 +102,7 @@ class ValuesUnread(TorchFunctionMode):
 
 
 def _within(args: Sequence[Any]) -> list[Any]:
-    """The tensors among numbers: of a tensor alone a copy is recorded."""
+    """The tensors inside lists of numbers; a copy of a single tensor can be recorded."""
     return [t for a in args if isinstance(a, (list, tuple)) for t in _tree.leaves(list(a))]
 
 
@@ -111,11 +111,11 @@ _READING = {
     Tensor.__complex__, Tensor.__array__, torch.is_nonzero,
 }  # fmt: skip
 _MAKING = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
-_SPLITTING = {torch.tensor_split, Tensor.tensor_split}  # at places that a tensor holds
+_SPLITTING = {torch.tensor_split, Tensor.tensor_split}  # they may read indices from a tensor
 
 
 def lazy(tensor: Tensor) -> bool:
-    """Whether the numbers in its memory are not those that it stands for: machine code would read them as they are."""
+    """Whether the tensor is lazily conjugated or negated; machine code would ignore this and read the raw values."""
     return tensor.is_conj() or tensor.is_neg()
 
 
@@ -124,7 +124,7 @@ def _fake(mode: Any, tensor: Tensor, dynamic: Sequence[int]) -> Tensor:
 
     sizes = [DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC for dim in range(tensor.ndim)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-    if tensor.storage_offset() and not lazy(tensor):  # as if it were not a part of a larger tensor; not as a view of it
+    if tensor.storage_offset() and not lazy(tensor):  # hide that it is a part of a larger tensor
         tensor = tensor.new_empty(0).set_(tensor.untyped_storage(), 0, tensor.size(), tensor.stride())
     fake: Tensor = mode.from_tensor(tensor.detach(), symbolic_context=context)
     return fake
