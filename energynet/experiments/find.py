@@ -13,6 +13,7 @@ TASKS = {
     "multilabel": "energynet.experiments.multilabel:MultiLabel",
     "multilabel-partial": "energynet.experiments.multilabel_partial:PartialLabels",
     "denoising": "energynet.experiments.denoising:Denoising",
+    "flow": "energynet.experiments.flow:OpticalFlowTask",
     "constrained": "energynet.experiments.constrained:Constrained",
 }
 """Our tasks; each knows its rivals."""

@@ -1,0 +1,268 @@
+"""Optical flow: an energy with learned corrections, its rivals, and the flow of a user's own frames."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from energynet import OneStepAdjoint
+from energynet.energies import Effort, FlowCorrection
+
+from .data import Data, Rows
+from .data.flow_files import LabeledPair
+from .data.flow_pairs import HELD_OUT, FlowPairs, gray
+from .flow_classical import DIS, ILK, TVL1, Farneback, NoMotion
+from .flow_models import (
+    Differentiation,
+    EnergyFlow,
+    FeedForward,
+    FixedPointFlow,
+    FlowModel,
+    HandEnergy,
+    Implicit,
+    Unrolled,
+    end_point_error,
+)
+from .splits import Split
+from .task import Column, FittedRival, Options, Rates, Rival, Task
+
+
+@dataclass(frozen=True)
+class FlowOptions(Options):
+    """Optical flow."""
+
+    frames: tuple[Path, ...] = ()
+    """Two pictures: their flow is computed with weights that are trained already, and written to --out."""
+    ground_truth: Path | None = None
+    """The true flow of these frames, a .flo file or a PNG of KITTI."""
+    weights: Path | None = None
+    """The folder of a trained run; none: the weights that the package contains."""
+    pairs: int = 200
+    """Generated pairs to train on."""
+    judged: int = 8
+    """Generated pairs, made of other pictures, that choose the round."""
+    updates: int = 150
+    minutes: float = 0.0
+    every: int = 25
+    patience: int = 0
+    batch_size: int = 1
+    folds: int | None = 1
+
+
+class OpticalFlowTask(Task):
+    """Optical flow: an energy with learned corrections, trained on generated pairs and tested on real ones.
+
+    Without --data and --method, or with --frames, it computes a flow with weights that are trained already.
+    """
+
+    name = "flow"
+    options_class = FlowOptions
+    choice = "epe"
+    larger_is_better = False
+    columns: ClassVar[Mapping[str, Column]] = {
+        "epe": Column("EPE", 1, 3),
+        "far": Column("> 3 px and 5 %", 100),
+    }
+    options: FlowOptions
+    pairs: FlowPairs
+
+    @classmethod
+    def rivals(cls) -> Sequence[Rival]:
+        mine = (EnergyOneStep(), EnergyTwoSteps(), FpiNnFromZero(), FpiNnOneStep(), Pyramid())
+        return (*cls.usual(), *mine, NoMotion(), TVL1(), ILK(), DIS(), Farneback())
+
+    @classmethod
+    def usual(cls) -> Sequence[Rival]:
+        return (Hand(), LearnedEnergy(), FpiNnFromEnergy())
+
+    def load(self, folder: Path | None) -> Data:
+        """Numbers of pairs: those are made or read when they are needed."""
+        self.pairs = FlowPairs.of(folder)
+        train = [*range(self.options.pairs), *range(HELD_OUT, HELD_OUT + self.options.judged)]
+        test = [-1 - k for k in range(len(self.pairs.test))] or [HELD_OUT + self.options.judged + k for k in range(8)]
+        return Data("generated" if folder is None else folder.name, _numbered(train), _numbered(test))
+
+    def split(self, data: Data, seed: int) -> list[Split]:
+        numbers = torch.arange(len(data.train))
+        return [Split(numbers[: self.options.pairs], numbers[self.options.pairs :])]
+
+    def draw(self, rows: Rows) -> Rows:
+        """The frames ``(B, 2, H, W)`` of the rows and their flow, mirrored at random."""
+        pairs = [self.pairs.cached(int(number)) for number in rows.inputs[:, 0]]
+        frames = torch.stack([torch.cat([gray(pair.first), gray(pair.second)]) for pair in pairs])
+        flow = torch.stack([pair.flow for pair in pairs])
+        for dim in (-1, -2):
+            if float(torch.rand(())) < 0.5:
+                frames, flow = frames.flip(dim), flow.flip(dim)
+                flow[:, -1 - dim] *= -1
+        return Rows(frames.to(rows.inputs.device), flow.to(rows.inputs.device))
+
+    def loss(self, output: Tensor, batch: Rows) -> Tensor:
+        return end_point_error(output, batch.targets).mean()
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, rows: Rows) -> list[Tensor]:
+        """The flow of each pair, ``(2, H, W)``; the sizes may differ."""
+        model.eval()
+        return [self._flow(model, self.pairs.cached(int(number)), rows.inputs.device) for number in rows.inputs[:, 0]]
+
+    def _flow(self, model: nn.Module, pair: LabeledPair, device: torch.device) -> Tensor:
+        flow: Tensor = model(gray(pair.first)[None].to(device), gray(pair.second)[None].to(device))
+        return flow[0].cpu()
+
+    def evaluate(self, output: Sequence[Tensor], rows: Rows, calibration: Mapping[str, float]) -> dict[str, float]:
+        """Means over pairs of the end-point error, and of the share of pixels that are off by more than 3 pixels and 5 %."""
+        pairs = [self.pairs.cached(int(number)) for number in rows.inputs[:, 0]]
+        each = [pair_figures(flow, pair) for flow, pair in zip(output, pairs)]
+        means = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+        listed = {f"epe/{pair.name}": one["epe"] for one, pair in zip(each, pairs)}
+        spread = torch.tensor([one["epe"] for one in each], dtype=torch.float64)
+        interval = 1.96 * float(spread.std()) / len(each) ** 0.5 if len(each) > 1 else 0.0
+        return {**means, "interval": interval, **listed}
+
+    def pictures(self, model: nn.Module, data: Data, folder: Path) -> None:
+        """The flow of some training pairs beside the true one."""
+        from .flow_pictures import comparison, save_picture
+
+        for number in data.train.inputs[:2, 0]:
+            pair = self.pairs.cached(int(number))
+            flow = self._flow(model, pair, data.train.inputs.device)
+            save_picture(folder / f"{pair.name}.png", comparison(pair, flow))
+
+    def use(self, out: Path | None, *, named: bool, say: Callable[[str], None]) -> bool:
+        if named and not self.options.frames:
+            return False
+        from .flow_use import show
+
+        show(self.options.frames, self.options.ground_truth, self.options.weights, out or Path("flow"), say)
+        return True
+
+
+def pair_figures(flow: Tensor, pair: LabeledPair) -> dict[str, float]:
+    """The figures of one pair, over the pixels whose flow is known."""
+    error = end_point_error(flow[None], pair.flow[None])[0][pair.valid]
+    length = torch.linalg.vector_norm(pair.flow, dim=0)[pair.valid]
+    return {"epe": float(error.mean()), "far": float(((error > 3) & (error > 0.05 * length)).double().mean())}
+
+
+def _numbered(numbers: Sequence[int]) -> Rows:
+    column = torch.tensor(numbers, dtype=torch.long)[:, None]
+    return Rows(column, column)
+
+
+class Hand(FittedRival):
+    """The energy as it was written by hand."""
+
+    name = "hand-energy"
+
+    def build(self, size: object) -> nn.Module:
+        return HandEnergy(Effort())
+
+    def fit(self, model: nn.Module, rows: Rows, rates: Rates, seed: int) -> None:
+        """Nothing is learned."""
+
+
+def step_loss(model: nn.Module, batch: Rows) -> Tensor:
+    """The loss of a model on one level of a batch of frames."""
+    assert isinstance(model, FlowModel)
+    first, second = batch.inputs.split(1, 1)
+    return model.step_loss(first, second, batch.targets)
+
+
+def learned(how: Differentiation) -> nn.Module:
+    """The energy with an untrained correction."""
+    return EnergyFlow(FlowCorrection(), how, Effort())
+
+
+class LearnedEnergy(Rival):
+    """The energy, its weights corrected by a small network, with exact implicit gradients on each level."""
+
+    name = "energy"
+    rates = Rates(learning_rate=3e-3, weight_decay=0.0)
+
+    def build(self, size: object) -> nn.Module:
+        return learned(Implicit())
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
+
+
+class EnergyOneStep(Rival):
+    """`energy` with the gradient of the last round of lagged weights only."""
+
+    name = "energy-one-step"
+    rates = Rates(learning_rate=3e-3, weight_decay=0.0)
+
+    def build(self, size: object) -> nn.Module:
+        return learned(Unrolled(1))
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
+
+
+class EnergyTwoSteps(Rival):
+    """`energy` with the gradient of the last two rounds of lagged weights."""
+
+    name = "energy-two-steps"
+    rates = Rates(learning_rate=3e-3, weight_decay=0.0)
+
+    def build(self, size: object) -> nn.Module:
+        return learned(Unrolled(2))
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
+
+
+class FpiNnFromEnergy(Rival):
+    """`FPI_NN`: an update network over a local cost volume, started from the energy's answer, with exact implicit gradients."""
+
+    name = "fpi-nn"
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
+
+    def build(self, size: object) -> nn.Module:
+        return FixedPointFlow(FixedPointFlow.exact(), from_zero=False)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
+
+
+class FpiNnOneStep(Rival):
+    """`fpi-nn` with the gradient of a single step at the answer."""
+
+    name = "fpi-nn-one-step"
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
+
+    def build(self, size: object) -> nn.Module:
+        return FixedPointFlow(OneStepAdjoint(), from_zero=False)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
+
+
+class FpiNnFromZero(Rival):
+    """`fpi-nn` on each level of a pyramid, started from no motion on the coarsest."""
+
+    name = "fpi-nn-from-zero"
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
+
+    def build(self, size: object) -> nn.Module:
+        return FixedPointFlow(FixedPointFlow.exact(), from_zero=True)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
+
+
+class Pyramid(Rival):
+    """A feed-forward network on each level of a pyramid, which sees both frames, the second one warped (as SPyNet)."""
+
+    name = "pyramid"
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
+
+    def build(self, size: object) -> nn.Module:
+        return FeedForward()
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
