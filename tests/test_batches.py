@@ -1,6 +1,8 @@
 """One program for every size of a batch. Here the record of a program is run as it is, since Inductor takes a minute for each."""
 
 import logging
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -101,12 +103,12 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.eye(3))
-        self.report, self.cache, self.calls = AdjointReport(), WarmStart(), 0
+        self.report, self.cache, self.calls, self.rate = AdjointReport(), WarmStart(), 0, 1.0
         self.layer = FPI_GD(self.energy, 0.4, start=torch.zeros_like, driver=Compiled(strict=True),
                             adjoint=ImplicitAdjoint(report=self.report))  # fmt: skip
 
     def energy(self, x: Tensor, z: Tensor) -> Tensor:
-        return energy(x, z @ self.weight)
+        return energy(x, self.rate * z @ self.weight)
 
 
 layer = Model()
@@ -145,15 +147,38 @@ def test_an_attribute_by_the_name_of_a_global_is_not_that_global() -> None:
     layer = before
 
 
-def test_who_compiles_again_and_again_is_told() -> None:
+def test_who_compiles_again_and_again_is_told_what_has_changed() -> None:
     model = Model()
     for _ in range(MANY):
         model.layer(torch.ones(4, 3))
-        model.calls += 1
-    with pytest.warns(UserWarning, match=r"Model.energy may read has changed 8 times.*a counter"):
+        model.rate += 1.0
+    with pytest.warns(UserWarning, match=r"Model.energy reads has changed 8 times.*Model.rate: 8.0 → 9.0"):
         model.layer(torch.ones(4, 3))
-    model.calls += 1
-    model.layer(torch.ones(4, 3))  # told once
+    model.rate += 1.0
+    model.layer(torch.ones(4, 3))  # it is said once
+
+
+def test_what_the_energy_does_not_read_compiles_nothing_anew() -> None:
+    model = Model()
+    for _ in range(3):
+        model.layer(torch.ones(4, 3))
+        model.calls += 1
+        assert model.layer.driver.compilations == 1
+
+
+def test_a_long_compilation_says_so_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("energynet.compiled.announce.PATIENCE", 0.0)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
+        Compiled().clear()
+        model = Model()
+        model.layer(torch.ones(4, 3))
+        model.rate = 5.0
+        model.layer(torch.ones(4, 3))
+        told = capsys.readouterr().err.splitlines()
+        assert bool(told) == terminal
+    assert re.match(r"energynet: compiling the solve of Model.energy by \w+\(.*\) for x of shape \(4, 3\)", told[0])
+    assert "the last time it took" in told[1] and told[1].endswith("What it reads has changed: Model.rate: 1.0 → 5.0.")
 
 
 def test_so_does_a_gradient_by_a_dense_matrix() -> None:

@@ -5,6 +5,7 @@ import collections
 import contextvars
 import copy
 import dataclasses
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -150,3 +151,96 @@ def test_functions_made_anew_are_the_same_and_their_closures_count() -> None:
     assert Fingerprint(make(1.0, t)).key != Fingerprint(make(2.0, t)).key
     assert Fingerprint(make(1.0, t)).key != Fingerprint(make(1.0, t.clone())).key
     assert Fingerprint(make(1.0, t)).met[0] is t
+
+
+COUNTS = {"n": 0, "scale": 1.0}
+
+
+class Counting:
+    """As in a training loop: what the energy never reads changes all the time."""
+
+    def __init__(self) -> None:
+        self.calls, self.rate, self.factor = 0, 1.0, 2.0
+
+    def energy(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.scale() * (x - z).square().sum(-1)
+
+    def scale(self) -> float:
+        return self.factor * self.doubled
+
+    @property
+    def doubled(self) -> float:
+        return 2 * self.rate
+
+    def log(self) -> None:
+        COUNTS["n"] += self.calls
+
+    def __repr__(self) -> str:
+        return f"Counting({self.calls})"
+
+
+class Asking(Counting):
+    def scale(self) -> float:
+        name = "calls"
+        return float(getattr(self, name))
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropped, self.history = nn.Linear(2, 2), nn.Dropout(0.5), []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return (x - self.dropped(self.layer(z))).square().sum(-1)
+
+    def fit(self) -> None:
+        self.history.append(COUNTS["n"])
+
+
+def reads_scale(x: Tensor) -> Tensor:
+    return COUNTS["scale"] * x
+
+
+def makes(x: Tensor) -> Tensor:
+    return Counting().factor * x
+
+
+READ: dict[str, Callable[[], tuple[Any, Callable[[], object], str]]] = {
+    "an attribute": lambda: ((c := Counting()).energy, lambda: setattr(c, "factor", 3.0), r"Counting\.factor: 2\.0 → 3\.0"),
+    "an attribute of a property": lambda: ((c := Counting()).energy, lambda: setattr(c, "rate", 3.0), "Counting.rate"),
+    "what getattr may ask for": lambda: ((c := Asking()).energy, lambda: setattr(c, "calls", 3), r"Asking\.calls: 0 → 3"),
+    "what a method of a library reads": lambda: (m := Reader(), lambda: setattr(m.dropped, "p", 0.1), r"Dropout\.p: 0\.5 → 0\.1"),
+    "an entry of a global": lambda: (reads_scale, lambda: COUNTS.update(scale=COUNTS["scale"] + 1),
+                                     r"reads_scale reads COUNTS\['scale'\]: 1\.0 → 2\.0"),
+    "what a class is made with": lambda: (makes, lambda: setattr(Counting, "__init__", lambda self: setattr(self, "factor", 5.0)),
+                                          r"Counting\.__init__"),
+}  # fmt: skip
+UNREAD: dict[str, Callable[[], tuple[Any, Callable[[], object]]]] = {
+    "an attribute of another method": lambda: ((c := Counting()).energy, lambda: setattr(c, "calls", 3)),
+    "a global of another method": lambda: (Counting().energy, lambda: COUNTS.update(n=COUNTS["n"] + 1)),
+    "another method": lambda: (Counting().energy, lambda: setattr(Counting, "log", lambda self: None)),
+    "a list of a module": lambda: (m := Reader(), lambda: m.history.append(1)),
+    "a new attribute": lambda: (m := Reader(), lambda: setattr(m, "loss", 1.0)),
+}
+
+
+@pytest.mark.parametrize("change", READ)
+def test_what_an_energy_reads_is_seen_and_named(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COUNTS, "scale", 1.0)
+    monkeypatch.setattr(Counting, "__init__", Counting.__init__)
+    energy, make_it, said = READ[change]()
+    seen = Fingerprint(energy, whole=False)
+    assert seen.unchanged() and not seen.changes() and Fingerprint(energy, whole=False).key == seen.key
+    make_it()
+    assert not seen.unchanged() and Fingerprint(energy, whole=False).key != seen.key
+    assert any(re.search(said, text) for text in seen.changes()), seen.changes()
+
+
+@pytest.mark.parametrize("change", UNREAD)
+def test_what_it_does_not_read_changes_nothing(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COUNTS, "n", 0)
+    monkeypatch.setattr(Counting, "log", Counting.log)
+    energy, make_it = UNREAD[change]()
+    seen = Fingerprint(energy, whole=False)
+    make_it()
+    assert Fingerprint(energy, whole=False).key == seen.key

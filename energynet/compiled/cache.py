@@ -13,6 +13,7 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import transform_active
+from energynet.compiled.announce import announced
 from energynet.compiled.changes import kind
 from energynet.compiled.fingerprint import Fingerprint
 from energynet.compiled.keys import task_key
@@ -22,7 +23,7 @@ from energynet.compiled.partition import Shards, divided, how_many
 from energynet.compiled.tracing import Program
 from energynet.engine.ambient import Ambient
 from energynet.engine.binding import Binding
-from energynet.engine.tasks import Task
+from energynet.engine.tasks import Pull, Solve, Task
 from energynet.step import Step
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Programs:
             self._counter = itertools.count()
             self._marks: Recent[int] = Recent(capacity)  # fingerprint -> mark
             self._met: Recent[list[Tensor]] = Recent(capacity)  # mark -> tensors that the fingerprint has found
+            self._why: Recent[str] = Recent(capacity)  # mark -> what had changed, a sentence
             self._bound: Recent[tuple[Fingerprint, Binding, int]] = Recent(capacity)  # step -> binding, number of changes
             self._examined: Recent[Any] = Recent(16 * capacity)
             self._families: Recent[list[Program]] = Recent(capacity)  # task -> its programs for all batch sizes
@@ -75,16 +77,18 @@ class Programs:
             if (known := self._bound.get(where)) and known[0].unchanged():
                 return known[1].again()
             binding = Binding.of(step)
-            seen = Fingerprint(_parts(step), binding.tensors)
+            seen = Fingerprint(_parts(step), binding.tensors, whole=False)
             resolved = {id(t) for t in binding.tensors}.difference(map(id, seen.inputs))  # such as parametrized weights
             if resolved:
-                seen = Fingerprint(_parts(binding.step), binding.tensors)
-            changes = known[2] if known else 0
+                seen = Fingerprint(_parts(binding.step), binding.tensors, whole=False)
+            changes, why = known[2] if known else 0, ""
             if known and seen.key not in self._marks:
-                changes += 1
+                changes, why = changes + 1, "; ".join(known[0].changes()[:SHOWN])
                 if changes == MANY:
-                    _tell_of_changes(step)
+                    _tell_of_changes(step, why)
             binding = dataclasses.replace(binding, mark=self._mark(seen))
+            if why:
+                self._why.put(binding.mark, f"What it reads has changed: {why}.")
             if not resolved and (where in self._bound or forget_with((v for _, v in named), self._bound, where)):
                 self._bound.put(where, (seen, binding, changes))
             return binding
@@ -153,9 +157,10 @@ class Programs:
 
     def _compiled(self, function: Task, tensors: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]], parts: int
                   ) -> Program | Failure:  # fmt: skip
+        mark = function.binding.mark
         try:
-            program = Program(function, tensors, dynamic, _options(tensors[0].device, parts), parts)
-            mark = function.binding.mark
+            with announced(_in_words(function, tensors), self._why.get(mark) or ""):
+                program = Program(function, tensors, dynamic, _options(tensors[0].device, parts), parts)
             known = {_memory(t) for t in (self._met.get(mark) if mark is not None else None) or ()}
             lost = [tuple(t.shape) for t in program.captured if _memory(t) not in known and not written_out(t)]
             if lost:
@@ -175,16 +180,29 @@ def programs(capacity: int) -> Programs:
 
 
 MANY = 8  # the number of changes to the state that an energy reads, after which the user is warned
+SHOWN = 3  # the number of changes that a message names
 
 
-def _tell_of_changes(step: Step) -> None:
-    what = _parts(step)[2]
+def _tell_of_changes(step: Step, why: str) -> None:
     warnings.warn(
-        f"Something that {getattr(what, '__qualname__', type(what).__qualname__)} may read has changed {MANY} times, and each "
-        "change compiles it again. Likely causes: a counter, a cache or a growing list among the attributes, or a scheduled "
-        "number. Keep it elsewhere, or as a 0-d tensor in a buffer, whose values may change.",
+        f"Something that {_name(step)} reads has changed {MANY} times, and each change compiles it again. The last change was: {why}. "
+        "If that is a counter, a cache or a growing list that has no influence on the energy, keep it where the energy's code "
+        "does not read it; a number that is scheduled should be a 0-d tensor in a buffer, whose values may change.",
         stacklevel=3,
     )
+
+
+def _name(step: Step) -> str:
+    """The name of the energy or map that a user wrote."""
+    what = _parts(step)[2]
+    return str(getattr(what, "__qualname__", type(what).__qualname__))
+
+
+def _in_words(function: Task, tensors: Sequence[Tensor]) -> str:
+    """A description of what is compiled, for messages."""
+    assert isinstance(function, (Solve, Pull))
+    job = "gradient" if isinstance(function, Pull) else "solve"
+    return f"the {job} of {_name(function.binding.step)} by {function.solver} for x of shape {tuple(tensors[0].shape)}"
 
 
 def _task(function: Task, tensors: Sequence[Tensor], parts: int) -> tuple[Hashable, ...]:

@@ -1,10 +1,12 @@
 """Records the values that were read from Python objects, to detect later whether any of them has changed."""
 
 import contextvars
+import functools
 import operator
+import reprlib
 import types
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,79 +20,91 @@ class Watch:
     Example:
         >>> names = {"scale": 2.0}
         >>> watch = Watch()
+        >>> watch.where = "energy reads names['scale']"
         >>> watch.entry(names, "scale"), watch.unchanged()
         (2.0, True)
         >>> names["scale"] = 3.0
-        >>> watch.unchanged()
-        False
+        >>> watch.unchanged(), next(watch.changes())
+        (False, "energy reads names['scale']: 2.0 → 3.0")
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Any, Any, Any]] = []  # mapping, name, value
-        self._sizes: list[tuple[Any, int]] = []
-        self._orders: list[tuple[Any, tuple[Any, ...]]] = []
-        self._variables: list[tuple[contextvars.ContextVar[Any], Any]] = []
-        self._cells: list[tuple[types.CellType, Any]] = []
-        self._codes: list[tuple[Callable[[], Any], tuple[Any, ...]]] = []  # function, its code and defaults
-        self._types: list[tuple[Callable[[], Any], type]] = []
-        self._contents: list[tuple[Any, Hashable]] = []
-        self._kinds: list[tuple[Tensor, Hashable]] = []
+        self.where = ""
+        """A description of the place that is read next."""
+        self._entries: list[tuple[str, Any, Any, Any]] = []  # place, mapping, name, value
+        self._others: list[tuple[str, Callable[[Any], bool], Any]] = []  # place, check, the checked object
 
     def unchanged(self) -> bool:
         """Whether the same objects are still at the places that were read."""
-        return (
-            all(mapping.get(name, MISSING) is value for mapping, name, value in self._entries)
-            and all(len(container) == size for container, size in self._sizes)
-            and all(tuple(mapping) == names for mapping, names in self._orders)
-            and all(variable.get(MISSING) is value for variable, value in self._variables)
-            and all(cell.cell_contents is value for cell, value in self._cells)
-            and all(all(map(operator.is_, _code(function()), code)) for function, code in self._codes)
-            and all(type(value()) is cls for value, cls in self._types)
-            and all(_content(value) == content for value, content in self._contents)
-            and all(asked(tensor) == before for tensor, before in self._kinds)
-        )
+        same = all(mapping.get(name, MISSING) is value for _, mapping, name, value in self._entries)
+        return same and all(is_as_before(value) for _, is_as_before, value in self._others)
+
+    def changes(self) -> Iterator[str]:
+        """A description of each change."""
+        for where, mapping, name, value in self._entries:
+            now = mapping.get(name, MISSING)
+            if now is not value:
+                yield f"{where}: {_in_short(value)} → {_in_short(now)}"
+        yield from (f"{where} has changed" for where, is_as_before, value in self._others if not is_as_before(value))
 
     def entry(self, mapping: Any, name: Any) -> Any:
         """The entry of a mapping under a name, or `MISSING`."""
         value = mapping.get(name, MISSING)
-        self._entries.append((mapping, name, value))
+        self._entries.append((self.where, mapping, name, value))
         return value
 
     def whole(self, container: Any, items: dict[Any, Any]) -> None:
         """Record the size and the given entries of a container; for a mapping, also the order of its keys."""
         if isinstance(container, Mapping):
-            self._orders.append((container, tuple(container)))
+            names = tuple(container)
+            self._add(lambda mapping: tuple(mapping) == names, container)
         else:
-            self._sizes.append((container, len(container)))
-        self._entries += [(_Items(container), place, value) for place, value in items.items()]
+            size = len(container)
+            self._add(lambda container: len(container) == size, container)
+        self._entries += [(f"{self.where}[{place}]", _Items(container), place, value) for place, value in items.items()]
 
     def variable(self, variable: contextvars.ContextVar[Any]) -> Any:
         """The value of a context variable, or `MISSING`."""
         value = variable.get(MISSING)
-        self._variables.append((variable, value))
+        self._add(lambda variable: variable.get(MISSING) is value, variable)
         return value
 
     def function(self, function: types.FunctionType) -> tuple[Any, ...]:
         """The values that a function captures."""
-        cells = [cell for cell in function.__closure__ or () if _filled(cell)]
-        self._cells += [(cell, cell.cell_contents) for cell in cells]
-        self._codes.append((_weakly(function), _code(function)))
-        return tuple(cell.cell_contents for cell in cells)
+        cells = [(n, c) for n, c in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True) if _filled(c)]
+        self._entries += [(f"{function.__qualname__} closes over {name}", _Cell(c), "", c.cell_contents) for name, c in cells]
+        code = _code(function)
+        self._add(lambda function: all(map(operator.is_, _code(function()), code)), _weakly(function))
+        return tuple(cell.cell_contents for _, cell in cells)
 
     def object(self, value: Any) -> "Attributes":
         """The attributes of an object, whose class is recorded as well."""
-        self._types.append((_weakly(value), type(value)))
+        cls = type(value)
+        self._add(lambda value: type(value()) is cls, _weakly(value))
         return Attributes(_weakly(value))
 
     def content(self, value: Any) -> Hashable:
         """The content of a set or of an array such as NumPy's, which can change in place."""
         content = _content(value)
-        self._contents.append((value, content))
+        self._add(lambda value: _content(value) == content, value)
         return content
 
     def tensors(self, tensors: list[Tensor]) -> None:
         """Record the kinds of tensors; their values may change."""
-        self._kinds += [(tensor, asked(tensor)) for tensor in tensors]
+        for tensor in tensors:
+            self.where = f"the kind of a tensor of shape {tuple(tensor.shape)}"
+            self._add(functools.partial(_is_asked, asked(tensor)), tensor)
+
+    def _add(self, is_as_before: Callable[[Any], bool], value: Any) -> None:
+        self._others.append((self.where, is_as_before, value))
+
+
+def _in_short(value: Any) -> str:
+    return "nothing" if value is MISSING else reprlib.repr(value)
+
+
+def _is_asked(before: Hashable, tensor: Tensor) -> bool:
+    return asked(tensor) == before
 
 
 def kind(tensor: Tensor) -> Hashable:
@@ -111,6 +125,16 @@ class Attributes:
 
     def get(self, name: str, default: Any) -> Any:
         return getattr(self.value(), name, default)
+
+
+class _Cell:
+    """A variable that a function captures, as a mapping."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def get(self, _: str, default: Any) -> Any:
+        return self.cell.cell_contents if _filled(self.cell) else default
 
 
 class _Items:
