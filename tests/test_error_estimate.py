@@ -142,6 +142,29 @@ def test_rigid_motions_of_a_molecule_fail_no_solve(solver: Solver, atoms: int, l
     assert energies.amin().item() == pytest.approx(least, abs=1e-6)
 
 
+def squared_distances(x: Tensor) -> Tensor:  # (B, atoms, 3) -> (B, pairs)
+    i, j = torch.triu_indices(x.shape[-2], x.shape[-2], 1)
+    return (x[:, i] - x[:, j]).square().sum(-1)
+
+
+def test_rigid_motions_fail_no_adjoint_of_a_point_that_is_not_quite_the_minimum() -> None:
+    """There their curvature is as large as the gradient that is left, and may be negative."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 4, 3, dtype=torch.float64, generator=generator)
+    x0 = (x + 0.05 * torch.randn(x.shape, dtype=torch.float64, generator=generator))[:20]
+    d = squared_distances(x[:20]).requires_grad_()
+    answer = minimize(lambda x, d: (squared_distances(x) - d).square().sum(-1), x0, d).value
+    weight = torch.arange(6, dtype=torch.float64)
+    (found,) = torch.autograd.grad((weight * squared_distances(answer)).sum(), d)
+    torch.testing.assert_close(found, weight.expand_as(d), rtol=0, atol=1e-3)
+
+
+def test_newton_does_not_move_along_a_gauge_direction() -> None:
+    p = torch.randn(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    x = minimize(lambda x, p: x.logsumexp(-1) - (p * x).sum(-1), torch.zeros_like(p), p, solver=Newton()).value
+    torch.testing.assert_close(x, p.log() - p.log().mean(-1, keepdim=True), rtol=0, atol=1e-7)
+
+
 SLOW = [("x + 1", lambda x: x + 1), ("x + e⁻ˣ", lambda x: x + (-x).exp())]
 
 

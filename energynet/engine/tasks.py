@@ -85,35 +85,48 @@ class Solve(Task):
         problem = self.equation.problem((v, *inputs[1:]), y0)
         state = self._loop(problem, termination, y0, (v, *inputs[1:]))
         if readable(state.status) and bool(_given_up(state.status).any()):
-            reach = termination.size(inputs[1]) / largest.squeeze(-1) if self.equation.root.kind is Kind.ENERGY else 0.0
-            state = self._beyond_rounding(problem, termination, state, reach)
+            state = self._beyond_rounding(problem, termination, state, largest.squeeze(-1), inputs[1:])
         status = state.status
         if self.equation.root.kind is Kind.ENERGY and not self.solver.sees_saddles:
             status = torch.where(_negative_curvature(problem), Status.DIVERGED, status).to(torch.int8)
         size = termination.size(v)
         return Outcome(state.x * largest, status, state.error / torch.where(size > 0, size, 1), state.steps)
 
-    def _beyond_rounding(self, problem: problems.Linear, termination: Termination, state: LoopState, reach: Tensor | float
-                         ) -> LoopState:  # fmt: skip
-        """Solve again up to the rounding error of v: along a gauge direction of an energy, A has no inverse.
+    def _beyond_rounding(self, problem: problems.Linear, termination: Termination, state: LoopState, unit: Tensor,
+                         inputs: tuple[Tensor, ...]) -> LoopState:  # fmt: skip
+        """Solve once more, for what of v is known: along a gauge direction of an energy no other v has an answer.
 
-        A gradient such as v has an error of ε‖H‖ times the size of the point, ``reach``; A u has one of ε‖A‖‖u‖.
+        A gradient such as v is known to ε‖H‖‖x‖, and A u to ε‖A‖‖u‖. Where ∇E at the answer is not quite zero, a gauge
+        direction has a curvature of about ‖∇E‖/‖x‖, of either sign, so that A u is known to that times ‖u‖ there.
         """
         eps, given_up = torch.finfo(state.x.dtype).eps, _given_up(state.status)
         norm = termination.size(problem.hvp(state.x, some_direction(torch.zeros_like(state.x))))
-        noise, right = NOISE * eps * norm * reach, termination.size(problem.right)
+        reach, flat = self._reach_and_flat(termination, inputs)
+        noise, right = NOISE * eps * norm * reach / unit, termination.size(problem.right)
         attained = torch.minimum(NOISE * eps * norm * termination.size(state.x), eps**0.5 * right)
         fine = given_up & (state.error <= attained) & torch.isfinite(state.error)
         state = state._replace(status=torch.where(fine, Status.CONVERGED, state.status).to(torch.int8))
-        if not bool((given_up & ~fine).any()) or not bool(torch.as_tensor(noise > 0).any()):
+        if not bool((given_up & ~fine).any()) or not bool(((noise > 0) | (flat > 0)).any()):
             return state
-        again = loop(dataclasses.replace(problem, noise=noise), self.solver, termination, torch.zeros_like(state.x),
+        again = loop(dataclasses.replace(problem, noise=noise, flat=flat), self.solver, termination, torch.zeros_like(state.x),
                      every=self.check_every)  # fmt: skip
-        helped = given_up & ~fine & (again.status == Status.CONVERGED)
+        arrived = again.status == Status.CONVERGED
+        x = torch.where(arrived.unsqueeze(-1), again.x, again.best)
+        error = termination.size(problem.residual(x))
+        helped = given_up & ~fine & (arrived | (error <= flat * termination.size(x)))
         return state._replace(
-            x=torch.where(helped.unsqueeze(-1), again.x, state.x), status=torch.where(helped, again.status, state.status),
-            error=torch.where(helped, again.error, state.error), steps=state.steps + torch.where(helped, again.steps, 0),
+            x=torch.where(helped.unsqueeze(-1), x, state.x), error=torch.where(helped, error, state.error),
+            status=torch.where(helped, Status.CONVERGED, state.status).to(torch.int8),
+            steps=state.steps + torch.where(helped, again.steps, 0),
         )  # fmt: skip
+
+    def _reach_and_flat(self, termination: Termination, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The size of an energy's answer, and what its curvatures are known to there; ``(*batch)`` zeros for anything else."""
+        root, size = self.equation.linearized, termination.size(inputs[0])
+        if root.kind is not Kind.ENERGY:
+            return torch.zeros_like(size), torch.zeros_like(size)
+        slope = termination.size(root.function(inputs[1:])(inputs[0]))
+        return size, NOISE * slope / torch.where(size > 0, size, torch.inf)
 
     def _loop(self, problem: Problem, termination: Termination, y0: Tensor, inputs: tuple[Tensor, ...]) -> LoopState:
         plain = self.equation.batch_dims == 1 and readable(y0) and not isinstance(self.binding.step.step_size, Tensor)

@@ -71,7 +71,9 @@ class ConjugateGradient(Solver):
         hp = problem.hvp(x, p)
         along = dot(p, hp)
         curvature = torch.maximum(state.curvature, torch.where(length > 0, along / length, 0))
-        broken = (length > 0) & ~(along > torch.finfo(x.dtype).eps * curvature * length) & torch.isfinite(along)
+        flat = torch.as_tensor(problem.flat, dtype=x.dtype, device=x.device).unsqueeze(-1)
+        lost = torch.maximum(torch.finfo(x.dtype).eps * curvature, flat)
+        broken = (length > 0) & ~(along > lost * length) & torch.isfinite(along)
         alpha = torch.where(broken | (length == 0), 0, before / along)
         x = x + alpha * p
         residual = state.residual + alpha * hp

@@ -10,6 +10,7 @@ from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
 
 FAR = 1e3  # a Newton step longer than this multiple of max(1, ‖x‖) is not trusted
+KNOWN = 1000  # rounding units; a smaller pivot of the factor, relative to the diagonal of H, is lost in rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Newton(TrustRegion):
 
 
 def _newton_step(hessian: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """−H⁻¹g, and whether H is positive definite, ``(*batch)`` bool."""
+    """−H⁻¹g, and whether H is positive definite beyond rounding, ``(*batch)`` bool, in any units of the coordinates."""
     factor, info = torch.linalg.cholesky_ex(hessian)
-    return -torch.cholesky_solve(g.to(hessian.dtype).unsqueeze(-1), factor).squeeze(-1).to(g.dtype), info == 0
+    pivots, own = (torch.diagonal(m, dim1=-2, dim2=-1) for m in (factor, hessian))
+    known = (pivots.square() > KNOWN * torch.finfo(hessian.dtype).eps * own).all(-1)
+    return -torch.cholesky_solve(g.to(hessian.dtype).unsqueeze(-1), factor).squeeze(-1).to(g.dtype), (info == 0) & known

@@ -139,6 +139,8 @@ class Linear(Differentiable):
     """Whether A is symmetric."""
     noise: Tensor | float = dataclasses.field(default=0.0, kw_only=True)
     """The rounding error of v, ``(*batch)``."""
+    flat: Tensor | float = dataclasses.field(default=0.0, kw_only=True)
+    """Curvatures below this, ``(*batch)``, are unknown: conjugate gradients stop where they meet one."""
 
 
 @dataclasses.dataclass(frozen=True)
