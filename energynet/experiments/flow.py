@@ -42,11 +42,11 @@ class FlowOptions(Options):
     """The folder of a trained run; none: the weights that the package contains."""
     pairs: int = 200
     """Generated pairs to train on."""
-    judged: int = 8
+    judged: int = 6
     """Generated pairs, made of other pictures, that choose the round."""
-    updates: int = 150
+    updates: int = 200
     minutes: float = 0.0
-    every: int = 25
+    every: int = 50
     patience: int = 0
     batch_size: int = 1
     folds: int | None = 1
