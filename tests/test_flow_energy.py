@@ -9,11 +9,11 @@ from scipy.ndimage import median_filter
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from energynet import NewtonCG, Termination, gradient, minimize
+from energynet import HessianBlocks, LaggedWeights, NewtonCG, Termination, gradient, minimize
 from energynet.energies import FlowCorrection, FlowEnergy, OpticalFlow, flow_to_color, pyramid, warp
-from energynet.energies.flow import OFFSETS, Charbonnier, both_ends, census, derivatives, smooth_weights
-from energynet.energies.flow_fields import inside, median, positions, resize_flow, visible
-from energynet.energies.flow_solver import Effort, lagged_weights, majorizer
+from energynet.energies.flow import Charbonnier, census, derivatives, smooth_weights
+from energynet.energies.flow_fields import OFFSETS, both_ends, inside, median, positions, resize_flow, visible
+from energynet.energies.flow_solver import Effort, lagged_weights
 from energynet.testing import check_energy
 
 F64 = torch.float64
@@ -172,7 +172,7 @@ def test_horn_and_schunck_find_the_normal_flow_of_a_ramp() -> None:
     tensor = torch.tensor([a * a, a * b, b * b, a * t, b * t, t * t], dtype=F64).reshape(1, 6, 1, 1).expand(1, 6, *shape[2:])
     flat = torch.zeros(shape, dtype=F64)
     code = flat.expand(1, 2, *shape[2:]), tensor, flat + 1, smooth_weights(flat, 0.0)
-    found = majorizer(energy, code[0], *code).minimizer(code[0], 200)
+    found = energy.majorizer(code[0], *code).minimizer(code[0], 200)
     expected = -t / (a * a + b * b + ridge) * torch.tensor([a, b], dtype=F64)
     torch.testing.assert_close(found, expected.reshape(1, 2, 1, 1).expand_as(found), rtol=1e-10, atol=0)
 
@@ -190,13 +190,14 @@ def test_the_majorizer_touches_the_energy_and_lies_above_it() -> None:
     context = scene()
     energy = FlowEnergy().double()
     code, at = energy.encode(*context), context[2] + 0.3
-    quadratic = majorizer(energy, at, *code)
+    quadratic = energy.majorizer(at, *code)
     slope = quadratic.product(at) - quadratic.right()
     torch.testing.assert_close(slope, gradient(energy, at, *context))
 
     def above(p: Tensor) -> Tensor:
         return energy(at, *context) + (slope * p).sum((1, 2, 3)) + 0.5 * (p * quadratic.product(p)).sum((1, 2, 3))
 
+    torch.testing.assert_close(gradient(quadratic, at), slope)
     for length in (0.01, 1.0, 100.0):
         p = length * torch.randn(at.shape, dtype=F64)
         assert (above(p) >= energy(at + p, *context) - 1e-9).all()
@@ -206,9 +207,10 @@ def test_the_blocks_are_those_of_the_majorizer() -> None:
     context = scene(4, 5, batch=1)
     energy = FlowEnergy().double()
     code = energy.encode(*context)
-    quadratic = majorizer(energy, context[2], *code)
+    quadratic = energy.majorizer(context[2], *code)
     H = torch.stack([quadratic.product(e.reshape(1, 2, 4, 5)).flatten() for e in torch.eye(40, dtype=F64)]).reshape(2, 20, 2, 20)
     blocks = torch.stack([H[:, k, :, k] for k in range(20)])  # (20, 2, 2)
+    torch.testing.assert_close(quadratic.hessian_blocks(context[2]).flatten(3)[0].movedim(-1, 0), blocks)
     p = torch.randn(1, 2, 4, 5, dtype=F64)
     expected = torch.linalg.solve(blocks, p.reshape(2, 20).T).T.reshape(1, 2, 4, 5)
     torch.testing.assert_close(quadratic.inverse_blocks(p), expected)
@@ -220,6 +222,9 @@ def test_lagged_weights_find_the_minimizer_that_newton_finds() -> None:
     expected = minimize(energy, None, *context, solver=NewtonCG(), termination=EXACT).value
     found = lagged_weights(energy, context[2], energy.encode(*context), 60, 20)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    solver = LaggedWeights(preconditioner=HessianBlocks())
+    found = minimize(energy, None, *context, solver=solver, termination=EXACT).value
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_every_round_lowers_the_energy() -> None:

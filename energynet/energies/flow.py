@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from energynet.energies.flow_fields import inside, warp
+from energynet.energies.flow_fields import OFFSETS, both_ends, filled, inside, warp
+from energynet.energies.flow_quadratic import FlowQuadratic, differences, residual
 from energynet.energy import Energy
-
-OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
-"""Rows and columns to half of the eight neighbors of a pixel; the other half look back."""
 
 
 class FlowEnergy(Energy):
@@ -137,12 +135,12 @@ class FlowEnergy(Energy):
     def evaluate(self, flow: Tensor, around: Tensor, tensor: Tensor, data: Tensor, smooth: Tensor) -> Tensor:  # -> (B,)
         away = flow - around
         value = data[:, 0] * self.data_potential(residual(away, tensor)) + 0.5 * self.ridge * away.square().sum(1)
-        value = value.sum((1, 2))
-        for weight, offset in zip(smooth.unbind(1), OFFSETS):
-            near, far = both_ends(flow, offset)
-            potential = self.smooth_potential((far - near).square().sum(1))
-            value = value + (both_ends(weight, offset)[0] * potential).sum((1, 2))
-        return value
+        return (value + (smooth * self.smooth_potential(differences(flow))).sum(1)).sum((1, 2))
+
+    def majorizer(self, flow: Tensor, around: Tensor, tensor: Tensor, data: Tensor, smooth: Tensor) -> FlowQuadratic:
+        """The quadratic that touches the energy at a flow and lies above it: the potentials are concave in the squares."""
+        data = data * self.data_potential.slope(residual(flow - around, tensor).clamp_min(0)).unsqueeze(1)
+        return FlowQuadratic(around, tensor, data, smooth * self.smooth_potential.slope(differences(flow)), self.ridge)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,27 +167,6 @@ class Charbonnier:
     def slope(self, t: Tensor) -> Tensor:
         """The derivative, times two: the weight of t/2 in the quadratic that touches the potential from above."""
         return (t / self.scale**2 + 1) ** (self.exponent - 1)
-
-
-def residual(away: Tensor, tensor: Tensor) -> Tensor:  # (B, 2, H, W), (B, 6, H, W) -> (B, H, W)
-    """The square that a motion tensor stands for, at a flow away from the one that it was made at."""
-    (u, v), (xx, xy, yy, xt, yt, tt) = away.unbind(1), tensor.unbind(1)
-    return (xx * u + 2 * (xy * v + xt)) * u + (yy * v + 2 * yt) * v + tt
-
-
-def both_ends(x: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:  # (..., H, W) -> 2 × (..., h, w)
-    """The pixels that have a neighbor at an offset of `OFFSETS`, and those neighbors."""
-    rows, columns = offset
-    height, width = x.shape[-2:]
-    left, right = max(-columns, 0), max(columns, 0)
-    near, far = x[..., : height - rows, left : width - right], x[..., rows:, right : width - left]
-    return near, far
-
-
-def filled(x: Tensor, offset: tuple[int, int]) -> Tensor:  # (..., h, w) -> (..., H, W)
-    """What is known of the pixels that have a neighbor at an offset, 0 for the others."""
-    rows, columns = offset
-    return pad(x, (max(-columns, 0), max(columns, 0), 0, rows))
 
 
 def smooth_weights(image: Tensor, edge: float) -> Tensor:  # (B, C, H, W) -> (B, 4, H, W)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from energynet.energies.flow import OFFSETS, both_ends, filled
+from energynet.energies.flow_fields import OFFSETS, both_ends, filled
 
 OBSERVATIONS = 13
 

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, pad
 
+OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1))
+"""Rows and columns to half of the eight neighbors of a pixel; the other half look back."""
+
 
 def pyramid(image: Tensor, smallest: int = 16) -> list[Tensor]:  # (B, C, H, W) -> coarsest first
     """An image at half, a quarter, ... of its size, smoothed before each step, coarsest first.
@@ -174,6 +177,21 @@ def flow_to_color(flow: Tensor, largest: float | None = None) -> Tensor:  # (B, 
     full = ((6 * (hue - hue.round())).abs() * -1 + 2).clamp(0, 1)
     inside = 1 - share.clamp(max=1).unsqueeze(1) * (1 - full)
     return torch.where(share.unsqueeze(1) <= 1, inside, 0.75 * full)
+
+
+def both_ends(x: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:  # (..., H, W) -> 2 × (..., h, w)
+    """The pixels that have a neighbor at an offset of `OFFSETS`, and those neighbors."""
+    rows, columns = offset
+    height, width = x.shape[-2:]
+    left, right = max(-columns, 0), max(columns, 0)
+    near, far = x[..., : height - rows, left : width - right], x[..., rows:, right : width - left]
+    return near, far
+
+
+def filled(x: Tensor, offset: tuple[int, int]) -> Tensor:  # (..., h, w) -> (..., H, W)
+    """What is known of the pixels that have a neighbor at an offset, 0 for the others."""
+    rows, columns = offset
+    return pad(x, (max(-columns, 0), max(columns, 0), 0, rows))
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

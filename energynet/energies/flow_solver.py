@@ -7,99 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from energynet.energies.flow import OFFSETS, FlowEnergy, both_ends, filled, residual
+from energynet.energies.flow import FlowEnergy
 from energynet.energies.flow_fields import median, pyramid, resize_flow, visible
-
-
-class FlowQuadratic:
-    """A `FlowEnergy` whose potentials are squares: the quadratic that touches another one from above at some flow.
-
-    Args:
-        around: w₀, ``(B, 2, H, W)``.
-        tensor: the motion tensor, ``(B, 6, H, W)``.
-        data: weights of the data, ``(B, 1, H, W)``.
-        smooth: weights of the smoothness, one per neighbor of `OFFSETS`, ``(B, 4, H, W)``; 0 where there is no neighbor.
-        ridge: ρ.
-    """
-
-    def __init__(self, around: Tensor, tensor: Tensor, data: Tensor, smooth: Tensor, ridge: float) -> None:
-        self.around, self.tensor, self.data, self.ridge = around, tensor, data, ridge
-        # Pixels in one row: the neighbors of all of them are then one slice, which is what makes products fast.
-        self._shifts = [rows * around.shape[-1] + columns for rows, columns in OFFSETS]
-        weights = [w[..., : w.shape[-1] - shift] for w, shift in zip(smooth.flatten(2).split(1, 1), self._shifts)]
-        self._weights = [weight.expand(-1, 2, -1).contiguous() for weight in weights]
-        xx, self._across, yy = (data * tensor[:, :3]).flatten(2).split(1, 1)
-        spread = torch.full_like(xx, ridge)
-        for weight, shift in zip(weights, self._shifts):
-            spread[..., :-shift] += weight
-            spread[..., shift:] += weight
-        self._diagonal = torch.cat([xx, yy], 1) + spread
-        determinant = self._diagonal[:, :1] * self._diagonal[:, 1:] - self._across.square()
-        self._inverse, self._inverse_across = self._diagonal.flip(1) / determinant, self._across / determinant
-
-    def product(self, p: Tensor) -> Tensor:  # (B, 2, H, W) -> (B, 2, H, W)
-        """H p."""
-        return self._product(p.flatten(2)).view_as(p)
-
-    def inverse_blocks(self, p: Tensor) -> Tensor:  # (B, 2, H, W) -> (B, 2, H, W)
-        """M⁻¹ p for the 2 × 2 blocks of H."""
-        return self._inverse_blocks(p.flatten(2)).view_as(p)
-
-    def _product(self, p: Tensor) -> Tensor:  # (B, 2, H W)
-        image = (self._diagonal * p).addcmul_(self._across, p.flip(1))
-        for weight, shift in zip(self._weights, self._shifts):
-            image[..., :-shift].addcmul_(weight, p[..., shift:], value=-1)
-            image[..., shift:].addcmul_(weight, p[..., :-shift], value=-1)
-        return image
-
-    def _inverse_blocks(self, p: Tensor) -> Tensor:  # (B, 2, H W)
-        return (self._inverse * p).addcmul_(self._inverse_across, p.flip(1), value=-1)
-
-    def right(self) -> Tensor:
-        """H w for the minimizer w."""
-        xx, xy, yy, xt, yt, _ = self.tensor.split(1, 1)
-        u, v = self.around.split(1, 1)
-        known = torch.cat([xx * u + xy * v - xt, xy * u + yy * v - yt], 1)
-        return self.data * known + self.ridge * self.around
-
-    def minimizer(self, start: Tensor, steps: int) -> Tensor:  # (B, 2, H, W) -> (B, 2, H, W)
-        """So many steps of conjugate gradients, preconditioned by the blocks."""
-        flow = start.flatten(2)
-        r = self.right().flatten(2) - self._product(flow)
-        p = z = self._inverse_blocks(r)
-        before = _dot(r, z)
-        for _ in range(steps):
-            image = self._product(p)
-            length = before / _dot(p, image).clamp_min(TINY)
-            flow, r = torch.addcmul(flow, length, p), torch.addcmul(r, length, image, value=-1)
-            z = self._inverse_blocks(r)
-            after = _dot(r, z)
-            p = torch.addcmul(z, after / before.clamp_min(TINY), p)
-            before = after
-        return flow.view_as(start)
 
 
 def lagged_weights(energy: FlowEnergy, flow: Tensor, code: tuple[Tensor, ...], outer: int, inner: int) -> Tensor:
     """Lower the energy of a flow by minimizing quadratics that touch it from above, ``outer`` of them, inexactly."""
     for _ in range(outer):
-        flow = majorizer(energy, flow, *code).minimizer(flow, inner)
+        flow = energy.majorizer(flow, *code).minimizer(flow, inner)
     return flow
-
-
-def majorizer(energy: FlowEnergy, flow: Tensor, around: Tensor, tensor: Tensor, data: Tensor, smooth: Tensor) -> FlowQuadratic:
-    """The quadratic that touches the energy at a flow and lies above it: the potentials are concave in the squares."""
-    data = data * energy.data_potential.slope(residual(flow - around, tensor).clamp_min(0)).unsqueeze(1)
-    smooth = smooth * energy.smooth_potential.slope(differences(flow))
-    return FlowQuadratic(around, tensor, data, smooth, energy.ridge)
-
-
-def differences(flow: Tensor) -> Tensor:  # (B, 2, H, W) -> (B, 4, H, W)
-    """The squared distance to the flow of each neighbor of `OFFSETS`; 0 where there is none."""
-    squares = []
-    for offset in OFFSETS:
-        near, far = both_ends(flow, offset)
-        squares.append(filled((far - near).square().sum(1), offset))
-    return torch.stack(squares, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +136,3 @@ class Level:
 def _swapped(both: Tensor) -> Tensor:
     one, other = both.chunk(2)
     return torch.cat([other, one])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:  # (B, 2, H W) -> (B, 1, 1)
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))[:, None, None]
-
-
-TINY = 1e-30
