@@ -1,11 +1,11 @@
-"""Constraints and nonsmooth terms, given by their proximal maps: what a `ProximalStep` takes besides the energy.
+"""Constraints and nonsmooth terms in the form of proximal maps, for `minimize`, `FPI_GD` and `ProximalStep`.
 
-A bound, radius or weight is a float, a tensor, or a pytree of such like ``x``. A tensor may require grad and broadcasts to
-``x``, so one value per sample of ``(B, n)`` is ``(B, 1)`` for `Box` and `L1`, which act on each number, and ``(B,)`` for
-`Simplex`, `CappedSimplex`, `L2Ball` and `GroupL2`, which act along the last dimension.
+A bound, radius or weight is a float, a tensor, or a pytree of these with the structure of ``x``. A tensor may require grad and
+broadcasts to ``x``. So for ``x`` of shape ``(B, n)``, one value per sample has the shape ``(B, 1)`` for `Box` and `L1`, which act
+on each element, and ``(B,)`` for `Simplex`, `CappedSimplex`, `L2Ball` and `GroupL2`, which act along the last dimension.
 
-The maps are differentiable to any order wherever the derivatives exist; at a kink they give the derivative of one side. NaN
-in the input gives NaN in the output: every condition is written so that NaN passes.
+The maps are differentiable to any order wherever the derivatives exist; at a kink they return a one-sided derivative. NaN
+in the input gives NaN in the output.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ __all__ = ["Affine", "Box", "CappedSimplex", "GroupL2", "L1", "L2Ball", "NonNega
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Box(Prox):
-    """Bounds on every number: lower ≤ x ≤ upper.
+    """Bounds on every element: lower ≤ x ≤ upper.
 
     Example:
         >>> import torch
@@ -48,7 +48,7 @@ class Box(Prox):
 
     Args:
         lower: a float or a tensor that broadcasts to ``x``; None: no bound.
-        upper: likewise.
+        upper: a float or a tensor that broadcasts to ``x``; None: no bound.
 
     Raises:
         ValueError: if lower > upper somewhere.
@@ -118,8 +118,7 @@ class Simplex(Prox):
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class CappedSimplex(Prox):
-    """0 ≤ x ≤ upper with Σ x = radius along the last dimension, such as the shares of a portfolio in which none may exceed a
-    tenth.
+    """0 ≤ x ≤ upper with Σ x = radius along the last dimension, such as portfolio weights with an upper limit.
 
     Example:
         >>> import torch
@@ -132,8 +131,8 @@ class CappedSimplex(Prox):
         radius: a float, or a tensor that broadcasts to ``x`` without its last dimension, as ``(B,)``.
 
     Raises:
-        ValueError: if one of them is negative; when called, if Σ upper < radius. Where values cannot be read at once, under
-            ``vmap`` or on an accelerator, the result is NaN instead.
+        ValueError: if one of them is negative; when called, if Σ upper < radius. Under ``vmap`` or on an accelerator, where
+            values cannot be read at once, the result is NaN instead.
 
     Source: Wang and Lu (2015), Projection onto the capped simplex.
     """
@@ -181,7 +180,7 @@ class L2Ball(Prox):
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class L1(Prox):
-    """The term weight · ‖x‖₁: numbers smaller than γ · weight become zero, the others shrink by it.
+    """The term weight · ‖x‖₁: elements smaller than γ · weight become zero, and the others shrink by this amount.
 
     Example:
         >>> import torch
@@ -209,7 +208,7 @@ class L1(Prox):
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupL2(Prox):
-    """The term weight · Σ ‖x‖ with one norm for each last dimension: groups become zero as a whole.
+    """The term weight · Σ ‖x‖ with one norm per group along the last dimension: whole groups become zero.
 
     Example:
         >>> import torch
@@ -238,7 +237,7 @@ class GroupL2(Prox):
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Affine(Prox):
-    """Linear equations, matrix · x = right, on the last dimension.
+    """The linear constraint matrix · x = right along the last dimension.
 
     The matrix is factorized once per solve, Aᵀ = Q R, and the projection is x − Q Qᵀ x + Q R⁻ᵀ b.
 
@@ -276,7 +275,7 @@ class Affine(Prox):
         if readable(pivots) and bool((pivots <= least).any()):
             raise ValueError(
                 f"Affine needs linearly independent rows; one of the {r.shape[-1]} is a combination of the others, to within "
-                f"{float(pivots.min()):.1e}. Leave out rows that repeat what others say."
+                f"{float(pivots.min()):.1e}. Remove redundant rows."
             )
         weights = torch.linalg.solve_triangular(r.mT, self.right.to(working).unsqueeze(-1), upper=False)
         return q, (q @ weights).squeeze(-1)

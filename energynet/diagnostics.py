@@ -1,7 +1,7 @@
-"""Measure how well a problem and its answer are conditioned: contraction, curvature, errors, and a solve in words.
+"""Measures the conditioning of a problem and its solution: contraction, curvature, errors; and describes a solve in words.
 
-Everything is measured for each sample through products with A = ∂F/∂x, where F is the optimality condition of a step g(x) =
-x − γ F(x); a matrix is formed only of a few unknowns.
+Everything is measured per sample through products with A = ∂F/∂x, where F is the optimality condition of a step g(x) =
+x − γ F(x); a matrix is formed only for a few unknowns.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ StepLike = Step | Energy | Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Curvature:
-    """The extreme eigenvalues of a Hessian and the step sizes of gradient descent that they imply, sample by sample.
+    """The extreme eigenvalues of a Hessian, and the step sizes of gradient descent that they imply, per sample.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class Curvature:
 
     @property
     def best_step_size(self) -> Tensor:
-        """2/(L + μ), ``(B,)``: the fastest constant one; 1/L where the energy is not strongly convex."""
+        """2/(L + μ), ``(B,)``: the fastest constant step size; 1/L where the energy is not strongly convex."""
         return torch.where(self.smallest > 0, 2 / (self.largest + self.smallest), self.safe_step_size)
 
     @property
@@ -81,7 +81,7 @@ class Curvature:
 
 @dataclasses.dataclass(frozen=True)
 class GradientError:
-    """How far the gradient of a loss is from exact, and why. These are estimates, one tensor for each requested derivative.
+    """Estimates of the error of a loss gradient by its sources, with one tensor for each requested derivative.
 
     Example:
         >>> import torch
@@ -89,8 +89,8 @@ class GradientError:
         tensor(10.)
 
     Args:
-        gradient: the gradient as it comes back from the given point and adjoint.
-        forward: its error because x is not x*; a tighter forward termination reduces it.
+        gradient: the gradient that the given point and adjoint yield.
+        forward: its error because x differs from x*; a tighter forward termination reduces it.
         adjoint: its error because the adjoint equation is solved inexactly, or approximated.
     """
 
@@ -100,18 +100,17 @@ class GradientError:
 
     @property
     def bound(self) -> Tensor:
-        """Twice the length of both errors together, under the assumptions of `solution_error`; 0-d."""
+        """Twice the norm of the sum of both errors, under the assumptions of `solution_error`; 0-d."""
         return 2 * torch.stack([(f + a).norm() for f, a in zip(self.forward, self.adjoint, strict=True)]).norm()
 
     @property
     def relative(self) -> Tensor:
-        """The bound over the length of the gradient; 0-d."""
+        """The bound divided by the norm of the gradient; 0-d."""
         return self.bound / torch.stack([g.norm() for g in self.gradient]).norm()
 
 
 def contraction_factor(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, products: int = 40) -> Tensor:
-    """The spectral radius of ∂g/∂x: the factor by which an iteration shrinks a small error in the long run. Below 1 it
-    converges.
+    """The spectral radius of ∂g/∂x: the asymptotic factor by which an iteration reduces a small error; it converges below 1.
 
     Example:
         >>> import torch
@@ -121,11 +120,11 @@ def contraction_factor(step: StepLike, x: Any, *context: Any, batch_dims: int = 
 
     Args:
         step: g, or a `Step`; an energy as ``GradientStep(energy, step_size)``.
-        x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
-        context: what the step takes besides x.
-        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
-        products: the largest number of Jacobian products. From n on the result is exact; below, it is a good estimate of the
-            outermost eigenvalues.
+        x: the point, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
+        context: the step's other arguments.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; an energy determines it itself.
+        products: the largest number of Jacobian products. With n or more, the result is exact; with fewer, it is a good
+            estimate of the outermost eigenvalues.
 
     Returns:
         ``(B,)``.
@@ -143,7 +142,7 @@ def contraction_factor(step: StepLike, x: Any, *context: Any, batch_dims: int = 
 
 
 def curvature(energy: EnergyLike, x: Any, *context: Any, products: int = 40) -> Curvature:
-    """Smallest and largest curvature of an energy at a point, and the step sizes that they imply.
+    """The smallest and the largest curvature of an energy at a point, and the step sizes that they imply.
 
     Example:
         >>> import torch
@@ -152,9 +151,9 @@ def curvature(energy: EnergyLike, x: Any, *context: Any, products: int = 40) -> 
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``.
-        x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
-        context: what the energy takes besides x.
-        products: the largest number of Hessian products. From n on the result is exact; with fewer, L is slightly
+        x: the point, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
+        context: the energy's other arguments.
+        products: the largest number of Hessian products. With n or more, the result is exact; with fewer, L is slightly
             underestimated and μ overestimated.
 
     Returns:
@@ -183,14 +182,14 @@ def solution_error(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, s
 
     Args:
         step: an `Energy`, a map g, or a `Step`; any other energy as ``GradientStep(energy)``.
-        x: the point to judge: ``(B, ...)``, a pytree of such, or a `Solution`.
-        context: what the step takes besides x.
-        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
-        solver: of the linear equation; default: `Picard` for maps, and for energies `Dense` with up to 50 unknowns per
-            sample, which may be scaled ever so badly, and conjugate gradients with more.
+        x: the point to assess: ``(B, ...)``, a pytree of such, or a `Solution`.
+        context: the step's other arguments.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; an energy determines it itself.
+        solver: solves the linear equation; default: `Picard` for maps; for energies, `Dense` with up to 50 unknowns per
+            sample, which tolerates badly scaled variables, and conjugate gradients with more.
 
     Returns:
-        ``(B,)``; infinite where nothing can be said, because x is too far from x*, or A is singular or, for an energy,
+        ``(B,)``; infinite where there is no bound, because x is too far from x*, or because A is singular or, for an energy,
         indefinite.
 
     Source: Deuflhard (2004), Newton methods for nonlinear problems, sections 2.1 and 2.2.
@@ -199,7 +198,7 @@ def solution_error(step: StepLike, x: Any, *context: Any, batch_dims: int = 1, s
     newton, failed = at.newton(at.x, solver)
     simplified, failed_again = at.newton(at.x - newton, solver)
     size = l2_norm(newton)
-    # Below √ε of x, the second step is made of rounding, and the problem is linear for all that can be seen.
+    # Below √ε of x, the second step consists of rounding errors, and the problem is numerically linear.
     near = size <= torch.finfo(size.dtype).eps ** 0.5 * l2_norm(at.x)
     sure = ~failed & (near | (~failed_again & (2 * l2_norm(simplified) <= 0.5 * size)))
     return torch.where(sure, 2 * size, torch.inf)
@@ -215,10 +214,10 @@ def gradient_error(
     termination: Termination | None = None,
     batch_dims: int = 1,
 ) -> GradientError:
-    """How far d loss(x*)/d wrt is from exact when x is only near x* and the adjoint is only nearly solved.
+    """Estimate the error of d loss(x*)/d wrt that results from an inexact x* and an inexact adjoint.
 
-    The gradient is compared with that of a tight adjoint at the same x, which is compared with the one at x − e, one Newton
-    step further: the error of the latter is of second order. The assumptions are those of `solution_error`.
+    The gradient is compared with that of a tight adjoint at the same x. The latter is compared with the gradient at x − e, one
+    Newton step further, whose error is of second order. The assumptions are those of `solution_error`.
 
     Example:
         >>> import torch
@@ -229,14 +228,14 @@ def gradient_error(
         tensor([[0.1000]])
 
     Args:
-        loss: of the answer, a scalar.
+        loss: maps the solution to a scalar.
         step: an `Energy`, a map g, or a `Step`; any other energy as ``GradientStep(energy)``.
-        x: the point that was used as the answer: ``(B, ...)``, a pytree of such, or a `Solution`.
-        context: what the step takes besides x.
-        wrt: tensors that require grad, of the context or the step's parameters.
-        adjoint: the adjoint whose gradients are judged; default `ImplicitAdjoint`.
-        termination: of the forward solve, which an adjoint without its own takes; default `Termination`.
-        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
+        x: the point that was used as the solution: ``(B, ...)``, a pytree of such, or a `Solution`.
+        context: the step's other arguments.
+        wrt: tensors that require grad, from the context or the step's parameters.
+        adjoint: the adjoint whose gradients are assessed; default `ImplicitAdjoint`.
+        termination: that of the forward solve, which is the adjoint's default; default `Termination`.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; an energy determines it itself.
 
     Returns:
         `GradientError`, its tensors like ``wrt``.
@@ -251,29 +250,29 @@ def gradient_error(
         shapes = [tuple(t.shape) for t in wrt if not t.requires_grad]
         seen = f"those of shapes {shapes} do not require grad" if wrt else "none was given"
         raise ValueError(
-            f"wrt names the tensors whose gradient is judged, but {seen}: pass parameters, or context after requires_grad_()."
+            f"wrt must contain the tensors whose gradient is assessed, but {seen}: pass parameters, or context after "
+            "requires_grad_()."
         )
     if not isinstance(adjoint, RootAdjoint):
-        raise TypeError(f"{adjoint!r} differentiates the iterations, not the solution: only their result x is known here.")
+        raise TypeError(f"{adjoint!r} differentiates the iterations, but only their result x is known here.")
     if isinstance(adjoint, ImplicitAdjoint) and adjoint.termination is None:
         adjoint = dataclasses.replace(adjoint, termination=termination or Termination())
     at = Linearized.of(step, x, context, batch_dims)
-    # Up to a hundred times tighter than the default: as far as the dtype allows.
+    # Up to a hundred times tighter than the default, as far as the dtype allows.
     eps = torch.finfo(at.x.dtype).eps
     tight = Termination(rtol=max(0.01 * eps**0.5, 1000 * eps), max_steps=10_000)
     exact = ImplicitAdjoint(getattr(adjoint, "solver", None), tight)
     newton, failed = at.newton(at.x, exact.solver)
     if bool(failed.any()):
-        raise ConvergenceError(f"No Newton step could be taken for {samples(failed)}: x is no strict minimum of the energy, or "
-                               "no attracting fixed point of the map. Solve more tightly first.")  # fmt: skip
+        raise ConvergenceError(f"No Newton step could be taken for {samples(failed)}: x is not a strict minimum of the energy, "
+                               "or not an attracting fixed point of the map. Solve more tightly first.")  # fmt: skip
     given, solved = (_gradient(loss, at, at.x, context, wrt, a) for a in (adjoint, exact))
     corrected = _gradient(loss, at, at.x - newton, context, wrt, exact)
     return GradientError(given, _minus(solved, corrected), _minus(given, solved))
 
 
 def explain(solution: Solution) -> str:
-    """Describe a solve in words: how many samples converged, the slowest, the estimated errors, and what happened to the
-    others.
+    """Describe a solve in words: the number of converged samples, the slowest one, the estimated errors, and the failures.
 
     Example:
         >>> import torch
@@ -282,14 +281,14 @@ def explain(solution: Solution) -> str:
         2 of 2 samples converged. The slowest, sample 0, took 1 step. Estimated errors lie between ..., in units of x.
 
     Args:
-        solution: of `minimize`, `fixed_point` or a layer's ``solve``.
+        solution: the result of `minimize`, `fixed_point` or a layer's ``solve``.
 
     Raises:
         ValueError: under vmap, where values cannot be read.
     """
     status, steps, error = solution.status, solution.num_steps, solution.error
     if not readable(status):
-        raise ValueError("Under vmap a solution stands for many, and no value can be read. Explain what vmap returns instead.")
+        raise ValueError("Under vmap a solution's values cannot be read. Call explain on the solution that vmap returns instead.")
     if not status.numel():
         return "There are no samples."
     most, finite = int(steps.amax()), error[torch.isfinite(error)]
@@ -401,13 +400,13 @@ class Linearized:
 
     @property
     def _default_solver(self) -> Solver:
-        """Of a few unknowns the whole Hessian, since conjugate gradients stop early where variables are badly scaled."""
+        """The whole Hessian for few unknowns, since conjugate gradients stop early where variables are badly scaled."""
         if not self.step.symmetric:
             return Picard()
         return Dense() if self.x.shape[-1] <= FEW else ConjugateGradient()
 
     def newton(self, x: Tensor, solver: Solver | None) -> tuple[Tensor, Tensor]:
-        """A⁻¹F(x), with A at this point, and where that failed, ``(*batch)``."""
+        """A⁻¹F(x), with A at this point, and the samples for which it failed, ``(*batch)``."""
         with recording(x) as x, torch.no_grad():
             return self.solve(self.residual(x), solver, Termination(max_steps=10_000))
 
@@ -426,13 +425,13 @@ class Linearized:
             return state.x * l2_norm(right).to(v.dtype).unsqueeze(-1), state.status != Status.CONVERGED
 
 
-FEW = 50  # unknowns, whose Hessian costs less than to be wrong
-ANYWHERE = Termination(atol=1e30, rtol=0.0, max_steps=0)  # takes any point for the answer
+FEW = 50  # the number of unknowns up to which the whole Hessian is formed for the sake of accuracy
+ANYWHERE = Termination(atol=1e30, rtol=0.0, max_steps=0)  # accepts any point as the solution
 
 
 def _gradient(loss: Callable[[Any], Tensor], at: Linearized, x: Tensor, context: tuple[Any, ...], wrt: Sequence[Tensor],
               adjoint: Adjoint) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradient that comes back if x is taken for the answer."""
+    """The gradient if x is accepted as the solution."""
     start = at.layout.unravel(x)
     with torch.enable_grad():
         taken = fixed_point(at.step, start, *context, batch_dims=at.layout.batch_dims, termination=ANYWHERE, adjoint=adjoint)

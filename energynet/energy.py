@@ -31,18 +31,18 @@ class Energy(nn.Module, ABC):
 
     @abstractmethod
     def evaluate(self, x: Any, *code: Any) -> Tensor:
-        """The energy of each sample.
+        """The energy per sample.
 
         Args:
             x: the variable, a tensor ``(B, ...)`` or a pytree of such.
-            code: what `encode` returned; the context itself where `encode` is not overridden.
+            code: the result of `encode`; the context itself if `encode` is not overridden.
 
         Returns:
             ``(B,)``, or a 0-d tensor for one problem without a batch dimension.
         """
 
     def encode(self, *context: Any) -> Any:
-        """Compute what does not depend on ``x``, once per solve; a tuple is passed to `evaluate` as its arguments."""
+        """Compute everything that does not depend on ``x``, once per solve; a tuple is unpacked as arguments of `evaluate`."""
         return context
 
     def start(self, *context: Any) -> Any:
@@ -52,7 +52,7 @@ class Energy(nn.Module, ABC):
             ValueError: unless overridden.
         """
         raise ValueError(
-            f"{type(self).__name__} does not say where a solve starts. Pass x0=..., give the layer start=..., or "
+            f"{type(self).__name__} does not define an initial point. Pass x0=..., give the layer start=..., or "
             f"define {type(self).__name__}.start(*context)."
         )
 
@@ -62,7 +62,7 @@ class Energy(nn.Module, ABC):
 
 
 def encode(energy: EnergyLike, context: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The code of an energy: what `Energy.encode` returns as a tuple, or the context of a plain callable."""
+    """The code of an energy: the result of `Energy.encode` as a tuple, or the context of a plain callable."""
     if not isinstance(energy, Energy):
         return context
     code = energy.encode(*context)
@@ -75,7 +75,7 @@ def evaluate(energy: EnergyLike, x: Any, code: tuple[Any, ...]) -> Tensor:
 
 
 def gradient(energy: EnergyLike, x: Any, *context: Any) -> Any:
-    """The gradient of an energy with respect to its variable, for each sample.
+    """The gradient of an energy with respect to its variable, per sample.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ def gradient(energy: EnergyLike, x: Any, *context: Any) -> Any:
     Args:
         energy: E(x, \\*context) -> ``(B,)``.
         x: a tensor ``(B, ...)`` or a pytree of such.
-        context: what the energy takes besides ``x``.
+        context: the energy's other arguments.
 
     Returns:
         Like ``x``; differentiable again under autograd and ``torch.func``.

@@ -1,4 +1,4 @@
-"""Exact gradients for answers that another solver has found."""
+"""Exact gradients for the solutions of an external solver."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ def implicit(
     adjoint: Adjoint | None = None,
     on_failure: OnFailure = "raise",
 ) -> Callable[..., Any]:
-    """Make any solver differentiable to any order, by means of the condition that its answers satisfy.
+    """Make any solver differentiable to any order, by means of the condition that its solutions satisfy.
 
     Example:
         >>> import torch
@@ -47,20 +47,20 @@ def implicit(
     Args:
         solve: (\\*context) -> x, a tensor or a pytree of such. It is called without gradients and on plain tensors; under
             ``vmap`` it is called once per index.
-        optimality: F(x, \\*context) -> like x, zero at the answer: a gradient, a residual, g(x) − x.
-        symmetric: whether ∂F/∂x is symmetric, as that of a gradient is.
+        optimality: F(x, \\*context) -> like x, zero at the solution: a gradient, a residual, g(x) − x.
+        symmetric: whether ∂F/∂x is symmetric, as it is if F is a gradient.
         batch_dims: 1 if the leading dimension of x counts samples that do not depend on one another; 0 is always correct.
         termination: how accurately x must satisfy the condition, and how accurately the adjoint equation is solved; default
-            `Termination`. With a ``budget`` x need not satisfy it, and is differentiated as if it did.
-        adjoint: default `ImplicitAdjoint`, by MINRES where symmetric, whatever the signs, else by GMRES.
-        on_failure: what to do if x does not meet the condition: "raise", "warn" or "ignore".
+            `Termination`. With a ``budget``, x need not satisfy it, and is differentiated as if it did.
+        adjoint: default `ImplicitAdjoint`: by MINRES if symmetric (definite or not), otherwise by GMRES.
+        on_failure: what to do if x does not satisfy the condition: "raise", "warn" or "ignore".
 
     Returns:
-        A function of the context with the value of ``solve``.
+        A differentiable function of the context with the same result as ``solve``.
 
     Raises:
-        ConvergenceError: by that function, if x does not satisfy the condition, or there is no gradient.
-        TypeError: by that function, if ``solve`` returns anything but tensors.
+        ConvergenceError: by that function, if x does not satisfy the condition, or if the gradient does not exist.
+        TypeError: by that function, if ``solve`` returns anything except tensors.
 
     Source: Christianson (1994); Blondel et al. (2022), Efficient and modular implicit differentiation.
     """
@@ -82,7 +82,7 @@ def implicit(
             ).value  # fmt: skip
         except ConvergenceError as error:
             raise ConvergenceError(
-                f"The answer of {getattr(solve, '__name__', solve)} does not meet its optimality condition. {error}"
+                f"The result of {getattr(solve, '__name__', solve)} does not satisfy its optimality condition. {error}"
             ) from error
 
     return solved
@@ -93,7 +93,7 @@ class _GivenState(NamedTuple):
 
 
 class _Given(Solver):
-    """Stays where it is: the answer is given, and only its condition is evaluated."""
+    """Does not move: the solution is given, and only its condition is evaluated."""
 
     def init(self, problem: Problem, x0: Tensor) -> _GivenState:
         return _GivenState(problem.residual(x0))
@@ -106,7 +106,7 @@ class _Given(Solver):
 
 
 def _call(solve: Callable[..., Any], context: tuple[Any, ...]) -> Any:
-    """The black box, on plain tensors even under transforms."""
+    """Call the black box on plain tensors, even under transforms."""
     leaves, spec = _tree.flatten(context)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     specs: list[Any] = []
@@ -119,7 +119,7 @@ def _call(solve: Callable[..., Any], context: tuple[Any, ...]) -> Any:
         if wrong or not results:
             raise TypeError(
                 f"{getattr(solve, '__name__', solve)} returned {wrong[0] if wrong else 'nothing'}; it must return tensors. "
-                "Convert the result, as by torch.from_numpy(...)."
+                "Convert the result, for example by torch.from_numpy(...)."
             )
         specs[:] = [found]
         return tuple(results)
@@ -129,11 +129,11 @@ def _call(solve: Callable[..., Any], context: tuple[Any, ...]) -> Any:
 
 
 class _BlackBox(torch.autograd.Function):
-    """A call without derivatives: they come from the optimality condition."""
+    """A call without derivatives, because they come from the optimality condition."""
 
     @staticmethod
     def forward(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        # A copy: the black box may hand back its input, or keep its output to itself.
+        # The results are copied, because the black box may return its input or reuse its output.
         return tuple(t.detach().clone() for t in call(*(t.detach() for t in tensors)))
 
     @staticmethod

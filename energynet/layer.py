@@ -1,4 +1,4 @@
-"""Layers: `FPI_GD` and `FPI_NN` store configuration, and no result of a call."""
+"""The layers `FPI_GD` and `FPI_NN`, which store configuration but no results."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Start = Tensor | Callable[..., Any] | dict[str, Any] | tuple[Any, ...] | list[An
 
 
 class _Layer(nn.Module, ABC):
-    """What both layers share: configuration, and the value of a solve as the result of a call."""
+    """The base class of both layers: it stores the configuration, and a call returns the value of a solve."""
 
     start: Any
 
@@ -37,7 +37,7 @@ class _Layer(nn.Module, ABC):
         self.driver = driver
 
     def _register(self, name: str, value: Any) -> None:
-        """Parameters inside a step, prox, bound method or callable object are the layer's, as those of a module are."""
+        """Set an attribute; parameters inside a step, prox, bound method or callable object become the layer's own."""
         setattr(self, name, value)
         if not isinstance(value, nn.Module) and (held := Held(value)):
             setattr(self, f"held_{name}", held)
@@ -49,19 +49,19 @@ class _Layer(nn.Module, ABC):
         return self
 
     def _now(self, name: str) -> Any:
-        """What was registered under a name, with the tensors that the layer has now."""
+        """The value that was registered under a name, with the layer's current tensors."""
         held = getattr(self, f"held_{name}", None)
         return getattr(self, name) if held is None else held.value()
 
     @abstractmethod
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
-        """The answer and how the solve went."""
+        """Return the `Solution`, with the value, status, error and number of steps per sample."""
 
     def forward(self, *context: Any, x0: Any = None) -> Any:  # -> like x0
         return self.solve(*context, x0=x0).value
 
     def _typed(self, *arguments: str) -> str:
-        """The call that makes this layer, with its solver, as far as it can be printed."""
+        """The constructor call of this layer, with its solver, as far as it can be printed."""
         options = {name: getattr(self, name) for name in ("start", "solver", "termination", "adjoint", "driver")}
         shown = {name: _value(value) for name, value in options.items() if value is not None}
         if self.on_failure != "raise":
@@ -70,7 +70,7 @@ class _Layer(nn.Module, ABC):
 
 
 class FPI_GD(_Layer):
-    """The minimizer of an energy as a layer: a gradient step that is iterated to its fixed point.
+    """A layer that returns the minimizer of an energy, by iterating a gradient step to its fixed point.
 
     Example:
         >>> import torch
@@ -81,21 +81,21 @@ class FPI_GD(_Layer):
     Args:
         energy: E(x, \\*context) -> ``(B,)``, an `Energy`, a module or any callable.
         step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``. A `torch.nn.Parameter` is registered, and a
-            tensor becomes a buffer. None: it is estimated per sample, and halved where it turns out to be too large.
+            tensor becomes a buffer. None: it is estimated per sample, and halved if it turns out to be too large.
         prox: the proximal map of constraints and nonsmooth terms, as for `minimize`.
         start: the initial point when a call passes no ``x0``: a tensor, a pytree or a callable of the context, such as a
-            network that predicts the answer (which gets no gradient, since the answer does not depend on it); default:
+            network that predicts the solution (it gets no gradient, since the solution does not depend on it); default:
             ``energy.start``.
         solver: default `Picard`, which takes gradient steps; `LBFGS` and others need fewer evaluations.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients; ``ImplicitAdjoint(Picard())`` is the paper's backward
             fixed-point iteration.
         on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
-        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
+        driver: runs the loop: `Eager`, the default, in Python, or `Compiled`, as a program compiled at the first call.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; None follows the energy.
 
     Raises:
-        TypeError, ValueError: if an option is not what it must be.
+        TypeError, ValueError: if an option has the wrong type or value.
 
     Source: arXiv 2002.02868, FPI_GD.
     """
@@ -131,12 +131,12 @@ class FPI_GD(_Layer):
         self._configure(solver, termination, adjoint, on_failure, driver)
 
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
-        """Return the minimizer and how the solve went.
+        """Return the minimizer with the status, error and number of steps per sample.
 
         Args:
-            context: what the energy takes besides x.
-            x0: the initial point; it does not change the answer of an energy with one minimizer.
-            trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
+            context: the energy's other arguments.
+            x0: the initial point; if the energy has only one minimizer, the solution does not depend on it.
+            trace: whether to store residuals, energies and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:
             default = self.energy.start if isinstance(self.energy, Energy) else None
@@ -153,7 +153,7 @@ class FPI_GD(_Layer):
 
 
 class FPI_NN(_Layer):
-    """The fixed point of a network as a layer, x = g(x, \\*context).
+    """A layer that returns the fixed point of a network, x = g(x, \\*context).
 
     Example:
         >>> import torch
@@ -172,10 +172,10 @@ class FPI_NN(_Layer):
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by the backward fixed-point iteration.
         on_failure: what to do about samples that do not converge: "raise", "warn" or "ignore".
-        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
+        driver: runs the loop: `Eager`, the default, in Python, or `Compiled`, as a program compiled at the first call.
 
     Raises:
-        TypeError, ValueError: if an option is not what it must be.
+        TypeError, ValueError: if an option has the wrong type or value.
 
     Source: arXiv 2002.02868, FPI_NN.
     """
@@ -202,12 +202,12 @@ class FPI_NN(_Layer):
         self._configure(solver, termination, adjoint, on_failure, driver)
 
     def solve(self, *context: Any, x0: Any = None, trace: bool = False) -> Solution:
-        """Return the fixed point and how the solve went.
+        """Return the fixed point with the status, error and number of steps per sample.
 
         Args:
-            context: what the network takes besides x.
-            x0: the initial point; it does not change the answer of a contraction.
-            trace: keep residuals and iterates of every step in ``Solution.trace``.
+            context: the network's other arguments.
+            x0: the initial point; if the network is a contraction, the solution does not depend on it.
+            trace: whether to store residuals and iterates of every step in ``Solution.trace``.
         """
         if x0 is None:
             x0 = _start(self._now("start"), None, context, self)
@@ -222,7 +222,7 @@ class FPI_NN(_Layer):
 
 
 class _Held(nn.Module):
-    """A pytree of tensors that moves with the module that holds it."""
+    """A pytree of tensors that moves with the module that contains it."""
 
     def __init__(self, tree: Any) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class _Held(nn.Module):
 
 
 class _Shape:
-    """Prints as a tensor's shape."""
+    """An object that prints as a tensor's shape."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tuple(tensor.shape)
@@ -254,7 +254,7 @@ class _Starts(Protocol):
 
 
 def _hold(module: "_Layer", name: str, value: Any) -> None:
-    """A tensor as a buffer, a pytree as a module of buffers; parameters, modules and numbers as they are."""
+    """Store a tensor as a buffer and a pytree as a module of buffers; register parameters, modules and numbers directly."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(name, value)
     elif isinstance(value, (dict, tuple, list)):
@@ -266,7 +266,7 @@ def _hold(module: "_Layer", name: str, value: Any) -> None:
 def _start(start: Start | None, default: _Starts | None, context: tuple[Any, ...], layer: nn.Module) -> Any:
     if start is None and default is None:
         raise ValueError(
-            f"{type(layer).__name__} was given no x0 and no start. Call it with x0=..., or construct it with start=, a tensor "
+            f"{type(layer).__name__} was given no x0 and no start. Call it with x0=..., or construct it with start=..., a tensor "
             "or a callable of the context such as torch.zeros_like."
         )
     if start is None:
@@ -277,7 +277,7 @@ def _start(start: Start | None, default: _Starts | None, context: tuple[Any, ...
 
 
 def _value(value: Any) -> str:
-    """A tensor by its shape, a function by its name, anything else as it prints itself."""
+    """The text for a value: the shape of a tensor, the name of a function, the repr of anything else."""
     if isinstance(value, Tensor):
         return repr(_Shape(value))
     return repr(value) if isinstance(value, nn.Module) else getattr(value, "__name__", None) or repr(value)

@@ -1,11 +1,11 @@
-"""Losses that shape an energy: the truth is to have a lower energy than every other answer.
+"""Losses that shape an energy such that the true answer has a lower energy than all other answers.
 
-All but `soft_f1` take energies ``(B,)``, those of the truth and those of what the energy prefers, and give one value per
-sample, ``(B,)``; take the mean for a batch. The answers are usually found without a graph, by `energynet.minimize` under
-``torch.no_grad()`` or a few steps of descent, and their energies are then evaluated with one: the derivative of a minimum
-with respect to parameters does not need that of the minimizer. A loss of the answer itself, such as a squared error, needs
-none of this: it is differentiated through the solve. `denoising_score_matching` needs no answers either: it shapes
-the gradient of an energy from clean samples.
+Most of them take energies ``(B,)`` of the true answers and of the answers that the energy prefers, and return one value per
+sample, ``(B,)``; take the mean over a batch. The answers are usually computed without a graph, by `energynet.minimize` under
+``torch.no_grad()`` or by a few descent steps, and their energies are then evaluated with a graph: the derivative of a minimum
+with respect to parameters does not contain that of the minimizer. A loss of the answer itself, such as a squared error, does not
+need these functions, because it is differentiated through the solve. `denoising_score_matching` needs no answers either: it
+shapes the gradient of an energy from clean samples.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ __all__ = [
 
 
 def perceptron(truth: Tensor, lowest: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
-    """E(y) − min E: how far the truth lies above the lowest energy.
+    """E(y) − min E, the difference between the energy of the true answer and the lowest energy.
 
-    It is zero where the truth is the minimizer, and asks for no margin: an energy that is constant has no loss.
+    It is zero if the true answer is the minimizer, and it requires no margin: a constant energy has zero loss.
 
     Example:
         >>> perceptron(torch.tensor([2.0, 1.0]), torch.tensor([0.5, 1.0]))
@@ -42,7 +42,7 @@ def perceptron(truth: Tensor, lowest: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
         lowest: energies of the minimizers.
 
     Returns:
-        ``(B,)``; negative where what is called lowest is not.
+        ``(B,)``; negative where ``lowest`` is not the lowest energy.
 
     Raises:
         ValueError: if the shapes differ.
@@ -54,10 +54,10 @@ def perceptron(truth: Tensor, lowest: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
 
 
 def hinge(truth: Tensor, wrong: Tensor, margin: float | Tensor = 1.0) -> Tensor:  # (B,), (B,) -> (B,)
-    """max(0, margin + E(y) − E(ŷ)): the truth is to lie below a wrong answer by a margin.
+    """max(0, margin + E(y) − E(ŷ)): the energy of the true answer should be lower than that of a wrong one by a margin.
 
-    With the cost Δ(ŷ, y) of the wrong answer as the margin, and the minimizer of E − Δ as the wrong answer, see
-    `CostAugmented`, this is the structured hinge loss: it bounds the cost of the minimizer of E from above.
+    If the margin is the cost Δ(ŷ, y) of the wrong answer, and the wrong answer is the minimizer of E − Δ (see
+    `CostAugmented`), this is the structured hinge loss: an upper bound of the cost of the minimizer of E.
 
     Example:
         >>> hinge(torch.tensor([2.0, 0.0]), torch.tensor([2.5, 3.0]))
@@ -67,7 +67,7 @@ def hinge(truth: Tensor, wrong: Tensor, margin: float | Tensor = 1.0) -> Tensor:
 
     Args:
         truth: energies of the true answers.
-        wrong: energies of wrong answers: the lowest among them, or the most violating.
+        wrong: energies of wrong answers: of the one with the lowest energy, or of the most violating one.
         margin: a float, or one value per sample.
 
     Returns:
@@ -84,7 +84,7 @@ def hinge(truth: Tensor, wrong: Tensor, margin: float | Tensor = 1.0) -> Tensor:
 
 
 def logistic(truth: Tensor, wrong: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
-    """log(1 + exp(E(y) − E(ŷ))): a hinge without a corner, whose margin has no end.
+    """log(1 + exp(E(y) − E(ŷ))): a smooth hinge loss with an infinite margin.
 
     Example:
         >>> logistic(torch.tensor([1.0]), torch.tensor([1.0]))
@@ -107,7 +107,7 @@ def logistic(truth: Tensor, wrong: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
 
 
 def square_square(truth: Tensor, wrong: Tensor, margin: float | Tensor = 1.0) -> Tensor:  # (B,), (B,) -> (B,)
-    """E(y)² + max(0, margin − E(ŷ))²: truths at zero energy, wrong answers above the margin; for energies that are not negative.
+    """E(y)² + max(0, margin − E(ŷ))²: zero energy for true answers, energies above the margin for wrong ones; for E ≥ 0.
 
     Example:
         >>> square_square(torch.tensor([2.0, 0.0]), torch.tensor([0.5, 3.0]))
@@ -133,9 +133,9 @@ def square_square(truth: Tensor, wrong: Tensor, margin: float | Tensor = 1.0) ->
 def value_regression(energy: Tensor, quality: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
     """Cross-entropy between the value σ(−E) of an answer, good or bad, and its known quality.
 
-    An energy so trained says how good any answer is; its minimizer is the answer that it holds to be best. The loss is
-    lowest, and equal to the entropy of the quality, where σ(−E) is the quality; for the truth, whose quality is 1, that is at
-    E → −∞.
+    An energy that is trained by this loss predicts the quality of any answer, and its minimizer has the highest predicted
+    quality. The loss is minimal, and equal to the entropy of the quality, if σ(−E) is the quality; for the true answer, whose
+    quality is 1, this is the limit E → −∞.
 
     Example:
         >>> value_regression(torch.tensor([0.0, -5.0]), torch.tensor([0.5, 1.0]))
@@ -143,7 +143,7 @@ def value_regression(energy: Tensor, quality: Tensor) -> Tensor:  # (B,), (B,) -
 
     Args:
         energy: energies of answers.
-        quality: what they are worth, between 0 and 1, such as their `soft_f1`.
+        quality: their quality, between 0 and 1, such as their `soft_f1`.
 
     Returns:
         ``(B,)``.
@@ -158,9 +158,9 @@ def value_regression(energy: Tensor, quality: Tensor) -> Tensor:  # (B,), (B,) -
 
 
 def soft_f1(predicted: Tensor, labels: Tensor) -> Tensor:  # (B, L), (B, L) -> (B,)
-    """The F1 of a set of labels of which each may be in to a part: 2 Σ min(p, y) / Σ (p + y).
+    """The F1 score for labels with fractional membership: 2 Σ min(p, y) / Σ (p + y).
 
-    For p of zeros and ones it is the F1 of the set. Two empty sets have 1.
+    If p contains only zeros and ones, this is the usual F1 score. Two empty sets have the score 1.
 
     Example:
         >>> soft_f1(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -187,10 +187,10 @@ def soft_f1(predicted: Tensor, labels: Tensor) -> Tensor:  # (B, L), (B, L) -> (
 
 def denoising_score_matching(energy: EnergyLike, x: Tensor, *context: Any, sigma: float | Tensor, noise: Tensor | None = None
                              ) -> Tensor:  # (B, ...) -> (B,)  # fmt: skip
-    r"""½‖σ ∇E(x + σε) − ε‖²: the gradient of E is to point from a noisy sample to the clean one; no solve is needed.
+    r"""½‖σ ∇E(x + σε) − ε‖²: the negative gradient of E should point from a noisy sample to the clean one; no solve is needed.
 
-    In the mean over samples and noise ε it is least where exp(−E) is, up to a factor, the density of noisy samples; one
-    gradient step x − σ²∇E(x) is then the best estimate of the clean one.
+    The mean over samples and noise ε is minimal if exp(−E) is proportional to the density of noisy samples; then one gradient
+    step x − σ²∇E(x) is the best estimate of the clean sample.
 
     Example:
         >>> x, variance = 2 * torch.randn(1000, 3), torch.tensor(4.0 + 1.0)
@@ -201,9 +201,9 @@ def denoising_score_matching(energy: EnergyLike, x: Tensor, *context: Any, sigma
     Args:
         energy: E(x, \\*context) -> ``(B,)``, a negative log-density up to a constant.
         x: clean samples ``(B, ...)``.
-        context: of the energy.
-        sigma: standard deviation of the noise, a number or one per sample ``(B,)``.
-        noise: ε, like x, if the context depends on it; drawn if it is not given.
+        context: the energy's other arguments.
+        sigma: the standard deviation of the noise, a number or one per sample ``(B,)``.
+        noise: ε, like x; pass it if the context depends on it. None: it is drawn at random.
 
     Returns:
         ``(B,)``, to be differentiated with respect to the parameters of E.
@@ -227,7 +227,7 @@ def denoising_score_matching(energy: EnergyLike, x: Tensor, *context: Any, sigma
 
 @final
 class CostAugmented(Energy):
-    """E(x, \\*context) − Δ(x, y): its minimizer is the answer that violates the margin most, which `hinge` takes.
+    """E(x, \\*context) − Δ(x, y), whose minimizer is the answer that violates the margin most, for use in `hinge`.
 
     Example:
         >>> from energynet import minimize
@@ -252,7 +252,7 @@ class CostAugmented(Energy):
         self.energy, self.cost = energy, cost
 
     def encode(self, y: Any, *context: Any) -> tuple[Any, ...]:
-        """The truth, and the code of the energy's own context."""
+        """The true answer, and the code of the energy's own context."""
         return y, *encode(self.energy, context)
 
     def evaluate(self, x: Any, y: Any, *code: Any) -> Tensor:
@@ -264,5 +264,5 @@ def _refuse_shapes(name: str, first: Tensor, second: Tensor, margin: float | Ten
     if len(set(shapes)) > 1:
         raise ValueError(
             f"{name} compares sample by sample, but got shapes {', '.join(str(tuple(shape)) for shape in shapes)}, which would "
-            "broadcast. Likely one of them lacks the batch dimension, or has a trailing dimension of one."
+            "broadcast. Likely cause: one of them lacks the batch dimension, or has a trailing dimension of one."
         )

@@ -1,4 +1,4 @@
-"""Pictures of a solve, on matplotlib: ``pip install energynet[plot]``. None of them calls ``plt.show()``."""
+"""Plots of a solve with matplotlib (``pip install energynet[plot]``). None of the functions calls ``plt.show()``."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
-    """Plot the estimated error of each sample over the steps on a log scale, and the energies, if there are any, on a second
-    axis.
+    """Plot the estimated errors over the steps on a log scale, and the energies, if there are any, on a second axis.
 
     Example:
         >>> import torch
@@ -26,8 +25,8 @@ def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
         'log'
 
     Args:
-        trace: of a solve with ``trace=True``: ``error`` ``(T + 1, B)`` and ``energy``, the same or None.
-        ax: where to draw; default: new axes. The energies are drawn on a twin of these axes, dashed.
+        trace: the trace of a solve with ``trace=True``: ``error`` ``(T + 1, B)`` and ``energy``, of the same shape or None.
+        ax: the axes to draw on; default: new axes. The energies are drawn as dashed lines on a twin of these axes.
 
     Returns:
         The axes of the errors.
@@ -37,7 +36,7 @@ def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
     count = error.shape[1]
     alpha = max(0.15, min(1.0, 8 / max(count, 1)))
     for k, column in enumerate(error.T):
-        shown = torch.where(column > 0, column, torch.nan)[: _moving(column)]  # a log scale has no place for 0
+        shown = torch.where(column > 0, column, torch.nan)[: _moving(column)]  # a log scale cannot show 0
         ax.plot(shown.tolist(), color=_color(k), alpha=alpha, marker="o" if len(shown) <= 20 else None, markersize=3,
                 label=f"sample {k}")  # fmt: skip
     ax.set(yscale="log", xlabel="step", ylabel="error")
@@ -52,7 +51,7 @@ def plot_trace(trace: Any, ax: "Axes | None" = None) -> "Axes":
 
 
 def _moving(column: Tensor) -> int:
-    """How many points a sample has until it stops moving; the later ones need no line."""
+    """The number of points until a sample stops moving; later points are not drawn."""
     changes = (column != column[-1]).nonzero()
     return int(changes.amax()) + 2 if len(changes) else 1
 
@@ -76,7 +75,7 @@ def plot_landscape(
 ) -> "Axes":
     """Plot level lines of an energy of two variables, and the path of the iterates.
 
-    Levels are evenly spaced. Where a few percent of the area lie far below the rest, as in the valley of the Rosenbrock
+    Levels are evenly spaced. If a few percent of the area lie far below the rest, as in the valley of the Rosenbrock
     function, they are evenly spaced in the logarithm of the height above the lowest point.
 
     Example:
@@ -86,19 +85,19 @@ def plot_landscape(
         (np.float64(-1.0), np.float64(1.0))
 
     Args:
-        energy: E(x, \\*context) -> ``(B,)`` of x ``(B, 2)``.
-        xlim: range of the first variable.
-        ylim: range of the second variable.
-        context: what the energy takes besides x, for one sample: ``(1, ...)``.
-        path: iterates ``(T + 1, 2)``, or ``(T + 1, B, 2)`` for several samples, as ``Trace.value`` is.
-        ax: where to draw; default: new axes.
-        points: number of grid points along each side.
+        energy: E(x, \\*context) -> ``(B,)`` for x ``(B, 2)``.
+        xlim: the range of the first variable.
+        ylim: the range of the second variable.
+        context: the energy's other arguments for one sample: ``(1, ...)``.
+        path: iterates ``(T + 1, 2)``, or ``(T + 1, B, 2)`` for several samples, like ``Trace.value``.
+        ax: the axes to draw on; default: new axes.
+        points: the number of grid points along each side.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if the path is not of two variables.
+        ValueError: if the path does not have two variables.
     """
     ax = _axes(ax)
     x, y = torch.linspace(*xlim, points, dtype=torch.float64), torch.linspace(*ylim, points, dtype=torch.float64)
@@ -115,7 +114,7 @@ def _heights(energy: EnergyLike, x: Tensor, y: Tensor, context: tuple[Any, ...])
         tensors = [t for t in context if isinstance(t, Tensor) and t.is_floating_point()]
         like = (tensors or list(_parameters(energy)) or [x])[0]
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2).to(like)
-        # One sample at a time, so that the context of one serves, whatever its shapes.
+        # One sample at a time, so that the context for one sample suffices, whatever its shapes.
         height = torch.func.vmap(lambda p: energy(p[None], *context).sum(), chunk_size=4096)(grid)
     return height.reshape(len(y), len(x)).double().cpu()
 
@@ -128,9 +127,9 @@ def _draw_levels(x: Tensor, y: Tensor, height: Tensor, ax: "Axes") -> None:
     from matplotlib.colors import BoundaryNorm
 
     levels = _levels(height)
-    if len(levels) < 2:  # a constant
+    if len(levels) < 2:  # a constant energy
         return
-    # One color for each band, whatever the spacing of the levels.
+    # One color per band, independent of the spacing of the levels.
     norm = BoundaryNorm(levels, 256, extend="both")
     grid = x.tolist(), y.tolist(), height.tolist()
     bands = ax.contourf(*grid, levels=levels, norm=norm, cmap="viridis", alpha=0.55, extend="both")
@@ -139,7 +138,7 @@ def _draw_levels(x: Tensor, y: Tensor, height: Tensor, ax: "Axes") -> None:
 
 
 def _levels(height: Tensor, count: int = 19) -> list[float]:
-    """Heights of the level lines, ascending; none for a constant."""
+    """The heights of the level lines in ascending order; none for a constant energy."""
     low = height[torch.isfinite(height)].amin()
     above = (height - low)[torch.isfinite(height) & (height > low)]
     if not len(above):
@@ -176,10 +175,9 @@ def _once(label: str, k: int) -> str | None:
 
 
 def plot_spectrum(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, ax: "Axes | None" = None) -> "Axes":
-    """Plot the eigenvalues of ∂g/∂x in the complex plane for each sample: the iteration converges if all lie inside the unit
-    circle.
+    """Plot the eigenvalues of ∂g/∂x in the complex plane: the iteration converges if all lie inside the unit circle.
 
-    This forms the matrix by n products, so use it for small n.
+    This function forms the matrix by n products, so use it only for small n.
 
     Example:
         >>> import torch
@@ -188,10 +186,10 @@ def plot_spectrum(step: StepLike, x: Any, *inputs: Any, batch_dims: int = 1, ax:
 
     Args:
         step: g, or a `Step`; an energy as ``GradientStep(energy, step_size)``.
-        x: where, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
-        inputs: what the step takes besides x.
-        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; read off an energy.
-        ax: where to draw; default: new axes.
+        x: the point, usually x*: ``(B, ...)``, a pytree of such, or a `Solution`.
+        inputs: the step's other arguments.
+        batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem; an energy determines it itself.
+        ax: the axes to draw on; default: new axes.
 
     Returns:
         The axes.

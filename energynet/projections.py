@@ -1,4 +1,4 @@
-"""Formulas of the proximal maps on one tensor, how they act on pytrees, and the checks of bounds and weights."""
+"""The formulas of the proximal maps on one tensor, their application to pytrees, and the checks of bounds and weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,13 @@ from energynet._torch.autodiff import readable
 
 
 def clip(x: Tensor, lower: Any, upper: Any) -> Tensor:
-    """On a bound the derivative is that of the inside; torch.maximum would halve it."""
+    """Clamp ``x``; on a bound the derivative is that of the interior, whereas torch.maximum would halve it."""
     x = x if lower is None else torch.where(_or_nan(x < lower, lower), lower, x)
     return x if upper is None else torch.where(_or_nan(x > upper, upper), upper, x)
 
 
 def _or_nan(crossed: Tensor, bound: Any) -> Tensor:
-    """A bound that is NaN is no bound that is missing."""
+    """Let a NaN bound give NaN, unlike a missing bound."""
     return crossed | torch.isnan(bound) if isinstance(bound, Tensor) else crossed
 
 
@@ -42,27 +42,27 @@ def onto_ball(x: Tensor, radius: Any, center: Any) -> Tensor:
 
 
 def onto_simplex(x: Tensor, radius: Any) -> Tensor:
-    """x − τ where that is positive, τ such that the sum is right: linear in x and radius on each support."""
+    """max(0, x − τ) with τ such that the sum is the radius; linear in x and the radius on each support."""
     if not x.shape[-1]:
         return _of_no_numbers(x, radius)
     radius = last(radius)
     y = x.detach() - x.detach().amax(-1, keepdim=True)
     support = _support(y, radius.detach() if isinstance(radius, Tensor) else radius)
     above = _shifted(x, support, radius)
-    # Not relu: on the edge of the support τ counts a number, so its own derivative belongs to it as well.
+    # relu would drop the derivative of elements on the boundary of the support, which τ does include.
     rounding = above.detach().clamp_min(0) - above.detach()
     return torch.where(support, above + rounding, 0)
 
 
 def _shifted(x: Tensor, free: Tensor, total: Any) -> Tensor:
-    """x − τ, τ such that the free ones of its numbers sum to ``total``."""
+    """x − τ, with τ such that the free elements sum to ``total``."""
     largest = torch.where(free, x.detach(), -torch.inf).amax(-1, keepdim=True)
-    y = x - largest  # moves τ only, and keeps its digits
+    y = x - largest  # this changes only τ, and reduces rounding errors
     return y - (torch.where(free, y, 0).sum(-1, keepdim=True) - total) / free.sum(-1, keepdim=True)
 
 
 def onto_capped_simplex(x: Tensor, upper: Any, radius: Any) -> Tensor:
-    """x − τ, cut at 0 and at its upper bound, τ such that the sum is right: linear in all three on each set of those cut."""
+    """x − τ clamped to [0, upper], with τ such that the sum is the radius; linear in all three on each active set."""
     if not x.shape[-1]:
         return _of_no_numbers(x, radius)
     working = x.dtype if x.dtype == torch.float64 else torch.float32
@@ -79,17 +79,17 @@ def onto_capped_simplex(x: Tensor, upper: Any, radius: Any) -> Tensor:
 
 
 def _capped_and_free(x: Tensor, upper: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Which numbers end at their upper bound and which between their bounds.
+    """Which elements end at their upper bound, and which between their bounds.
 
-    As τ falls a number starts to grow at τ = x, and stops at τ = x − upper. In the order of these events the sum is known at
-    each; the last event before it reaches the radius says all.
+    As τ decreases, an element starts to grow at τ = x and stops at τ = x − upper. The sum at each of these events is computed
+    in order; the last event before the sum reaches the radius determines the active set.
     """
     n = x.shape[-1]
     events, order = torch.cat([x, x - upper], -1).sort(dim=-1, descending=True, stable=True)
     growing = torch.where(order < n, 1, -1).cumsum(-1)
     nothing = torch.zeros_like(x[..., :1])
     grown = torch.cat([nothing, -(growing[..., :-1] * events.diff(dim=-1)).cumsum(-1)], -1)
-    lost = torch.cat([torch.zeros_like(x), upper - (x - (x - upper))], -1).gather(-1, order)  # in the rounding of x − upper
+    lost = torch.cat([torch.zeros_like(x), upper - (x - (x - upper))], -1).gather(-1, order)  # the rounding error of x − upper
     reached = grown + lost.cumsum(-1) >= radius
     reached = torch.cat([reached[..., :-1], torch.ones_like(reached[..., :1])], -1)
     last = reached.to(torch.int8).argmax(-1, keepdim=True).clamp_min(1)
@@ -98,20 +98,20 @@ def _capped_and_free(x: Tensor, upper: Tensor, radius: Tensor) -> tuple[Tensor, 
 
 
 def _refuse_too_small(enough: Tensor, room: Tensor, needed: Tensor) -> None:
-    """Where looking at values costs nothing."""
+    """Raise an error where reading values costs nothing."""
     if enough.device.type == "cpu" and readable(enough) and not bool(enough.all()):
         sample = int((~enough).flatten().nonzero()[0])
         raise ValueError(
-            f"CappedSimplex asks for a sum of {float(needed.flatten()[sample]):g} from numbers whose upper bounds sum to "
-            f"{float(room.flatten()[sample]):g} (sample {sample}): nothing meets that. Raise upper, or lower radius."
+            f"CappedSimplex requires a sum of {float(needed.flatten()[sample]):g}, but the upper bounds sum to "
+            f"{float(room.flatten()[sample]):g} (sample {sample}), so the set is empty. Raise upper, or lower radius."
         )
 
 
 def _of_no_numbers(x: Tensor, radius: Any) -> Tensor:
-    """Nothing sums to zero."""
+    """The projection for n = 0, where the sum is zero."""
     positive = radius.detach() > 0 if isinstance(radius, Tensor) else torch.tensor(radius > 0)
     if x.shape[0] and readable(positive) and bool(positive.any()):
-        raise ValueError(f"Simplex asks for a positive sum of no number: x has shape {tuple(x.shape)}. Nothing meets that.")
+        raise ValueError(f"Simplex requires a positive sum, but x has shape {tuple(x.shape)}, so the set is empty.")
     return x
 
 
@@ -124,7 +124,7 @@ def _support(y: Tensor, radius: Any) -> Tensor:
 
 
 def _length(x: Tensor) -> Tensor:  # (..., n) -> (..., 1)
-    """Norm along the last dimension with derivative 0 at 0; scaled, so that no square over- or underflows."""
+    """The norm along the last dimension, with derivative 0 at 0; it is scaled, so that no square over- or underflows."""
     if not x.shape[-1]:
         return x.sum(-1, keepdim=True)
     largest = x.detach().abs().amax(-1, keepdim=True)
@@ -135,17 +135,17 @@ def _length(x: Tensor) -> Tensor:  # (..., n) -> (..., 1)
 
 
 def _positive(value: float | Tensor) -> Any:
-    """Whether a threshold does anything; at 0 the map is the identity, also in its derivative."""
+    """Whether a threshold has an effect; at 0 the map is the identity, and so is its derivative."""
     return value > 0
 
 
 def last(value: Any) -> Any:
-    """One value for each last dimension, ready to be broadcast along it."""
+    """A value that broadcasts along the last dimension of ``x``."""
     return value.unsqueeze(-1) if isinstance(value, Tensor) and value.ndim else value
 
 
 def each(function: Callable[..., Tensor], x: Any, *values: Any) -> Any:
-    """Apply to every leaf of ``x`` and what belongs to it; the result keeps the leaf's dtype."""
+    """Apply a function to every leaf of ``x`` and the corresponding values; the result keeps the leaf's dtype."""
     return _tree.map_structure(lambda x, *v: function(x, *v).to(x.dtype), x, *(like(value, x) for value in values))
 
 
@@ -154,7 +154,7 @@ def is_value(value: Any) -> bool:
 
 
 def like(value: Any, tree: Any) -> Any:
-    """One value for every leaf, or the pytree of values that was given."""
+    """A pytree of values like ``tree``: a single value is repeated for every leaf."""
     return _tree.map_structure(lambda _: value, tree) if is_value(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Keep a learned map contracting: a penalty on its Jacobian, and layers of bounded norm."""
+"""Keeps a learned map contracting by a penalty on its Jacobian or by layers of bounded norm."""
 
 import copy
 import math
@@ -28,10 +28,10 @@ def jacobian_penalty(
 ) -> Tensor:
     """An unbiased estimate of ‖∂g/∂x‖²_F; add it to a loss so that training keeps the map contracting.
 
-    It is ‖(∂g/∂x)ᵀ v‖² for random signs v (Hutchinson), which is exact where the rows of ∂g/∂x are orthogonal. It is
-    differentiable in the step's parameters, the context and ``x``. With x = x* from a layer, its derivative is the total
-    one; ``x.detach()`` ignores how x* moves, as the source does, and saves an adjoint solve. Divide by n for a mean over
-    coordinates.
+    The estimate is ‖(∂g/∂x)ᵀ v‖² for random signs v (Hutchinson), which is exact if the rows of ∂g/∂x are orthogonal. It is
+    differentiable with respect to the step's parameters, the context and ``x``. With x = x* from a layer, this is the total
+    derivative; ``x.detach()`` ignores the change of x*, as the source does, and saves an adjoint solve. Divide by n for a mean
+    over coordinates.
 
     Example:
         >>> import torch
@@ -40,11 +40,11 @@ def jacobian_penalty(
 
     Args:
         step: g(x, \\*context) -> like x, a function, a module or a `Step`.
-        x: where, usually x*: ``(B, ...)`` or a pytree of such.
-        context: what g takes besides x.
-        num_vectors: number of random vectors per sample; the variance is inversely proportional to it.
+        x: the point, usually x*: ``(B, ...)`` or a pytree of such.
+        context: the other arguments of g.
+        num_vectors: the number of random vectors per sample; the variance is inversely proportional to it.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
-        generator: of the random signs, on the device of x.
+        generator: generates the random signs, on the device of x.
 
     Returns:
         ``(B,)``.
@@ -55,7 +55,7 @@ def jacobian_penalty(
     Source: Bai, Koltun and Kolter (2021), Stabilizing equilibrium models by Jacobian regularization.
     """
     if num_vectors < 1:
-        raise ValueError(f"num_vectors must be at least 1, got {num_vectors}: it is how many random vectors are averaged.")
+        raise ValueError(f"num_vectors must be at least 1, got {num_vectors}: it is the number of random vectors to average.")
     layout = Layout.of(x, batch_dims)
     flat, function = layout.ravel(x), _flat_map(step, layout, context)
     total = torch.zeros_like(flat[..., 0] if flat.shape[-1] else flat.sum(-1))
@@ -67,16 +67,16 @@ def jacobian_penalty(
 
 
 def spectrally_normalized(module: M, limit: float = 1.0) -> M:
-    """A copy of a module whose linear and convolution layers each have the operator norm ``limit``.
+    """A copy of a module in which each linear and convolution layer has the operator norm ``limit``.
 
-    So a chain of k of them with activations of slope at most 1 (ReLU, tanh, softplus) has the Lipschitz constant limitᵏ, and
-    contracts for ``limit < 1``. The weight is a parametrization, which is computed once per solve. Train the copy's
-    parameters; the given module is not changed. The weight of a convolution is divided by an additional √(size of its
+    So a chain of k layers with activations of slope at most 1 (ReLU, tanh, softplus) has the Lipschitz constant limitᵏ, and
+    contracts for ``limit < 1``. The weight is a parametrization, which is computed once per solve. Train the parameters of the
+    copy; the given module is not changed. The weight of a convolution is additionally divided by √(size of its
     kernel), because torch's spectral norm bounds the weight as a matrix and not the convolution; the bound holds for zero
     and circular padding.
 
     The norm comes from a power iteration with one step per evaluation in training mode: it is accurate to about a percent,
-    and second derivatives ignore how its vectors change. Where either matters, use `energynet.energies.BoundedNorm`.
+    and second derivatives ignore the change of its vectors. If either matters, use `energynet.energies.BoundedNorm`.
 
     Example:
         >>> import torch
@@ -85,7 +85,7 @@ def spectrally_normalized(module: M, limit: float = 1.0) -> M:
         True
 
     Args:
-        module: holds `torch.nn.Linear`, ``Conv`` or ``ConvTranspose`` layers, or is one.
+        module: contains `torch.nn.Linear`, ``Conv`` or ``ConvTranspose`` layers, or is one.
         limit: the norm of each layer, positive.
 
     Raises:
@@ -101,7 +101,7 @@ def spectrally_normalized(module: M, limit: float = 1.0) -> M:
         kinds = sorted({type(m).__name__ for m in module.modules()})
         raise ValueError(
             f"{type(module).__name__} has no linear or convolution layer to normalize, only {', '.join(kinds)}. Weights that are "
-            "plain parameters take a parametrization of their own, such as energynet.energies.BoundedNorm."
+            "plain parameters need their own parametrization, such as energynet.energies.BoundedNorm."
         )
     for layer in layers:
         spectral_norm(layer, n_power_iterations=1)
@@ -114,7 +114,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 
 
 class _Scaled(nn.Module):
-    """A parametrization: the weight times a number."""
+    """A parametrization that multiplies the weight by a number."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a solve returns, and every sentence about its failures."""
+"""The result of a solve, and the messages about failures."""
 
 import dataclasses
 import enum
@@ -26,7 +26,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class Status(enum.IntEnum):
-    """How the solve of one sample ended.
+    """The outcome of the solve of one sample.
 
     Example:
         >>> import torch
@@ -43,40 +43,40 @@ class Status(enum.IntEnum):
 
     @property
     def sentence(self) -> str:
-        """What happened to the sample."""
+        """The description of the outcome, for messages."""
         return _SENTENCES[self]
 
 
 def failed(status: Tensor) -> Tensor:
-    """``(*batch)`` bool: samples without an answer, and so without a derivative."""
+    """``(*batch)`` bool: samples without a solution, and therefore without a derivative."""
     return (status != Status.CONVERGED) & (status != Status.BUDGET)
 
 
 UNSEPARATED = (
-    "Samples failed, and cannot be kept away from the others, so every gradient is NaN. Likely cause: samples depend on one "
-    "another, as through a mean over the batch, or the energy or map has no value but at the points that were met. "
-    "Let each sample depend on its own rows, mend the failed samples, or solve without them."
+    "Samples failed and cannot be separated from the others, so every gradient is NaN. Likely cause: samples depend on one "
+    "another, as through a mean over the batch, or the energy or map cannot be evaluated at other points. "
+    "Let each sample depend only on its own rows, correct the failed samples, or solve without them."
 )
 _SENTENCES = {
     Status.CONVERGED: "converged.",
-    Status.MAX_STEPS: "took all of the steps that Termination allows and did not arrive.",
+    Status.MAX_STEPS: "took all of the steps that Termination allows and did not converge.",
     Status.NONFINITE: "met NaN or Inf.",
     Status.DIVERGED: "diverged.",
     Status.STALLED: "stopped, since no step improved it further.",
-    Status.BUDGET: "took the steps of its budget, which is no failure.",
+    Status.BUDGET: "took the steps of its budget, which is not a failure.",
 }
-_ADVICE = {  # where nothing but the status is known
+_ADVICE = {  # used where only the status is known
     Status.MAX_STEPS: (
         "Likely cause: slow progress, or an energy without a minimizer. Try another solver or a larger max_steps, and for an "
         "energy a ridge in x."
     ),
     Status.NONFINITE: (
-        "Likely cause: NaN in the context or x0, a step that is too long, or a point outside of the domain (log or sqrt of a "
-        "negative number). Look at these samples' inputs; try a smaller step size."
+        "Likely cause: NaN in the context or x0, a step that is too long, or a point outside the domain (log or sqrt of a "
+        "negative number). Check the inputs of these samples; try a smaller step size."
     ),
     Status.DIVERGED: (
         "Likely cause: a step size above 2/L (L the largest curvature), a map that does not contract, or an energy without a "
-        "minimizer. Try no step size or a smaller one, for a map Broyden() or DampedStep, for an energy a ridge in x."
+        "minimizer. Try a smaller step size or none; for a map, Broyden() or DampedStep; for an energy, a ridge in x."
     ),
     Status.STALLED: (
         "Likely cause: rounding, or a point where the energy is not smooth. Try a looser tolerance, or a smooth energy."
@@ -86,10 +86,9 @@ _ADVICE = {  # where nothing but the status is known
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """The course of a solve, one row per iteration of the loop; a sample that has stopped repeats its row.
+    """The history of a solve, with one row per iteration of the loop; a sample that has stopped repeats its last row.
 
-    T is at least the number of updates of the slowest sample, and larger if a sample that had stopped too early continued
-    later.
+    T is at least the number of updates of the slowest sample; it is larger if a sample stopped too early and continued later.
 
     Example:
         >>> import torch
@@ -99,9 +98,9 @@ class Trace:
         (tensor([9., 9.]), torch.Size([2, 2, 1]))
 
     Args:
-        error: ``(T + 1, B)``, estimated distances to the answer as ``Solution.error``, by the last scale.
-        value: the iterates, like ``x0`` with a leading T + 1.
-        energy: ``(T + 1, B)``, of a minimization.
+        error: ``(T + 1, B)``, estimated distances to the solution, like ``Solution.error``, computed with the final scale.
+        value: the iterates, like ``x0`` with a leading dimension T + 1.
+        energy: ``(T + 1, B)``, for a minimization.
     """
 
     error: Tensor
@@ -113,7 +112,7 @@ _tree.register_dataclass(Trace)
 
 
 class AnswerEnergy(ABC):
-    """The energy at the answer of a solve, as a `Solution` holds it until it is read; copies share it, pickles leave it out."""
+    """The energy at the solution, which is evaluated when it is first read; copies share it, pickles omit it."""
 
     @abstractmethod
     def evaluate(self) -> Tensor:
@@ -127,7 +126,7 @@ class AnswerEnergy(ABC):
 
 
 class NoEnergy(AnswerEnergy):
-    """There is none to read, and why."""
+    """A missing energy, with the reason."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -142,16 +141,16 @@ class NoEnergy(AnswerEnergy):
         return "..."
 
 
-NO_ENERGY = "Solution.energy was read, but a fixed point of a map has no energy: only answers of minimize and FPI_GD have one."
+NO_ENERGY = "Solution.energy was read, but a fixed point of a map has no energy: only results of minimize and FPI_GD have one."
 LEFT_BEHIND = (
-    "Solution.energy was read of a copy that cannot evaluate it, since it was made from the tensors alone, as by pickle or "
-    "tree_map, before the energy was read: read it of the original first."
+    "Solution.energy was read from a copy that cannot evaluate it, since the copy was made from the tensors alone, as by pickle "
+    "or tree_map, before the energy was read. Read it from the original first."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """The answer of a solve and how it went, for each sample.
+    """The result of a solve, with the status, error and number of steps per sample.
 
     Example:
         >>> import torch
@@ -161,11 +160,11 @@ class Solution:
         (tensor([3., 3.]), tensor(True))
 
     Args:
-        value: like ``x0``; carries the gradients.
+        value: the solution, like ``x0``, with gradients.
         status: ``(B,)`` int8; compare it with `Status`.
-        error: ``(B,)``, the estimated distance of ``value`` to the answer, as `Termination` compares it, in units of ``x``.
-        num_steps: ``(B,)`` int32, updates until the sample stopped.
-        trace: the steps, if requested by ``trace=True``.
+        error: ``(B,)``, the estimated distance of ``value`` from the solution, in units of ``x``, as `Termination` defines it.
+        num_steps: ``(B,)`` int32, the number of updates until the sample stopped.
+        trace: the history of the solve, if requested by ``trace=True``.
     """
 
     value: Any
@@ -178,14 +177,15 @@ class Solution:
     @property
     @opaque
     def energy(self) -> Tensor:
-        """``(B,)``: the energy at the answer, of a minimization; it carries gradients as ``value`` does.
+        """``(B,)``: the energy at the solution of a minimization, with gradients like ``value``.
 
-        Its first derivative is ∂E/∂θ at x*, without a solve of the adjoint equation, since ∇E = 0 there (the envelope
-        theorem). Higher ones contain dx*/dθ and are exact. With a ``prox`` it is the smooth part alone, whose derivative is
-        taken through x*: also there it is ∂E/∂θ, unless the set depends on θ. With a budget, or a loose tolerance, ∂E/∂θ is
-        as far from the derivative as x is from x*; with `UnrolledAdjoint` it is that of the iterate's energy.
+        Its first derivative is ∂E/∂θ at x*, which needs no adjoint solve because ∇E = 0 there (the envelope theorem). Higher
+        derivatives contain dx*/dθ and are exact. With a ``prox``, this is the energy of the smooth part alone, and it is
+        differentiated through x*; the result is ∂E/∂θ, too, unless the set depends on θ. With a budget or a loose tolerance,
+        the error of ∂E/∂θ is of the size of the error of x. With `UnrolledAdjoint`, the energy of the iterate is
+        differentiated.
 
-        It is evaluated when it is first read, or when the solution leaves a transform such as ``vmap``.
+        The energy is evaluated when it is first read, or when the solution leaves a transform such as ``vmap``.
 
         Example:
             >>> import torch
@@ -215,19 +215,19 @@ class Solution:
 
     @property
     def status_names(self) -> list[str]:
-        """The name of each sample's `Status`, in order; of one problem, a list of one."""
+        """The names of the samples' `Status`, in order; for one problem, a list with one element."""
         return [Status(code).name for code in self.status.flatten().tolist()]
 
     @property
     def failed(self) -> Tensor:
-        """``(B,)`` bool: whether there is no answer; a sample that has used a stated budget has not failed."""
+        """``(B,)`` bool: whether the sample failed; a sample that has used up a stated budget has not failed."""
         return failed(self.status)
 
     def raise_for_status(self) -> "Solution":
         """Return the solution if no sample failed.
 
         Raises:
-            ConvergenceError: naming the samples that did, the likely cause and what to try.
+            ConvergenceError: with the failed samples, the likely cause and the remedy.
         """
         if bool(self.failed.any()):
             report(describe(self.status, self.error, self.num_steps), "raise")
@@ -238,12 +238,12 @@ class Solution:
         if not readable(self.status):
             return f"Solution(value={value}, under vmap)"
         counts = {s.name: int((self.status == s).sum()) for s in Status}
-        told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        return f"Solution(value={value}, status=({told}), steps≤{int(self.num_steps.amax()) if told else 0})"
+        statuses = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        return f"Solution(value={value}, status=({statuses}), steps≤{int(self.num_steps.amax()) if statuses else 0})"
 
 
 def _leaf(solution: Solution, name: str) -> Any:
-    """A field as it leaves a transform, or goes through a function of pytrees; the energy only where it is known."""
+    """A field as it leaves a transform or enters a pytree function; the energy is included only if it is known."""
     found = getattr(solution, name)
     if not isinstance(found, AnswerEnergy):
         return found
@@ -254,22 +254,22 @@ _tree.register_dataclass(Solution, _leaf)
 
 
 def report(message: str, on_failure: OnFailure, consequence: str = "") -> None:
-    """Raise, or warn, that samples failed, and say what follows if the solve goes on."""
+    """Raise an error or warn that samples failed; a warning also states the consequence."""
     if on_failure == "raise":
-        raise ConvergenceError(message + ' (on_failure="warn" or "ignore" goes on without these samples.)')
+        raise ConvergenceError(message + ' (on_failure="warn" or "ignore" continues without these samples.)')
     warnings.warn(f"{message} {consequence}", ConvergenceWarning, stacklevel=2)
 
 
 LEFT_OUT = (
-    "These samples add nothing to shared gradients; the gradient of their own context is NaN, and with it that of every weight "
+    "These samples add nothing to shared gradients; the gradient of their own context is NaN, and so is that of every weight "
     "in front of the solve."
 )
-NONE_LEFT = "No sample is left, so every gradient is NaN."
-UNROLLED = "Their gradients are those of the iterates that were reached."
+NONE_LEFT = "Every sample failed, so every gradient is NaN."
+UNROLLED = "Their gradients are those of the last iterates."
 
 
 def describe(status: Tensor, error: Tensor, steps: Tensor) -> str:
-    """A failed solve in words, where nothing but its outcome is known. All tensors are ``(*batch)`` and readable."""
+    """The message for a failed solve of which only the outcome is known. All tensors are ``(*batch)`` and readable."""
     parts = []
     for kind in (s for s in Status if s != Status.CONVERGED):
         ended = status == kind
@@ -280,7 +280,7 @@ def describe(status: Tensor, error: Tensor, steps: Tensor) -> str:
 
 
 def reached(error: Tensor, steps: Tensor, mask: Tensor, what: str = "estimated distance to the answer") -> str:
-    """How far the first sample of a mask came."""
+    """The error and the number of steps of the first sample in a mask."""
     index = first(mask)
     count, size = int(steps[index]), float(error[index])
     distance = f"{what} {size:.3g} " if math.isfinite(size) else ""
@@ -293,7 +293,7 @@ def first(mask: Tensor) -> tuple[Tensor, ...]:
 
 
 def samples(mask: Tensor) -> str:
-    """The numbers of the samples in a mask ``(*batch)``, in words."""
+    """The text that names the samples in a mask ``(*batch)``."""
     if mask.ndim == 0:
         return "the problem"
     where = [tuple(i) if len(i) > 1 else i[0] for i in torch.nonzero(mask).tolist()]

@@ -1,4 +1,4 @@
-"""The two calls, `fixed_point` and `minimize`."""
+"""The two main functions, `fixed_point` and `minimize`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -53,24 +53,24 @@ def fixed_point(
 
     Args:
         step: g(x, \\*context) -> like x, a function, a module or a `Step`.
-        x0: where to start: a tensor ``(B, ...)`` or a pytree of such.
-        context: tensors, pytrees and anything else that g takes; tensors of floating point are differentiated.
+        x0: the initial point: a tensor ``(B, ...)`` or a pytree of such.
+        context: the other arguments of g: tensors, pytrees and other objects; floating-point tensors are differentiated.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
         solver: default `Picard`.
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
-        trace: keep residuals and iterates of every step in ``Solution.trace``.
-        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
+        trace: whether to store residuals and iterates of every step in ``Solution.trace``.
+        driver: runs the loop: `Eager`, the default, in Python, or `Compiled`, as a program compiled at the first call.
 
     Returns:
         `Solution`, with ``value`` like ``x0``. A sample that ran out of steps returns the best of its iterates.
 
     Raises:
         ConvergenceError: if a sample fails and ``on_failure="raise"``.
-        LostGradientError: if g uses a tensor from outside that carries a derivative.
-        ChangedFunctionError: by the backward, if something that g reads, and that cannot be copied, has changed since.
-        ImpureFunctionError: if g is random, keeps batch statistics, or changes its input.
+        LostGradientError: if g captures a tensor that carries a derivative.
+        ChangedFunctionError: in the backward pass, if something that g reads and that cannot be copied has changed.
+        ImpureFunctionError: if g is random, uses batch statistics, or changes its input.
         TypeError, ValueError: if x0 or the result of g has the wrong type or shape.
 
     Source: arXiv 2002.02868.
@@ -108,10 +108,10 @@ def minimize(
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``; a 0-d value means one problem without a batch dimension.
-        x0: where to start: a tensor ``(B, ...)``, a pytree of such or a `MultiStart`; None asks ``energy.start(*context)``.
-        context: tensors, pytrees and anything else that E takes; tensors of floating point are differentiated.
+        x0: the initial point: a tensor ``(B, ...)``, a pytree of such or a `MultiStart`; None: ``energy.start(*context)``.
+        context: the other arguments of E: tensors, pytrees and other objects; floating-point tensors are differentiated.
         step_size: γ of gradient steps, a float, a 0-d tensor or one value per sample ``(B,)``. None: solvers that need one
-            estimate it per sample from the largest curvature at x0, and reduce it where it turns out to be too large.
+            estimate it per sample from the largest curvature at x0, and reduce it if it turns out to be too large.
         prox: the proximal map of constraints and nonsmooth terms, such as ``energynet.constraints.Box(0.0, 1.0)``; their sum
             with E is minimized.
         solver: default `Picard` with a ``step_size``, else `LBFGS`; within bounds, ``prox=Box(...)`` or ``NonNegative()``,
@@ -119,19 +119,19 @@ def minimize(
         termination: default `Termination`.
         adjoint: default `ImplicitAdjoint`, by conjugate gradients on the Hessian; with a ``prox``, by GMRES.
         on_failure: what to do about samples that do not converge, forward or backward: "raise", "warn" or "ignore".
-        trace: keep residuals, energies and iterates of every step in ``Solution.trace``.
-        driver: who runs the loop, Python, `Eager`, the default, or a program compiled at the first call, `Compiled`.
-        batch_dims: 1 if the leading dimension of x counts samples and E returns ``(B,)``, 0 if there is one problem and E returns
-            a 0-d value; None follows what E returns, and warns where a 0-d value loses the batch of x.
+        trace: whether to store residuals, energies and iterates of every step in ``Solution.trace``.
+        driver: runs the loop: `Eager`, the default, in Python, or `Compiled`, as a program compiled at the first call.
+        batch_dims: 1 if the leading dimension of x counts samples and E returns ``(B,)``, 0 if there is one problem and E
+            returns a 0-d value; None: the result of E determines it, with a warning if a 0-d value loses the batch of x.
 
     Returns:
         `Solution`, with ``value`` like ``x0``. A sample that ran out of steps returns the best of its iterates.
 
     Raises:
         ConvergenceError: if a sample fails and ``on_failure="raise"``.
-        LostGradientError: if E uses a tensor from outside that carries a derivative.
-        ChangedFunctionError: by the backward, if something that E reads, and that cannot be copied, has changed since.
-        ImpureFunctionError: if E is random, keeps batch statistics, or changes its input.
+        LostGradientError: if E captures a tensor that carries a derivative.
+        ChangedFunctionError: in the backward pass, if something that E reads and that cannot be copied has changed.
+        ImpureFunctionError: if E is random, uses batch statistics, or changes its input.
         TypeError, ValueError: if x0 or the result of E has the wrong type or shape.
 
     Source: arXiv 2002.02868, FPI_GD.
@@ -151,7 +151,7 @@ def minimize(
 
 
 def _default_solver(step_size: Any, prox: Any) -> Solver:
-    """A step size means gradient steps; without one the solver finds its own."""
+    """A step size selects gradient steps; otherwise the solver chooses its own."""
     if step_size is not None:
         return Picard()
     if prox is None:
@@ -161,7 +161,7 @@ def _default_solver(step_size: Any, prox: Any) -> Solver:
 
 @dataclasses.dataclass(frozen=True)
 class MultiStart:
-    """Several starting points; `minimize` continues from the one that leads to the lowest energy, for each sample.
+    """Several starting points; for each sample, `minimize` continues from the one that leads to the lowest energy.
 
     Example:
         >>> import torch
@@ -179,7 +179,7 @@ class MultiStart:
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """How to solve, the same for every problem."""
+    """The options of a solve, which do not depend on the problem."""
 
     solver: Solver
     termination: Termination
@@ -192,7 +192,7 @@ class _Options:
     @classmethod
     def of(cls, default: Solver, batch_dims: int | None, *, solver: Solver | None, termination: Termination | None,
            adjoint: Adjoint | None, on_failure: OnFailure, trace: bool, driver: Driver | None) -> "_Options":  # fmt: skip
-        """Checked, with defaults for what is None."""
+        """The checked options, with defaults in place of None."""
         check_options(solver, termination, adjoint, on_failure, driver)
         check_flag(trace, "trace")
         solver, termination, adjoint = solver or default, termination or Termination(), adjoint or ImplicitAdjoint()
@@ -200,16 +200,16 @@ class _Options:
 
 
 def _from_best(x0: MultiStart, energy: EnergyLike, context: Any, step_size: Any, prox: Any, options: _Options) -> Solution:
-    """Solve from every start, without gradients, then once more from the best answer: that one is differentiated."""
+    """Solve from every start without gradients, then once more from the best solution, which is differentiated."""
     if prox is not None:
-        raise ValueError("MultiStart compares energies, and a prox stands for a term whose value is not known. Use one x0.")
+        raise ValueError("MultiStart compares energies, but the value of the term behind a prox is not known. Use one x0.")
     check_start(x0.starts)
     scout = dataclasses.replace(options, on_failure="ignore", trace=False)
 
     def try_one(start: Any) -> tuple[Any, Tensor, Tensor]:
         found = _solve(GradientStep, (energy, step_size), start, context, scout)
         value = energy(found.value, *context)
-        # One that failed counts only where all failed.
+        # A failed start is used only if all starts failed.
         rank = torch.where(~found.failed, 0.0, torch.where(torch.isfinite(value), 1.0, 2.0))
         return found.value, torch.stack([rank.to(value.dtype), value]), found.num_steps
 
@@ -232,8 +232,8 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
            options: _Options) -> Solution:  # fmt: skip
     if tracing():
         raise RuntimeError(
-            "its energy or map solves a problem of its own, and a program could not tell how that one fails. "
-            "Compile that one, by its driver=Compiled(), and leave the outer solve to Eager()"
+            "its energy or map solves a problem of its own, and a program could not report how that inner solve fails. "
+            "Compile the inner solve, by its driver=Compiled(), and leave the outer solve to Eager()"
         )
     batch_dims = options.batch_dims
     with recording((arguments, x0, context)) as (arguments, x0, context):
@@ -268,7 +268,7 @@ def _solve(make_step: Callable[..., Step], arguments: tuple[Any, ...], x0: Any, 
 
 
 def _energy(root: Root, outcome: Outcome, inputs: tuple[Tensor, ...], options: _Options) -> AnswerEnergy:
-    """At the answer, for whoever reads it."""
+    """The energy at the solution, which is evaluated on demand."""
     if root.binding.step.energy_of is None:
         return NoEnergy(NO_ENERGY)
     return EnergyOf(root, outcome, inputs, unrolled=not isinstance(options.adjoint, RootAdjoint))
@@ -283,7 +283,7 @@ def _trace(layout: Layout, tensors: list[Tensor]) -> Trace | None:
 
 @torch.no_grad()
 def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, code: Any, context: Any) -> ProximalStep:
-    """The step with γ from the largest curvature of its smooth part at x0: its optimality condition contains γ.
+    """The step with γ from the largest curvature of its smooth part at x0, because its optimality condition contains γ.
 
     The code is that of the energy, which is encoded once per solve.
     """
@@ -296,7 +296,7 @@ def _with_step_size(step: ProximalStep, layout: Layout, x0: Any, code: Any, cont
 
 
 def _with_code_apart(method: Method, root: Root, start: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs, where a sample fails by a code that is not finite, with that kept from the encoder's weights."""
+    """The inputs; if a code that is not finite makes a sample fail, it is disconnected from the encoder's weights."""
     code = [t for t in inputs[root.num_shared :][: root.num_code] if t.is_floating_point()]
     followed = torch.is_grad_enabled() or transform_active()
     if not root.num_context or not followed or not all(map(readable, (start, *inputs))):
@@ -316,7 +316,7 @@ def _device(x0: Any) -> str:
 
 
 def _equation(binding: Binding, layout: Layout, code: Any, context: Any, device: str) -> tuple[Root, tuple[Tensor, ...]]:
-    """What is to be solved, and the tensors that it depends on."""
+    """The equation to solve, and the tensors on which it depends."""
     leaves, given = _tree.leaves(code), _tree.leaves(context)
     encoded = [id(leaf) for leaf in given] != [id(leaf) for leaf in leaves]
     inputs = (t for t in (*leaves, *(given if encoded else ())) if isinstance(t, Tensor))

@@ -1,7 +1,7 @@
-"""Steps: maps whose fixed point is the answer, each with the condition that holds there.
+"""Steps: maps whose fixed point is the solution, each with the condition that holds there.
 
-Every step has the form g(x) = x − γ F(x). F is its *optimality condition*: it is zero at the answer and does not depend on
-step size and damping. Residuals are measured on it, and the implicit function theorem differentiates it.
+Every step has the form g(x) = x − γ F(x). F is its *optimality condition*: it is zero at the solution and does not depend on
+step size and damping. Residuals are values of F, and the implicit function theorem differentiates it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from energynet.energy import EnergyLike, encode, evaluate
 
 
 class Kind(enum.Enum):
-    """What a solver may be asked to solve; the value is the name that error messages use.
+    """The kinds of problems; the value is the name that error messages use.
 
     Example:
         >>> GradientStep(lambda x: x.square().sum(-1)).kind.value
@@ -34,41 +34,41 @@ class Kind(enum.Enum):
 
 
 class Step(ABC):
-    """A map x → g(x, \\*context) = x − γ F(x, \\*context) whose fixed point is the answer."""
+    """A map x → g(x, \\*context) = x − γ F(x, \\*context) whose fixed point is the solution."""
 
     symmetric: ClassVar[bool] = False
-    """Whether ∂F/∂x is symmetric, so that conjugate gradients may solve the adjoint equation."""
+    """Whether ∂F/∂x is symmetric, so that conjugate gradients can solve the adjoint equation."""
     normalized: ClassVar[bool] = True
-    """Whether F is in units of ``x``, as x − g(x) is; otherwise residuals are divided by its derivative, as ∇E by a curvature."""
+    """Whether F has the units of ``x``, like x − g(x); otherwise residuals are divided by a derivative of F."""
     step_size: float | Tensor | None = 1.0
-    """γ; None where it is not known, so that solvers which need one estimate it."""
+    """γ; None if it is unknown, so that solvers that need it have to estimate it."""
     guessed: bool = False
-    """Whether γ is an estimate, which a solver may find too long on its way."""
+    """Whether γ is an estimate that a solver may find to be too large."""
 
     @abstractmethod
     def optimality(self, x: Any, *code: Any) -> Any:
-        """F(x), like ``x``: zero at the answer."""
+        """F(x), like ``x``: zero at the solution."""
 
     def encode(self, *context: Any) -> tuple[Any, ...]:
-        """what does not depend on ``x``, computed once per solve."""
+        """The values that do not depend on ``x``, computed once per solve."""
         return context
 
     def probe(self, x: Any, *code: Any) -> Any:
-        """The user's own function; it is called once before a solve to observe what it does."""
+        """Evaluate the user's own function; it is called once before a solve for examination."""
         return self.optimality(x, *code)
 
     @property
     def kind(self) -> Kind:
-        """What a solver is asked to solve."""
+        """The kind of problem."""
         return Kind.MAP
 
     def begin(self, x: Any, *code: Any) -> Any:
-        """Where a solve begins that was given ``x``."""
+        """The initial point of a solve that was given ``x``."""
         return x
 
     @property
     def energy_of(self) -> EnergyLike | None:
-        """The energy whose gradient the step takes, if it takes one."""
+        """The energy whose gradient the step uses; None if there is none."""
         return None
 
     def __call__(self, x: Any, *context: Any) -> Any:
@@ -79,7 +79,7 @@ class Step(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class MapStep(Step):
-    """A function or network g(x, \\*context) -> like x, iterated without change; F(x) = x − g(x).
+    """A function or network g(x, \\*context) -> like x that is iterated directly; F(x) = x − g(x).
 
     Example:
         >>> import torch
@@ -115,7 +115,7 @@ class GradientStep(Step):
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``.
-        step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``; None: estimated where a solver needs it.
+        step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``; None: a solver that needs it estimates it.
 
     Source: arXiv 2002.02868, FPI_GD.
     """
@@ -169,7 +169,7 @@ class DampedStep(Step):
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must lie in (0, 1], got {self.damping}: it is the part of the step that is taken.")
+            raise ValueError(f"damping must lie in (0, 1], got {self.damping}: it is the fraction of the step that is taken.")
         object.__setattr__(self, "step", as_step(self.step))
 
     @property
@@ -208,7 +208,7 @@ class DampedStep(Step):
 
 @dataclasses.dataclass(frozen=True)
 class OptimalityStep(Step):
-    """An optimality condition alone, F(x, \\*context) = 0, at a point that another solver has found.
+    """Only an optimality condition, F(x, \\*context) = 0, for the solution of an external solver.
 
     Example:
         >>> import torch
@@ -216,8 +216,8 @@ class OptimalityStep(Step):
         tensor([0.])
 
     Args:
-        condition: F, like x.
-        symmetric: whether ∂F/∂x is symmetric, as that of a gradient is.
+        condition: F(x, \\*context) -> like x.
+        symmetric: whether ∂F/∂x is symmetric, as it is if F is a gradient.
     """
 
     condition: Callable[..., Any]
@@ -235,19 +235,19 @@ def as_step(step: Step | Callable[..., Any]) -> Step:
 
 
 def per_sample(value: float | Tensor | None, ndim: int) -> float | Tensor:
-    """A float, 0-d or ``(B,)`` value as a factor that broadcasts over samples of ``ndim`` dimensions in all."""
+    """A float, 0-d or ``(B,)`` value as a factor that broadcasts over a batch with ``ndim`` dimensions in total."""
     if value is None:
-        raise ValueError("This step has no step_size, so it is no map yet. Give it one, such as GradientStep(energy, 0.1).")
+        raise ValueError("This step has no step_size, so it is not a map. Give it one, such as GradientStep(energy, 0.1).")
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     return value.reshape(value.shape[0], *[1] * (ndim - 1))
 
 
 class Prox(ABC):
-    """The proximal map of a term h that the energy leaves out: prox(x, γ) = argmin_u h(u) + ‖u − x‖² / 2γ.
+    """The proximal map of a term h that is added to the energy: prox(x, γ) = argmin_u h(u) + ‖u − x‖² / 2γ.
 
     For the indicator function of a set, this is the projection onto the set. `energynet.constraints` has ready-made ones. If
-    the bounds are part of the context, override `encode` to say which part.
+    the bounds are part of the context, override `encode` to select this part.
 
     Example:
         >>> import torch
@@ -262,10 +262,10 @@ class Prox(ABC):
     """
 
     is_box: ClassVar[bool] = False
-    """Whether it is the projection onto an interval for each number, whatever γ is. Its values at −∞ and ∞ are the bounds."""
+    """Whether it projects each element onto an interval, independently of γ. Its values at −∞ and ∞ are the bounds."""
 
     def encode(self, *context: Any) -> tuple[Any, ...]:
-        """what does not depend on ``x``, computed once per solve and handed to each call."""
+        """The values that do not depend on ``x``, computed once per solve and passed to each call."""
         return ()
 
     @abstractmethod
@@ -274,7 +274,7 @@ class Prox(ABC):
 
 
 def check_prox(prox: Any) -> None:
-    """Raise if something is not a proximal map, and guess what was meant.
+    """Raise an error if the value is not a proximal map, and suggest what was meant.
 
     Raises:
         TypeError: with the remedy.
@@ -296,10 +296,10 @@ def check_prox(prox: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ProximalStep(Step):
-    """A gradient step, then the proximal map of what is not smooth: prox(x − γ ∇E(x), γ), to minimize E + h.
+    """A gradient step followed by the proximal map of a nonsmooth term: prox(x − γ ∇E(x), γ), to minimize E + h.
 
-    F(x) = (x − g(x)) / γ is the prox-gradient mapping: it is ∇E where h does nothing, and zero at the minimum. The step
-    contracts for 0 < γ < 2/L as `GradientStep` does.
+    F(x) = (x − g(x)) / γ is the prox-gradient mapping: it is ∇E where h has no effect, and zero at the minimum. Like
+    `GradientStep`, the step contracts for 0 < γ < 2/L.
 
     Example:
         >>> import torch
@@ -310,9 +310,9 @@ class ProximalStep(Step):
 
     Args:
         energy: the smooth part, E(x, \\*context) -> ``(B,)``.
-        step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``; None where it is not known yet.
+        step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``; None if it is unknown.
         prox: a `Prox`, or any callable (x, γ) -> like x.
-        guessed: whether solvers may shorten γ where it turns out to be too large, as they do if `minimize` is given none.
+        guessed: whether solvers may reduce γ if it turns out to be too large, as they do if `minimize` is given none.
 
     Raises:
         TypeError: if the prox is not callable, or a class instead of an instance.
@@ -322,7 +322,7 @@ class ProximalStep(Step):
     """
 
     energy: EnergyLike
-    step_size: float | Tensor | None = dataclasses.field()  # no default, though the base class has one
+    step_size: float | Tensor | None = dataclasses.field()  # without a default, unlike in the base class
     prox: Prox | Callable[[Any, float | Tensor], Any]
     guessed: bool = dataclasses.field(default=False, kw_only=True)
     normalized: ClassVar[bool] = False
@@ -339,7 +339,7 @@ class ProximalStep(Step):
         return self.energy
 
     def begin(self, x: Any, prox_code: tuple[Any, ...], *code: Any) -> Any:
-        """The nearest point within the bounds: outside of them the energy may have no value."""
+        """The nearest point within the bounds, because the energy may be undefined outside."""
         return dataclasses.replace(self, step_size=1.0).land(x, prox_code) if self.kind is Kind.BOUNDED else x
 
     def encode(self, *context: Any) -> tuple[Any, ...]:
@@ -356,12 +356,12 @@ class ProximalStep(Step):
         return _tree.map_structure(lambda x, g: (x - g) / per_sample(self._gamma, x.ndim), x, moved)
 
     def __call__(self, x: Any, *context: Any) -> Any:
-        """One step from ``x``: not x − γ F(x), whose rounding would leave the set."""
+        """One step from ``x``, computed without F, because rounding in x − γ F(x) would leave the set."""
         prox_code, *code = self.encode(*context)
         return self._moved(x, prox_code, tuple(code))
 
     def land(self, target: Any, prox_code: tuple[Any, ...], *code: Any) -> Any:
-        """Where a step lands whose gradient part has led to ``target``."""
+        """The end point of a step whose gradient part ends at ``target``."""
         return self._proximal(target, target, prox_code)
 
     @property

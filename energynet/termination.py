@@ -1,4 +1,4 @@
-"""When a solve may stop: the only tolerances, norms and step limits of the package."""
+"""The stopping criteria: all tolerances, norms and step limits of the package."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,53 +12,52 @@ Norm = Callable[[Tensor], Tensor]
 
 
 def l2_norm(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-    """Euclidean norm of each sample."""
+    """The Euclidean norm per sample."""
     return torch.linalg.vector_norm(x, dim=-1)
 
 
 def max_norm(x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-    """Largest magnitude in each sample."""
+    """The largest magnitude per sample."""
     return x.abs().amax(-1) if x.shape[-1] else x.sum(-1)
 
 
-REACHED = 4  # rounding units: what no relative tolerance lies below
+REACHED = 4  # the smallest relative tolerance, in rounding units
 
 
 @dataclasses.dataclass(frozen=True)
 class Termination:
     """Tolerances and the step limit, applied to each sample.
 
-    A sample has converged when the estimate of its distance from the answer is below ``atol + rtol·‖x‖``. The adjoint of a
-    sample has converged when its residual is below ``rtol·‖v‖``, where v is the incoming gradient. The estimate is made at
-    the returned point, in the units of ``x``, from the optimality condition F:
+    A sample has converged when the estimate of its distance from the solution is below ``atol + rtol·‖x‖``. The adjoint of a
+    sample has converged when its residual is below ``rtol·‖v‖``, where v is the incoming gradient. The distance is estimated
+    at the returned point, in the units of ``x``, from the optimality condition F:
 
-    - of a map, ‖x − g(x)‖ / (1 − ρ), where ρ is the contraction seen in one or two further evaluations of g;
-    - of an energy, the length of a Newton step, ‖H⁻¹∇E‖: of up to ten unknowns from the whole Hessian, of more by at most ten
-      products with it, and then never too large. So it does not change when E is multiplied by a constant, nor with the step
-      size. Curvatures and gradients that are lost in rounding count as zero, and a point with a direction of negative
-      curvature is no answer;
-    - of any other condition, ‖F‖ divided by ‖A F‖ / ‖F‖, A its derivative.
+    - for a map, ‖x − g(x)‖ / (1 − ρ), where one or two further evaluations of g give the contraction factor ρ;
+    - for an energy, the length of a Newton step, ‖H⁻¹∇E‖: with up to ten unknowns from the whole Hessian; with more, from at
+      most ten products with it, and then never too large. So the estimate depends neither on the scale of E nor on the step
+      size. Curvatures and gradients below rounding errors count as zero, and a point with a direction of negative curvature is
+      not a solution;
+    - for any other condition, ‖F‖ divided by ‖A F‖ / ‖F‖, with A = ∂F/∂x.
 
     Example:
         >>> Termination(atol=0.0, rtol=1e-6, max_steps=50)
         Termination(atol=0.0, rtol=1e-06, max_steps=50, budget=None)
 
     Args:
-        atol: absolute tolerance, in units of ``x``; default the larger of ‖x0‖ and ‖x‖, times ε^¾ of the dtype (float32 6e-6,
-            float64 2e-12), of a pytree of several dtypes that of the least precise.
-        rtol: relative tolerance; default √ε of the dtype (float32 3e-4, float64 1.5e-8).
+        atol: the absolute tolerance, in units of ``x``; default: the larger of ‖x0‖ and ‖x‖, times ε^¾ of the dtype (float32
+            6e-6, float64 2e-12), or of the least precise dtype in a pytree.
+        rtol: the relative tolerance; default: √ε of the dtype (float32 3e-4, float64 1.5e-8).
         max_steps: the largest number of updates of a sample; a sample that needs more has failed.
-        budget: a number of updates that is given on purpose, in place of ``max_steps``. A sample that has not converged by
-            then has not failed: its status is ``BUDGET``, its value is the last iterate, its error is reported, and it is
-            differentiated as if it had converged, or, by `UnrolledAdjoint`, as the iterate that it is. For an adjoint, the
-            truncated gradient is used as it is.
+        budget: an intended number of updates, in place of ``max_steps``. A sample that has not converged by then has not
+            failed: its status is ``BUDGET``, its value is the last iterate, and its error is reported. It is differentiated as
+            if it had converged, or, by `UnrolledAdjoint`, as an iterate. For an adjoint, the truncated gradient is accepted.
         norm: a norm over the last dimension, ``(*batch, n) -> (*batch)``.
         rounding: ε, if the defaults should be those of another dtype than that of ``x``.
 
-    A tolerance below what the dtype can reach, a few ε of ‖x‖ or ‖v‖, is raised to that.
+    A tolerance below the attainable accuracy of the dtype, a few ε of ‖x‖ or ‖v‖, is raised to it.
 
     Raises:
-        ValueError: on a negative tolerance or step limit.
+        ValueError: if a tolerance or the step limit is negative.
     """
 
     atol: float | None = None
@@ -84,11 +83,11 @@ class Termination:
         return self.max_steps if self.budget is None else self.budget
 
     def size(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-        """The norm of each sample, in float32 or better."""
+        """The norm per sample, in float32 or better."""
         return self.norm(x if x.dtype == torch.float64 else x.float())
 
     def sure_size(self, x: Tensor) -> Tensor:  # (*batch, n) -> (*batch)
-        """The same where squares of its numbers under- or overflow, as those of gradients of 10⁻²⁵ do in float32."""
+        """The norm without underflow or overflow of squares, as they occur for gradients of 10⁻²⁵ in float32."""
         size = self.size(x)
         bounds = torch.finfo(size.dtype)
         lost = ~((size > (bounds.tiny / bounds.eps) ** 0.5) & (size < torch.inf))
@@ -99,20 +98,20 @@ class Termination:
         return torch.where(unit == 1, size, self.size(x / unit.to(x.dtype).unsqueeze(-1)) * unit)
 
     def tolerance(self, x: Tensor, unit: Tensor | float = 0.0) -> Tensor:  # (*batch, n), (*batch) -> (*batch)
-        """``atol + rtol·‖x‖`` of each sample, but no less than the dtype can reach.
+        """``atol + rtol·‖x‖`` per sample, but at least the attainable accuracy of the dtype.
 
         Args:
             x: ``(*batch, n)``.
-            unit: ‖x0‖, ``(*batch)``, which the default of ``atol`` takes for the scale of x where x is smaller.
+            unit: ‖x0‖, ``(*batch)``, the scale of x for the default of ``atol`` where ‖x‖ is smaller.
         """
         eps, size = torch.finfo(x.dtype).eps, self.size(x)
         atol = (self.rounding or eps) ** 0.75 * torch.clamp(size, min=unit) if self.atol is None else self.atol
         return atol + self.relative(eps) * size
 
     def at_precision(self, eps: float) -> "Termination":
-        """With the defaults of a dtype of rounding unit ``eps`` in place of those of the tensors that are judged."""
+        """The same criteria, with the defaults for a dtype with the rounding unit ``eps``."""
         return dataclasses.replace(self, rounding=self.rounding or eps)
 
     def relative(self, eps: float) -> float:
-        """The relative tolerance for a dtype of rounding unit ``eps``."""
+        """The relative tolerance for a dtype with the rounding unit ``eps``."""
         return max(REACHED * eps, (self.rounding or eps) ** 0.5 if self.rtol is None else self.rtol)

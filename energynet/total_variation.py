@@ -16,10 +16,10 @@ from energynet.termination import Termination
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class TotalVariation(Prox):
-    """The term weight · Σ ‖differences of neighbors‖ over the last ``dims`` dimensions: piecewise constant answers.
+    """The term weight · Σ ‖differences of neighbors‖ over the last ``dims`` dimensions, which favors piecewise constant x.
 
-    Its proximal map is itself a solve, of the dual problem by accelerated projected gradients, and differentiable to any
-    order like every solve. If that does not converge, the result is NaN, so that the outer solve fails too.
+    Its proximal map is itself a solve: the dual problem is solved by accelerated projected gradients, and is differentiable to
+    any order. If this solve does not converge, the result is NaN, so that the outer solve fails as well.
 
     Example:
         >>> import torch
@@ -28,9 +28,9 @@ class TotalVariation(Prox):
 
     Args:
         weight: a float, or a tensor that broadcasts to ``x`` without its last ``dims`` dimensions, as ``(B,)``.
-        dims: how many trailing dimensions have neighbors: 1 for signals ``(B, n)``, 2 for images ``(B, H, W)``.
+        dims: the number of trailing dimensions with neighbors: 1 for signals ``(B, n)``, 2 for images ``(B, H, W)``.
         isotropic: whether differences in all directions are combined, √(dx² + dy²), or taken separately, abs(dx) + abs(dy).
-        termination: of the inner solve, in units of ‖x − mean(x)‖; default: ε^¾ of the dtype, in at most 20 000 steps.
+        termination: for the inner solve, in units of ‖x − mean(x)‖; default: ε^¾ of the dtype, with at most 20 000 steps.
 
     Raises:
         ValueError: if a weight is negative, or dims < 1.
@@ -52,9 +52,9 @@ class TotalVariation(Prox):
         return each(lambda x, weight: self._flatten(x, per_sample(step_size, x.ndim - self.dims) * weight), x, self.weight)
 
     def _flatten(self, x: Tensor, threshold: float | Tensor) -> Tensor:
-        """On one leaf: each index of the leading dimensions is a problem of its own."""
+        """The proximal map of one leaf; each index of the leading dimensions is a separate problem."""
         if x.ndim < self.dims:
-            raise ValueError(f"TotalVariation(dims={self.dims}) needs as many dimensions at least; x has shape {tuple(x.shape)}.")
+            raise ValueError(f"TotalVariation(dims={self.dims}) needs ≥ {self.dims} dimensions, got shape {tuple(x.shape)}.")
         if not x.numel():
             return x
         shape = x.shape[: x.ndim - self.dims]
@@ -63,7 +63,7 @@ class TotalVariation(Prox):
         return self._denoise(rows, thresholds).reshape(x.shape)
 
     def _denoise(self, x: Tensor, threshold: Tensor) -> Tensor:  # (K, *grid), (K,)
-        """In units of each row's own deviation from its mean, of which the tolerance and the rounding unit are fractions."""
+        """Denoise each row in units of its deviation from its mean, to which tolerance and rounding errors are relative."""
         flat = x.detach().flatten(1)
         middle = flat.mean(1)
         size = torch.linalg.vector_norm(flat - middle.unsqueeze(1), dim=1)
@@ -83,7 +83,7 @@ class TotalVariation(Prox):
 
 @dataclasses.dataclass(frozen=True)
 class _DualStep:
-    """Projected gradient step on ½‖x − Dᵀp‖² over |p| ≤ threshold; 4 · dims bounds the curvature D Dᵀ."""
+    """A projected gradient step on ½‖x − Dᵀp‖² over |p| ≤ threshold; 4 · dims bounds the curvature D Dᵀ."""
 
     dims: int
     isotropic: bool
@@ -97,12 +97,12 @@ class _DualStep:
 
 
 def _differences(x: Tensor, dims: int) -> Tensor:  # (K, *grid) -> (K, *grid, dims)
-    """D: from each point to the next one, zero at the last."""
+    """D x: the difference between each point and the next one; zero at the last point."""
     return torch.stack([torch.cat((x.diff(dim=d), 0 * x.narrow(d, 0, 1)), d) for d in range(-dims, 0)], -1)
 
 
 def _adjoint_differences(p: Tensor, dims: int) -> Tensor:  # (K, *grid, dims) -> (K, *grid)
-    """Dᵀ."""
+    """Dᵀ p."""
     result = torch.zeros_like(p[..., 0])
     for d, part in zip(range(-dims, 0), p.unbind(-1), strict=True):
         inner, edge = part.narrow(d, 0, part.shape[d] - 1), torch.zeros_like(part.narrow(d, 0, 1))

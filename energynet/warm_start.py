@@ -1,4 +1,4 @@
-"""Answers of earlier epochs as starting points."""
+"""Solutions from earlier epochs as initial points."""
 
 import threading
 from collections import OrderedDict
@@ -13,18 +13,18 @@ from energynet.solution import Solution
 
 
 class WarmStart:
-    """The last answer of each sample, kept under the sample's number, as the starting point when the sample comes again.
+    """Stores the last solution of each sample under the sample's index, as the initial point for its next solve.
 
-    Training changes the parameters a little from step to step, so an old answer is close to the new one. Where there is only
-    one minimum or fixed point, the answer stays the same within the tolerance and takes fewer steps; with several minima, a
-    warm start follows one of them. Calls are thread-safe, and a copy or a pickle holds the same answers.
+    Training changes the parameters only slightly from step to step, so the previous solution is close to the new one. If there
+    is only one minimum or fixed point, the solution stays the same within the tolerance and takes fewer steps; with several
+    minima, a warm start follows one of them. Calls are thread-safe, and a copy or pickle contains the same solutions.
 
     Example:
         >>> import torch
         >>> from energynet import FPI_GD
         >>> layer = FPI_GD(lambda x, z: 0.5 * (x - z).square().sum(-1), step_size=0.5)
         >>> cache = WarmStart()
-        >>> z, index = torch.ones(2, 3), torch.tensor([7, 4])           # (B, n), the samples' numbers (B,)
+        >>> z, index = torch.ones(2, 3), torch.tensor([7, 4])           # (B, n), the samples' indices (B,)
         >>> for epoch in range(2):
         ...     solution = layer.solve(z, x0=cache.start(index, torch.zeros_like(z)))
         ...     cache.store(index, solution)
@@ -33,8 +33,8 @@ class WarmStart:
         [0, 0]
 
     Args:
-        capacity: the largest number of samples to keep, those stored last; None keeps all.
-        device: where answers are kept, such as ``torch.device("cpu")`` to spare a GPU's memory; None: where they are.
+        capacity: the largest number of samples to keep, the most recently stored ones; None: all.
+        device: the device that stores the solutions, such as ``torch.device("cpu")`` to save GPU memory; None: their own.
 
     Raises:
         ValueError: if capacity is not a whole number ≥ 1.
@@ -44,22 +44,22 @@ class WarmStart:
         if capacity is not None and not (isinstance(capacity, int) and capacity >= 1):
             raise ValueError(f"WarmStart needs a whole capacity ≥ 1 or None, got {capacity}.")
         self.capacity, self.device = capacity, device
-        self._rows: OrderedDict[int, int] = OrderedDict()  # number -> row of the tables, the one stored longest ago first
-        self._tables: list[Tensor] = []  # of each leaf of x, (rows, ...)
+        self._rows: OrderedDict[int, int] = OrderedDict()  # sample index -> row of the tables, the oldest entry first
+        self._tables: list[Tensor] = []  # one per leaf of x, (rows, ...)
         self._lock = threading.Lock()
 
     def start(self, index: Tensor | Sequence[int], default: Any) -> Any:
-        """Where to begin: the kept answer of each sample, and the default for samples that have none.
+        """The initial points: the stored solution of each sample, or the default for samples without one.
 
         Args:
-            index: the samples' numbers, ``(B,)`` integers.
+            index: the samples' indices, ``(B,)`` integers.
             default: a tensor ``(B, ...)`` or a pytree of such.
 
         Returns:
-            Like ``default``, on its devices and of its dtypes, without a graph.
+            Like ``default``, with the same devices and dtypes, without a graph.
 
         Raises:
-            ValueError: if there is not one number per sample, or kept answers have other shapes.
+            ValueError: if there is not one index per sample, or if stored solutions have other shapes.
         """
         leaves, spec = _tree.flatten(default)
         numbers = _numbers(index, leaves)
@@ -73,15 +73,14 @@ class WarmStart:
         return _tree.unflatten(result, spec)
 
     def store(self, index: Tensor | Sequence[int], solution: Solution) -> None:
-        """Keep the answers of the samples that did not fail, without their graph; answers of several precisions are kept in the
-        finest.
+        """Store the solutions of the samples that did not fail, without their graph, in the most precise dtype so far.
 
         Args:
-            index: the samples' numbers, ``(B,)`` integers; of two equal ones the later counts.
-            solution: of ``minimize``, ``fixed_point`` or a layer's ``solve``, of one batch.
+            index: the samples' indices, ``(B,)`` integers; if an index occurs twice, the later sample is stored.
+            solution: the result of ``minimize``, ``fixed_point`` or a layer's ``solve`` for one batch.
 
         Raises:
-            ValueError: if there is not one number per sample, or answers kept before have other shapes.
+            ValueError: if there is not one index per sample, or if stored solutions have other shapes.
         """
         leaves = _tree.leaves(solution.value)
         numbers = _numbers(index, leaves)
@@ -97,23 +96,24 @@ class WarmStart:
                 table[rows] = leaf.detach()[[k for _, k in kept]].to(table)
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers ``(N,)`` and the answers, a list of tensors ``(N, ...)``: loads with ``weights_only=True``."""
+        """The indices ``(N,)`` and the solutions, a list of tensors ``(N, ...)``; it can be loaded with ``weights_only=True``."""
         with self._lock:
             rows = list(self._rows.values())
             numbers = torch.tensor(list(self._rows), dtype=torch.int64)
             return {"numbers": numbers, "answers": [table[rows] for table in self._tables]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the kept answers by those of a `state_dict`; if there are too many, the first are left out.
+        """Replace the stored solutions by those of a `state_dict`; if there are too many, the first ones are omitted.
 
         Raises:
-            ValueError: if there is not one answer a number.
+            ValueError: if there is not one solution per index.
         """
         numbers = state["numbers"].tolist()
         if any(len(table) != len(numbers) for table in state["answers"]):
             raise ValueError(
-                f"WarmStart was given {len(numbers)} numbers and answers of shapes {[tuple(t.shape) for t in state['answers']]}. "
-                "Likely cause: a damaged or edited state. Load what state_dict gave."
+                f"WarmStart was given {len(numbers)} indices and solutions of shapes "
+                f"{[tuple(t.shape) for t in state['answers']]}. Likely cause: a damaged or edited state. Load an unmodified "
+                "result of state_dict."
             )
         first = max(0, len(numbers) - self.capacity) if self.capacity else 0
         with self._lock, torch.inference_mode(False):
@@ -137,9 +137,7 @@ class WarmStart:
         self.load_state_dict(state)
 
     def _row(self, number: int) -> int:
-        """The row of a sample, which is now the last to be dropped: its own, a new one, or that of the sample stored longest
-        ago.
-        """
+        """The row for a sample: its own, a new one, or that of the oldest entry; the sample becomes the newest entry."""
         row = self._rows.pop(number, None)
         if row is None:
             full = self.capacity is not None and len(self._rows) >= self.capacity
@@ -148,7 +146,7 @@ class WarmStart:
         return row
 
     def _grow(self, leaves: list[Tensor], needed: int) -> None:
-        """Room for so many rows, of which half may be spare, in dtypes that lose nothing."""
+        """Enlarge the tables to the needed number of rows, at least doubling them, in dtypes that lose no precision."""
         dtypes = [leaf.dtype for leaf in leaves]
         if self._tables:
             dtypes = [torch.promote_types(table.dtype, dtype) for table, dtype in zip(self._tables, dtypes)]
@@ -157,7 +155,7 @@ class WarmStart:
             return
         size = room if room >= needed else max(needed, 2 * room)
         size = size if self.capacity is None else min(size, self.capacity)
-        with torch.inference_mode(False):  # what was made in inference mode could not be written to outside of it
+        with torch.inference_mode(False):  # tensors created in inference mode could not be modified outside it
             shapes = [(size, *leaf.shape[1:]) for leaf in leaves]
             devices = [self.device or leaf.device for leaf in leaves]
             tables = [torch.empty(s, dtype=d, device=where) for s, d, where in zip(shapes, dtypes, devices)]
@@ -170,8 +168,8 @@ class WarmStart:
         seen = [tuple(leaf.shape[1:]) for leaf in leaves]
         if kept and kept != seen:
             raise ValueError(
-                f"WarmStart keeps answers of shapes {kept} per sample, and was given {seen}. Likely cause: several image sizes, "
-                "or one cache for two layers. Use a WarmStart for each."
+                f"WarmStart stores solutions of shapes {kept} per sample, but was given {seen}. Likely cause: several image "
+                "sizes, or one cache for two layers. Use a WarmStart for each."
             )
 
 
@@ -182,13 +180,13 @@ def _numbers(index: Tensor | Sequence[int], leaves: list[Tensor]) -> list[int]:
         shape = tuple(index.shape) if isinstance(index, Tensor) else len(numbers)
         raise ValueError(
             f"WarmStart needs one whole number per sample, got index {shape} for x of shapes {[tuple(t.shape) for t in leaves]}. "
-            "Let the data set return its index beside each sample."
+            "Let the data set return the index together with each sample."
         )
     return numbers
 
 
 def _whole(number: Any) -> int:
-    """Convert a number of Python, NumPy or PyTorch to an equal int, or raise."""
+    """Convert a number from Python, NumPy or PyTorch to an equal int, or raise an error."""
     try:
         nested = hasattr(number, "ndim") and number.ndim > 0
         whole = None if nested or isinstance(number, bool) else int(number)
@@ -196,7 +194,7 @@ def _whole(number: Any) -> int:
         whole = None
     if whole is None or whole != number or not -(2**63) <= whole < 2**63:
         raise ValueError(
-            f"WarmStart needs whole numbers of samples, got {number}. Likely cause: a mask, or an index that was scaled or "
-            "averaged. Let the data set return its index beside each sample."
+            f"WarmStart needs whole numbers as sample indices, got {number}. Likely cause: a mask, or an index that was scaled "
+            "or averaged. Let the data set return the index together with each sample."
         )
     return whole

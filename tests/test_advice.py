@@ -396,7 +396,7 @@ def test_the_tolerance_that_is_named_can_be_reached() -> None:
 
 
 def test_a_black_box_is_told_once() -> None:
-    with pytest.raises(ConvergenceError, match=r"does not meet its optimality condition.*less exactly than") as caught:
+    with pytest.raises(ConvergenceError, match=r"does not satisfy its optimality condition.*less exactly than") as caught:
         implicit(lambda z: z + 0.1, lambda x, z: x - z)(torch.ones(2, 3))
     assert str(caught.value).count("Likely cause") == 1
     loose = implicit(lambda z: z + 1e-4, lambda x, z: x - z, termination=Termination(rtol=1e-2))  # the remedy

@@ -345,7 +345,7 @@ def test_wrong_inputs_are_told() -> None:
         (lambda: fixed_point(lambda x: (x[0],), (X0, torch.zeros(3, 1))), "structure and shapes"),
         (lambda: fixed_point(lambda x: x, (X0, torch.zeros(3, 1))), "same leading batch"),
         (lambda: FPI_GD(energy, 0.1)(), "given no x0 and no start"),
-        (lambda: FPI_GD(OnlyEvaluate(), 0.1)(), "does not say where a solve starts"),
+        (lambda: FPI_GD(OnlyEvaluate(), 0.1)(), "does not define an initial point"),
     ]:
         with pytest.raises((TypeError, ValueError), match=words):
             call()

@@ -313,7 +313,7 @@ def test_samples_of_no_numbers_and_no_samples(prox: Prox) -> None:
 
 
 def test_sets_that_are_empty_and_images_that_are_none() -> None:
-    with pytest.raises(ValueError, match=r"Simplex.*no number.*\(2, 0\)"):
+    with pytest.raises(ValueError, match=r"Simplex.*\(2, 0\), so the set is empty"):
         Simplex()(torch.zeros(2, 0), 1.0)
     with pytest.raises(ValueError, match=r"dims=2.*\(4,\)"):
         TotalVariation(0.1, dims=2)(torch.zeros(4), 1.0)
@@ -365,7 +365,7 @@ def test_pytrees_share_a_bound_or_have_their_own() -> None:
         (lambda: Simplex(-1.0), "Simplex needs radius ≥ 0, got -1.0"),
         (lambda: CappedSimplex(-1.0), "CappedSimplex needs upper ≥ 0, got -1.0"),
         (lambda: CappedSimplex(1.0, -1.0), "CappedSimplex needs radius ≥ 0, got -1.0"),
-        (lambda: CappedSimplex(0.2)(randn(3, 4), 1.0), r"a sum of 1 from numbers whose upper bounds sum to 0.8 \(sample 0\)"),
+        (lambda: CappedSimplex(0.2)(randn(3, 4), 1.0), r"a sum of 1, but the upper bounds sum to 0.8 \(sample 0\)"),
         (lambda: CappedSimplex(tensor(1.0, 0.1)[:, None], 0.5)(randn(2, 4), 1.0), r"sum of 0.5 .* sum to 0.4 \(sample 1\)"),
         (lambda: L2Ball(tensor(1.0, -2.0)), "L2Ball needs radius ≥ 0, got -2.0"),
         (lambda: L1(-0.5), "L1 needs weight ≥ 0, got -0.5"),

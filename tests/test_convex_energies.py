@@ -122,7 +122,7 @@ def test_wrapping_keeps_start_and_parameters() -> None:
 
     z = torch.zeros(1, 2)
     assert torch.equal(StronglyConvex(Shifted(), 1.0).start(z), z + 7)
-    with pytest.raises(ValueError, match="does not say where a solve starts"):
+    with pytest.raises(ValueError, match="does not define an initial point"):
         StronglyConvex(lambda x: x.sum(-1), 1.0).start(z)
     energy = StronglyConvex(Held(), 2.0)
     assert len(list(energy.parameters())) == 2

@@ -291,9 +291,9 @@ def test_copies_and_pickles(z: Tensor) -> None:
         solution = answer_of(z)
     unread = pickle.loads(pickle.dumps(solution))
     assert close(unread.value, solution.value)
-    with pytest.raises(AttributeError, match="read it of the original"):
+    with pytest.raises(AttributeError, match="Read it from the original"):
         _ = unread.energy
-    with pytest.raises(AttributeError, match="read it of the original"):
+    with pytest.raises(AttributeError, match="Read it from the original"):
         _ = tree.map_structure(torch.clone, solution).energy
     for again in (copy.copy(solution), copy.deepcopy(solution), dataclasses.replace(solution, trace=None)):
         assert close(again.energy, closed_form(z.detach()))

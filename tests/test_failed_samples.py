@@ -164,7 +164,7 @@ def test_nothing_is_left_where_every_sample_failed(encoded: bool, adjoint: Any) 
 
     energy, z = Scaled(), torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
     x0 = torch.zeros(3, 2, dtype=torch.float64)
-    with pytest.warns(ConvergenceWarning, match="No sample is left, so every gradient is NaN"):
+    with pytest.warns(ConvergenceWarning, match="Every sample failed, so every gradient is NaN"):
         x = minimize(energy, x0, z, step_size=0.3, on_failure="warn", adjoint=adjoint).value
     wanted = [energy.w, z, *(energy.net.parameters() if encoded else ())]
     for gradient in torch.autograd.grad(x.sum(), wanted):
@@ -182,7 +182,7 @@ def test_samples_that_depend_on_one_another_have_no_derivative_once_one_fails() 
 
     with pytest.warns(ConvergenceWarning) as seen:
         found = minimize(energy, torch.zeros_like(z), z, w, on_failure="warn")
-    assert "cannot be kept away from the others, so every gradient is NaN" in str(seen[-1].message)
+    assert "cannot be separated from the others, so every gradient is NaN" in str(seen[-1].message)
     assert found.status.tolist() == [0, Status.NONFINITE, 0]
     for gradient in torch.autograd.grad(found.value[0].sum(), (z, w)):
         assert gradient.isnan().all()
@@ -295,7 +295,7 @@ def test_the_gradient_of_a_network_in_front_is_nan_and_in_an_encoder_it_is_not()
     inside = minimize(Behind(), torch.zeros_like(z), z, sign, **OPTIONS).value[[0, 2]].sum()
     torch.testing.assert_close(torch.autograd.grad(inside, net.bias)[0], double(2, 2).flatten())
     energy: Callable[..., Tensor] = lambda x, c, sign: 0.5 * sign * square(x - c)  # noqa: E731
-    with pytest.warns(ConvergenceWarning, match="NaN, and with it that of every weight in front of the solve"):
+    with pytest.warns(ConvergenceWarning, match="NaN, and so is that of every weight in front of the solve"):
         before = minimize(energy, torch.zeros_like(z), net(z), sign, on_failure="warn").value[[0, 2]].sum()
     assert torch.autograd.grad(before, net.bias)[0].isnan().all()
 

@@ -252,7 +252,7 @@ def test_black_box_has_derivatives_of_any_order_under_torch_func(box: object) ->
 
 def test_black_box_that_is_wrong_is_told() -> None:
     off = implicit(lambda z: z + 1.0, lambda x, z: x - z)
-    with pytest.raises(ConvergenceError, match="does not meet its optimality condition"):
+    with pytest.raises(ConvergenceError, match="does not satisfy its optimality condition"):
         off(torch.ones(3, requires_grad=True))
     with pytest.raises(TypeError, match="from_numpy"):
         implicit(lambda z: z.numpy(), lambda x, z: x - z)(torch.ones(3))

@@ -97,7 +97,7 @@ def test_an_index_that_numbers_no_samples_is_told(index: object) -> None:
 def test_other_shapes_and_no_capacity_are_told() -> None:
     cache = WarmStart()
     cache.store([0], solution(torch.zeros(1, 3)))
-    with pytest.raises(ValueError, match=r"\[\(3,\)\] per sample, and was given \[\(2,\)\]"):
+    with pytest.raises(ValueError, match=r"\[\(3,\)\] per sample, but was given \[\(2,\)\]"):
         cache.start([0], torch.zeros(1, 2))
     with pytest.raises(ValueError, match="capacity"):
         WarmStart(capacity=0)
@@ -187,7 +187,7 @@ def test_a_state_that_does_not_fit_together_is_refused() -> None:
     cache.store([4, 5], solution(torch.ones(2, 1)))
     state = cache.state_dict()
     state["numbers"] = torch.tensor([4, 5, 6])
-    with pytest.raises(ValueError, match=r"3 numbers and answers of shapes \[\(2, 1\)\]"):
+    with pytest.raises(ValueError, match=r"3 indices and solutions of shapes \[\(2, 1\)\]"):
         WarmStart().load_state_dict(state)
 
 
