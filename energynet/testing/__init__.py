@@ -1,4 +1,4 @@
-"""Checks to run on your own energies, maps and layers; `energynet.testing.strategies` draws random ones with hypothesis."""
+"""Checks for your own energies, maps and layers; `energynet.testing.strategies` generates random ones with hypothesis."""
 
 from energynet.testing.energy_check import EnergyReport, check_energy
 from energynet.testing.layer_check import LayerReport, check_layer

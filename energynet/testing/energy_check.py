@@ -1,4 +1,4 @@
-"""`check_energy`: can the solvers minimize this function, and differentiate its minimizer?"""
+"""`check_energy` tests whether the solvers can minimize a function and differentiate its minimizer."""
 
 import dataclasses
 from typing import Any
@@ -26,16 +26,16 @@ from energynet.testing.subject import Subject, check_repeatable, check_samples, 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class EnergyReport(Report):
-    """What `check_energy` measured, in float64.
+    """The measurements of `check_energy`, in float64.
 
     Args:
         samples: B, or 0 for one problem without a batch dimension.
-        batch_leak: largest relative change of a value when the other samples change; None if there is only one sample.
-        gradient_error: relative error of ∇E compared with central differences.
-        second_derivative_error: relative error of the derivatives of ∇E with respect to x, the context and the parameters.
-        asymmetry: largest ``|⟨u, Hv⟩ − ⟨Hu, v⟩|`` for unit vectors, relative to H.
+        batch_leak: the largest relative change of a value when the other samples change; None if there is only one sample.
+        gradient_error: the relative error of ∇E compared with central differences.
+        second_derivative_error: the relative error of the derivatives of ∇E with respect to x, the context and the parameters.
+        asymmetry: the largest ``|⟨u, Hv⟩ − ⟨Hu, v⟩|`` for unit vectors, relative to H.
         curvature: estimates of the smallest and largest eigenvalue of the Hessian at x, over all samples.
-        step_size: 2/(μ + L) for that curvature, a first guess of γ; None where E is not strictly convex at x.
+        step_size: 2/(μ + L) for that curvature, an initial estimate of γ; None if E is not strictly convex at x.
     """
 
     samples: int
@@ -48,26 +48,26 @@ class EnergyReport(Report):
 
 
 def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
-    """Check that E(x, \\*context) is what every solver and adjoint takes for granted.
+    """Check that E(x, \\*context) has the properties that every solver and adjoint requires.
 
     ==============================================================  ==================================================
-    checked                                                         what it says on failure
+    check                                                           content of the error message
     ==============================================================  ==================================================
-    one floating scalar per sample, ``(B,)`` or 0-d                 the shape or dtype returned
+    one floating-point scalar per sample, ``(B,)`` or 0-d           the returned shape or dtype
     no tensor with a derivative in a closure                        its shape and the operation that used it
-    no BatchNorm in training mode, dropout or other random numbers  which of them
-    x and context unchanged, values finite                          what was changed, which samples
-    two evaluations equal                                           by how much they differ
-    a sample does not depend on its batch-mates                     which samples, by how much, after which change
-    ∇E against central differences                                  both numbers
-    derivatives of ∇E in x, context and parameters                  both numbers, and in which tensor
-    curvature in x (an energy linear in x has no minimizer)         which samples have none
+    no BatchNorm in training mode, dropout or random numbers        the operation
+    x and context unchanged, values finite                          the changed tensor, the samples
+    two evaluations are equal                                       the difference
+    a sample does not depend on the other samples                   the samples, the change and its cause
+    ∇E agrees with central differences                              both numbers
+    derivatives of ∇E in x, context and parameters                  both numbers, and the tensor
+    curvature in x (an energy linear in x has no minimizer)         the samples without curvature
     the Hessian exists and agrees with differences of ∇E            the likely cause, such as a backward in NumPy
     the Hessian is symmetric                                        the asymmetry
-    `Energy.evaluate` after `Energy.encode` is `Energy.forward`     by how much they differ
+    `Energy.evaluate` after `Energy.encode` is `Energy.forward`     the difference
     ==============================================================  ==================================================
 
-    Derivatives are measured on a float64 copy; nothing of the caller's is changed, including the random generators.
+    Derivatives are measured on a float64 copy; no object of the caller is changed, including the random generators.
 
     Example:
         >>> import torch
@@ -81,14 +81,14 @@ def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
 
     Args:
         energy: E(x, \\*context) -> ``(B,)``.
-        x: a point, a tensor ``(B, ...)`` or a pytree of such; take B ≥ 3, and not the size of another dimension.
-        context: what the energy takes besides x.
+        x: a point, a tensor ``(B, ...)`` or a pytree of such; choose B ≥ 3, different from the sizes of other dimensions.
+        context: the energy's other arguments.
 
     Returns:
-        `EnergyReport`, with an estimate of the curvature and a first guess of the step size.
+        `EnergyReport`, with an estimate of the curvature and an initial estimate of the step size.
 
     Raises:
-        CheckError: on the first check that fails.
+        CheckError: at the first check that fails.
     """
     with own_random_numbers():
         nothing = Termination(max_steps=0)
@@ -110,7 +110,7 @@ def check_energy(energy: EnergyLike, x: Any, *context: Any) -> EnergyReport:
 
 
 def _check_forward(subject: Subject) -> None:
-    """A subclass may have overridden `Energy.forward`; the solvers call `evaluate`."""
+    """Check that a subclass has not overridden `Energy.forward`, because the solvers call `evaluate`."""
     step = subject.step
     assert step.energy_of is not None
     value = subject.value(subject.x, subject.code())
@@ -121,7 +121,7 @@ def _check_forward(subject: Subject) -> None:
     if not change <= 1e-9 * largest(value):
         raise CheckError(
             f"energy(x, *context) and evaluate(x, *encode(*context)) differ by {change:.2g}. Likely cause: forward is "
-            "overridden. The solvers call encode once and evaluate at each step; leave forward alone."
+            "overridden. The solvers call encode once and evaluate at each step; do not override forward."
         )
 
 
@@ -136,12 +136,12 @@ def _check_gradient(subject: Subject) -> float:
 
 
 def _check_hessian(subject: Subject) -> tuple[float, tuple[float, float]]:
-    """Its asymmetry and its extreme eigenvalues."""
+    """The asymmetry and the extreme eigenvalues of the Hessian."""
     function, flat = subject.optimality(subject.code()), subject.layout.ravel(subject.x)
     product = linearize(function, flat, transposed=True)
     u, v = unit(torch.randn_like(flat)), unit(torch.randn_like(flat))
     flatness = _size(product(u))
-    for _ in range(2):  # a quartic has none at its minimum either: look elsewhere too
+    for _ in range(2):  # the Hessian of a quartic vanishes at its minimum, so it is checked at other points as well
         elsewhere = flat + torch.randn_like(flat) * (1 + flat.abs())
         flatness = torch.maximum(flatness, _size(linearize(function, elsewhere, transposed=True)(u)))
     without = flatness <= 1e-12 * _size(function(flat))

@@ -1,4 +1,4 @@
-"""`check_layer`: is the answer of a layer well defined, and are its gradients correct?"""
+"""`check_layer` tests whether the solution of a layer is well defined and whether its gradients are correct."""
 
 import contextlib
 import copy
@@ -32,26 +32,26 @@ from energynet.testing.measure import (
 from energynet.testing.subject import refuse
 
 Layer = FPI_GD | FPI_NN
-NOISE = 1e-11  # relative accuracy of the float64 solves below
-FLOOR = 1e8  # answers below so many absolute tolerances are not asked for the usual relative accuracy
+NOISE = 1e-11  # the relative accuracy of the float64 solves below
+FLOOR = 1e8  # the required relative accuracy is lower for solutions below this multiple of the absolute tolerance
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LayerReport(Report):
-    """What `check_layer` measured; all changes and errors are relative.
+    """The measurements of `check_layer`; all changes and errors are relative.
 
     Args:
         samples: B, or 0 for one problem without a batch dimension.
         steps: the largest number of updates of a sample with the layer's configuration.
-        start_change: change of the answer if the solve begins elsewhere.
-        batch_leak: change of the answer if the other samples change; None if there is only one sample.
-        gradient_error: error of the gradient compared with central differences.
-        second_derivative_error: error of the gradient's derivatives compared with central differences.
-        adjoint_change: change of the gradient if the backward fixed-point iteration computes it; None where that does not
+        start_change: the change of the solution if the solve starts elsewhere.
+        batch_leak: the change of the solution if the other samples change; None if there is only one sample.
+        gradient_error: the error of the gradient compared with central differences.
+        second_derivative_error: the error of the gradient's derivatives compared with central differences.
+        adjoint_change: the change of the gradient if the backward fixed-point iteration computes it; None if that does not
             converge.
-        vmap_change: change of the answer under ``torch.func.vmap``; None where each sample has its own step size.
-        float32_error: error of a float32 solve.
-        pickles: whether the layer can be pickled; one with a lambda cannot.
+        vmap_change: the change of the solution under ``torch.func.vmap``; None if each sample has its own step size.
+        float32_error: the error of a float32 solve.
+        pickles: whether the layer can be pickled; a layer with a lambda cannot.
     """
 
     samples: int
@@ -67,21 +67,21 @@ class LayerReport(Report):
 
 
 def check_layer(layer: Layer, *context: Any, x0: Any = None) -> LayerReport:
-    """Check that a layer has one answer for each sample, and correct gradients.
+    """Check that a layer has a unique solution per sample, and correct gradients.
 
     ============================================================  =====================================================
-    checked                                                       what it says on failure
+    check                                                         content of the error message
     ============================================================  =====================================================
-    it converges as it is configured, and tightly in float64      the solve's own sentence
-    two calls agree                                               by how much they differ
-    parameters, attributes and context stay as they are           which do not
-    a copy and an unpickled layer answer the same                 which does not
-    the answer does not depend on the start (1 % away)            by how much it changes
-    a sample does not depend on its batch-mates                   which samples, by how much, after which change
-    gradients in context and parameters, and their derivatives,   both numbers, and in which tensor
-    against central differences
-    the backward fixed-point iteration gives the same gradient    by how much they differ
-    ``torch.func.vmap`` over samples gives the batch's answers    by how much they differ
+    it converges as configured, and tightly in float64            the message of the solve
+    two calls agree                                               the difference
+    parameters, attributes and context do not change              the changed ones
+    a copy and an unpickled layer give the same result            the one that differs
+    the solution does not depend on the start (1 % away)          the change
+    a sample does not depend on the other samples                 the samples, the change and its cause
+    gradients in context and parameters, and their derivatives,   both numbers, and the tensor
+    agree with central differences
+    the backward fixed-point iteration gives the same gradient    the difference
+    ``torch.func.vmap`` over samples gives the same solutions     the difference
     float32 is within √ε of float64                               the error
     ============================================================  =====================================================
 
@@ -97,14 +97,14 @@ def check_layer(layer: Layer, *context: Any, x0: Any = None) -> LayerReport:
 
     Args:
         layer: an `FPI_GD` or `FPI_NN`.
-        context: what the layer is called with; take B ≥ 3, and not the size of another dimension.
+        context: the arguments of the layer; choose B ≥ 3, different from the sizes of other dimensions.
         x0: the initial point; default: the layer's own start.
 
     Returns:
         `LayerReport`.
 
     Raises:
-        CheckError: on the first check that fails.
+        CheckError: at the first check that fails.
     """
     with own_random_numbers():
         solution = _check_repeatable(layer, context, x0)
@@ -138,8 +138,8 @@ def _check_repeatable(layer: Layer, context: tuple[Any, ...], x0: Any) -> Soluti
     if _attributes(layer) != attributes:
         new = {n: sorted(set(a) ^ set(attributes.get(n, []))) for n, a in _attributes(layer).items()}
         raise CheckError(
-            f"A call added or removed attributes: { ({n: a for n, a in new.items() if a}) }. Likely cause: a result kept on the "
-            "module. Return it instead; a layer that keeps results cannot be shared between threads."
+            f"A call added or removed attributes: { ({n: a for n, a in new.items() if a}) }. Likely cause: a result stored on "
+            "the module. Return it instead; a layer that stores results cannot be shared between threads."
         )
     change = _change(_flat(again), _flat(solution))
     if not change <= 1e-6:
@@ -151,15 +151,15 @@ def _check_repeatable(layer: Layer, context: tuple[Any, ...], x0: Any) -> Soluti
 
 
 def _check_copies(layer: Layer, context: tuple[Any, ...], x0: Any, value: Any) -> bool:
-    """Check that copies give the same answers, and whether the layer can be pickled."""
+    """Check that copies give the same results; returns whether the layer can be pickled."""
     copies = {"deepcopy": copy.deepcopy(layer)}
-    with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):  # a lambda: Python's limit, not the layer's
+    with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError):  # Python cannot pickle a lambda
         copies["pickle"] = pickle.loads(pickle.dumps(layer))
     for name, other in copies.items():
         if not equal(_tree.leaves(_solve(other, context, x0).value), _tree.leaves(value)):
             raise CheckError(
-                f"After {name} the layer answers differently. Likely cause: a tensor or state that lives outside of the module. "
-                "Hold it as a parameter or buffer."
+                f"After {name} the layer gives another result. Likely cause: a tensor or state outside the module. Store it as a "
+                "parameter or buffer."
             )
     return "pickle" in copies
 
@@ -169,7 +169,7 @@ def _flat(solution: Solution) -> Tensor:  # (*batch, n)
 
 
 def _change(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the size of b; Inf if not finite."""
+    """The largest difference relative to the size of b; Inf if it is not finite."""
     return largest(a - b) / (largest(b) or 1.0)
 
 
@@ -178,14 +178,14 @@ def _change(a: Tensor, b: Tensor) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A float64 copy of a layer that solves tightly, from a start near its answer ``(B, n)``."""
+    """A float64 copy of a layer that solves tightly, from a start near its solution ``(B, n)``."""
 
     layer: Layer
     context: tuple[Any, ...]
     x0: Any
     answer: Tensor
     slack: float
-    """How many times more an answer may change than usual, where it is so small that its relative error is all rounding."""
+    """The factor by which limits are relaxed if the solution is so small that its relative error consists of rounding."""
 
     @classmethod
     def of(cls, layer: Layer, context: tuple[Any, ...], x0: Any, solution: Solution) -> tuple["Trial", float]:
@@ -197,8 +197,9 @@ class Trial:
         change = _change(again, answer) / slack
         if not change <= 1e-7:
             raise CheckError(
-                f"The answer changes by {change:.2g} (relative) when the solve begins elsewhere, 1 % away. Likely cause: a flat "
-                "direction or several minimizers, or a map that is no contraction. Add a ridge in x, or bound the network's norm."
+                f"The solution changes by {change:.2g} (relative) when the solve starts elsewhere, 1 % away. Likely cause: a "
+                "flat direction, several minimizers, or a map that does not contract. Add a ridge in x, or bound the network's "
+                "norm."
             )
         return cls(tight, context, start, answer, slack), change
 
@@ -225,7 +226,7 @@ class Trial:
                 layer._buffers["step_size"] = step_size.detach()
             return _flat(_solve(layer, context, x0)).detach()
 
-        return check_independent(function, inputs, self.batch, 1e-7 * self.slack, "The answer")
+        return check_independent(function, inputs, self.batch, 1e-7 * self.slack, "The solution")
 
     def inputs(self) -> dict[str, Tensor]:
         """The context and the parameters by name."""
@@ -233,7 +234,7 @@ class Trial:
         return floating({**named, **{f"parameter {n}": p for n, p in self.layer.named_parameters() if p.requires_grad}})
 
     def loss(self, values: list[Tensor]) -> Tensor:
-        """A fixed scalar function of the answer."""
+        """A fixed scalar function of the solution."""
         old = list(self.inputs().values())
         parameters, context = replaced((dict(self.layer.named_parameters()), self.context), old, values)
         x = torch.func.functional_call(self.layer, parameters, context, {"x0": self.x0})
@@ -263,11 +264,11 @@ class Trial:
 
         if not inputs:
             return 0.0, 0.0
-        first = check_derivatives(self.loss, inputs, 1e-5, NOISE, "The gradient of a loss of the answer")
-        return first, check_derivatives(slope, inputs, 1e-4, NOISE, "The second derivative of a loss of the answer")
+        first = check_derivatives(self.loss, inputs, 1e-5, NOISE, "The gradient of a loss of the solution")
+        return first, check_derivatives(slope, inputs, 1e-4, NOISE, "The second derivative of a loss of the solution")
 
     def check_adjoint(self) -> float | None:
-        """By the paper's backward iteration, where it contracts."""
+        """Compare with the paper's backward iteration, if it converges."""
         expected = self.gradients()
         try:
             found = dataclasses.replace(self, layer=_with_adjoint(self.layer, ImplicitAdjoint(Picard()))).gradients()
@@ -277,8 +278,8 @@ class Trial:
         if not change <= 1e-6:
             raise CheckError(
                 f"The layer's adjoint and the backward fixed-point iteration differ by {change:.2g} (relative) in a gradient. "
-                "Likely cause: a gradient of the energy that is no gradient (a custom backward), so that its Hessian is not "
-                "symmetric, or a nearly singular problem. Run check_energy; add a ridge in x."
+                "Likely cause: a wrong gradient of the energy (a custom backward), so that its Hessian is not symmetric, or a "
+                "nearly singular problem. Run check_energy; add a ridge in x."
             )
         return change
 
@@ -305,11 +306,11 @@ class Trial:
         except (RuntimeError, ValueError) as error:
             raise CheckError(f"Under torch.func.vmap the layer raised {type(error).__name__}: {error} {_VMAP}") from error
         if not change <= 1e-7:
-            raise CheckError(f"Under torch.func.vmap the answer changes by {change:.2g} (relative). {_VMAP}")
+            raise CheckError(f"Under torch.func.vmap the solution changes by {change:.2g} (relative). {_VMAP}")
         return change
 
     def check_float32(self) -> float:
-        """Solve as far as float32 goes; whether it is CONVERGED at this tolerance does not matter."""
+        """Solve as accurately as float32 permits; the status at this tolerance does not matter."""
         layer = _tightened(self.layer, torch.float32, 2 * self.layer.termination.max_steps)  # type: ignore[union-attr]
         layer.termination, layer.on_failure = Termination(atol=0.0, rtol=1e-6, max_steps=_budget(self)), "ignore"
         with torch.no_grad():
@@ -317,20 +318,21 @@ class Trial:
         error, limit = _change(found.double(), self.answer) / self.slack, float(torch.finfo(torch.float32).eps ** 0.5)
         if not error <= limit:
             raise CheckError(
-                f"Solved in float32 the answer is wrong by {error:.2g} (relative; √ε is {limit:.1e}). Likely cause: a condition "
-                "number above 1/√ε, or large terms that cancel. Scale the variables, add a ridge in x, or solve in float64."
+                f"Solved in float32, the solution is wrong by {error:.2g} (relative; √ε is {limit:.1e}). Likely cause: a "
+                "condition number above 1/√ε, or large terms that cancel. Scale the variables, add a ridge in x, or solve in "
+                "float64."
             )
         return error
 
 
 _VMAP = (
-    "Likely cause: an operation without a batching rule, a value read by Python (.item(), if), or a shape fixed outside. Use "
+    "Likely cause: an operation without a batching rule, a value that Python reads (.item(), if), or a fixed shape. Use "
     "tensor operations (torch.where), and take shapes from x."
 )
 
 
 def _budget(trial: Trial) -> int:
-    """Steps the float64 solve needs from here."""
+    """The number of steps for the float32 solve: slightly more than the float64 solve needs."""
     return int(_solve(trial.layer, trial.context, trial.x0).num_steps.max()) + 10
 
 
@@ -341,7 +343,7 @@ def _with_adjoint(layer: Layer, adjoint: Adjoint) -> Layer:
 
 
 def _from_elsewhere(layer: Layer, context: tuple[Any, ...], there: Solution, answer: Tensor) -> tuple[Any, Tensor]:
-    """A start 1 % away from the answer, and the answer from there; of its own size where one of 0.01 leaves the domain."""
+    """A start 1 % away from the solution, and the solution from there; with relative steps if others leave the domain."""
     way = 0.01 * torch.randn_like(answer)
     layout = Layout.of(there.value, there.status.ndim)
     with contextlib.suppress(CheckError):
@@ -352,7 +354,7 @@ def _from_elsewhere(layer: Layer, context: tuple[Any, ...], there: Solution, ans
 
 
 def _tightly(layer: Layer, context: tuple[Any, ...], x0: Any, solution: Solution) -> tuple[Layer, Solution, float]:
-    """A float64 copy that solves to a tolerance in proportion to the answer, or, if it cannot, to 1e-12; and that tolerance."""
+    """A float64 copy with a tolerance proportional to the solution or, if that fails, 1e-12; its result; the tolerance."""
     tight = _tightened(layer, torch.float64, 20 * int(solution.num_steps.max()) + 1000)
     sized = 1e-12 * min(1.0, largest(_flat(solution)) or 1.0)
     tight.termination = dataclasses.replace(tight.termination, atol=sized)  # type: ignore[type-var]

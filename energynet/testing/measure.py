@@ -1,4 +1,4 @@
-"""The measurements that all checks share: finite differences, maps of the batch's rows, power iterations."""
+"""The measurements that all checks share: finite differences, permutations of the batch's rows, power iterations."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,11 @@ Product = Callable[[Tensor], Tensor]
 
 
 class CheckError(AssertionError):
-    """A check failed; the message says what was seen, the likely cause and the remedy."""
+    """A check failed; the message states the finding, the likely cause and the remedy."""
 
 
 class Report:
-    """What a check measured, one number per line."""
+    """The measurements of a check, printed with one number per line."""
 
     def __repr__(self) -> str:
         assert dataclasses.is_dataclass(self)
@@ -34,14 +34,14 @@ def _figure(value: Any) -> str:
 
 @contextlib.contextmanager
 def own_random_numbers(seed: int = 0) -> Iterator[None]:
-    """A check draws from its own seed and leaves the caller's generators as they were."""
+    """A context in which random numbers have a fixed seed, and which restores the caller's generators."""
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         yield
 
 
 def copied(tree: Any, dtype: torch.dtype | None = None) -> Any:
-    """The pytree with its tensors detached and cloned, those of floating point as ``dtype``."""
+    """The pytree with its tensors detached and cloned, and floating-point tensors converted to ``dtype``."""
 
     def leaf(t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -53,7 +53,7 @@ def copied(tree: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def floating(named: dict[str, Any]) -> dict[str, Tensor]:
-    """Every floating-point tensor in the named pytrees, under a name that says where it was."""
+    """Every floating-point tensor in the named pytrees, under a name that states its position."""
     found = {}
     for name, tree in named.items():
         leaves = _tree.leaves(tree)
@@ -64,19 +64,19 @@ def floating(named: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def replaced(tree: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
-    """The pytree with the ``new`` tensors where the ``old`` ones are."""
+    """The pytree with the ``new`` tensors in place of the ``old`` ones."""
     chosen = {id(a): b for a, b in zip(old, new, strict=True)}
     return _tree.map_structure(lambda t: chosen.get(id(t), t), tree)
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two pytrees hold the same values, NaN being equal to itself."""
+    """Whether two pytrees contain the same values, where NaN equals NaN."""
     pairs = zip(_tree.leaves(a), _tree.leaves(b), strict=True)
     return all(torch.equal(torch.nan_to_num(s), torch.nan_to_num(t)) if isinstance(s, Tensor) else True for s, t in pairs)
 
 
 def largest(values: Tensor) -> float:
-    """The largest magnitude; 0 of nothing, Inf if one is not finite."""
+    """The largest magnitude; 0 for an empty tensor, Inf if a value is not finite."""
     found = float(values.detach().abs().max()) if values.numel() else 0.0
     return found if found == found else float("inf")
 
@@ -90,7 +90,7 @@ def take(tree: Any, rows: Tensor, batch: int) -> Any:
 
 
 def check_independent(function: Callable[[Any], Tensor], inputs: Any, batch: int, limit: float, what: str) -> float | None:
-    """Whether a function of batched inputs commutes with maps of the rows: reversed, halved, all but one replaced.
+    """Check that a function of batched inputs commutes with selections of rows: reversed, halved, all but one replaced.
 
     Args:
         function: pytree with tensors ``(B, ...)`` -> ``(B, n)``.
@@ -106,8 +106,8 @@ def check_independent(function: Callable[[Any], Tensor], inputs: Any, batch: int
     maps = {
         "the order of the batch is reversed": torch.arange(batch).flip(0),
         "the other half of the batch is left out": torch.arange(half),
-        "their batch-mates are replaced": first,
-        "all their batch-mates are replaced": last,
+        "other samples are replaced": first,
+        "all other samples are replaced": last,
     }
     values = function(inputs)
     worst = 0.0
@@ -118,8 +118,8 @@ def check_independent(function: Callable[[Any], Tensor], inputs: Any, batch: int
             raise CheckError(
                 f"{what} of sample {_some(seen)} changes by {float(change.max()):.2g} (relative) when {action}. Likely cause: a "
                 "mean, sum, norm or softmax over the batch dimension, or BatchNorm. Reduce over all dimensions but the first, as "
-                f"in .flatten(1).sum(-1). (Every tensor with leading dimension {batch} was taken to hold one row per sample; if "
-                "one is shared by all samples, repeat the check with another batch size.)"
+                f"in .flatten(1).sum(-1). (Every tensor with leading dimension {batch} was assumed to have one row per sample; "
+                "if one is shared by all samples, repeat the check with another batch size.)"
             )
         worst = max(worst, float(change.max()))
     return worst
@@ -131,8 +131,8 @@ def _change(function: Callable[[Any], Tensor], inputs: Any, batch: int, rows: Te
     except (RuntimeError, ValueError, IndexError) as error:
         raise CheckError(
             f"Evaluating rows {rows.tolist()} of a batch of {batch} raised {type(error).__name__}: {error} Likely cause: the "
-            f"batch size is fixed inside, or a tensor shared by all samples has leading dimension {batch} by chance. Take the "
-            "batch size from x.shape[0], or repeat the check with another batch size."
+            f"batch size is fixed inside, or a tensor shared by all samples happens to have the leading dimension {batch}. Take "
+            "the batch size from x.shape[0], or repeat the check with another batch size."
         ) from error
     size = values.abs().amax()
     return (mapped - values[rows]).abs().flatten(1).amax(-1) / torch.where(size > 0, size, 1)
@@ -169,7 +169,7 @@ def check_derivatives(function: Callable[[list[Tensor]], Tensor], tensors: dict[
             raise CheckError(
                 f"{what} in {name} is {slope:.6g} along a random direction, but finite differences give {difference:.6g} "
                 f"(relative error {error:.1e}). Likely cause: detach, .data, .item(), no_grad or NumPy inside, an inexact custom "
-                "backward or adjoint, or a kink (ReLU) at this point. Keep every operation differentiable; for a kink take a "
+                "backward or adjoint, or a kink (ReLU) at this point. Keep every operation differentiable; for a kink, use a "
                 "smooth function (softplus) or another point."
             )
         worst = max(worst, error)
@@ -178,10 +178,10 @@ def check_derivatives(function: Callable[[list[Tensor]], Tensor], tensors: dict[
 
 def _directional_error(function: Callable[[list[Tensor]], Tensor], values: list[Tensor], k: int, gradient: Tensor,
                        limit: float, noise: float) -> tuple[float, float, float]:  # fmt: skip
-    """The smallest relative error over a few lengths of the difference, the derivative, and the difference quotient."""
+    """The smallest relative error over a few step lengths, the derivative, and the difference quotient."""
     size = values[k].detach().abs()
     best = (float("inf"), float("nan"), float("nan"))
-    # Steps in proportion to each number stay within the domain of log and sqrt where it is small; zeros stay zero.
+    # Steps proportional to each element stay within the domain of log and sqrt for small elements; zeros stay zero.
     for scale in (1 + size, size):
         best = min(best, _along(function, values, k, gradient, torch.randn_like(size) * scale, limit, noise))
         if best[0] <= limit:
@@ -191,7 +191,7 @@ def _directional_error(function: Callable[[list[Tensor]], Tensor], values: list[
 
 def _along(function: Callable[[list[Tensor]], Tensor], values: list[Tensor], k: int, gradient: Tensor, direction: Tensor,
            limit: float, noise: float) -> tuple[float, float, float]:  # fmt: skip
-    """The same along one direction."""
+    """The same as `_directional_error`, along one direction."""
     slope = float((gradient * direction).sum())
     typical = float(gradient.norm() * direction.norm()) / max(1, direction.numel()) ** 0.5
     best = (float("inf"), slope, float("nan"))
@@ -204,7 +204,7 @@ def _along(function: Callable[[list[Tensor]], Tensor], values: list[Tensor], k: 
         ]
         coarse, fine = (ends[0] - ends[1]) / (2 * h), (ends[2] - ends[3]) / h
         difference = (4 * fine - coarse) / 3  # Richardson's extrapolation
-        # What lies below rounding or truncation cannot be told from zero: at a minimum, that is all of the slope.
+        # Values below the rounding and truncation errors are indistinguishable from zero, such as the whole slope at a minimum.
         unknown = noise * (abs(ends[0]) + abs(ends[1])) / h + abs(difference - fine)
         error = abs(difference - slope) / max(typical, abs(slope), abs(difference), unknown / limit, 1e-300)
         best = min(best, (error if error == error else float("inf"), slope, difference))
@@ -217,7 +217,7 @@ def _along(function: Callable[[list[Tensor]], Tensor], values: list[Tensor], k: 
 
 
 def dominant(product: Product, like: Tensor, steps: int = 60) -> Tensor:  # -> (*batch)
-    """Rayleigh quotient of a symmetric matrix after a power iteration: the eigenvalue of largest magnitude, sign included."""
+    """The Rayleigh quotient of a symmetric matrix after a power iteration: the eigenvalue of largest magnitude, with its sign."""
     v = unit(torch.randn_like(like))
     for _ in range(steps):
         v = unit(product(v))
@@ -225,14 +225,14 @@ def dominant(product: Product, like: Tensor, steps: int = 60) -> Tensor:  # -> (
 
 
 def extreme_eigenvalues(product: Product, like: Tensor) -> tuple[Tensor, Tensor]:  # -> (*batch), (*batch)
-    """Estimates of the smallest and the largest eigenvalue of a symmetric matrix, for each sample."""
+    """Estimates of the smallest and the largest eigenvalue of a symmetric matrix, per sample."""
     one = dominant(product, like)
     other = one + dominant(lambda v: product(v) - one.unsqueeze(-1) * v, like)
     return torch.minimum(one, other), torch.maximum(one, other)
 
 
 def spectral_radius(product: Product, like: Tensor, steps: int = 60) -> Tensor:  # -> (*batch)
-    """Mean growth of a vector over the last powers of a matrix that need not be symmetric."""
+    """The mean growth of a vector over the last powers of a matrix that need not be symmetric."""
     v, growth = unit(torch.randn_like(like)), torch.zeros_like(like[..., 0])
     for k in range(2 * steps):
         v = product(v)
@@ -243,6 +243,6 @@ def spectral_radius(product: Product, like: Tensor, steps: int = 60) -> Tensor: 
 
 
 def unit(v: Tensor) -> Tensor:
-    """Each sample at length 1; zero stays zero."""
+    """The vectors scaled to length 1; zero stays zero."""
     length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     return v / torch.where(length > 0, length, 1)

@@ -1,4 +1,4 @@
-"""`check_step`: can the solvers iterate this map, and differentiate its fixed point?"""
+"""`check_step` tests whether the solvers can iterate a map and differentiate its fixed point."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,15 +28,17 @@ from energynet.testing.subject import Subject, check_repeatable, check_samples, 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class StepReport(Report):
-    """What `check_step` measured, in float64.
+    """The measurements of `check_step`, in float64.
 
     Args:
         samples: B, or 0 for one problem without a batch dimension.
-        batch_leak: largest relative change of a value when the other samples change; None if there is only one sample.
-        derivative_error: relative error of the derivatives of F with respect to x, the context and the parameters.
-        asymmetry: largest ``|⟨u, Jv⟩ − ⟨Ju, v⟩|`` for unit vectors, relative to J = ∂F/∂x.
-        norm: largest singular value of ∂g/∂x at x over all samples; below 1 the map contracts there; None without a step size.
-        rate: spectral radius of ∂g/∂x at x; below 1, at the fixed point, `Picard` converges in the end; None likewise.
+        batch_leak: the largest relative change of a value when the other samples change; None if there is only one sample.
+        derivative_error: the relative error of the derivatives of F with respect to x, the context and the parameters.
+        asymmetry: the largest ``|⟨u, Jv⟩ − ⟨Ju, v⟩|`` for unit vectors, relative to J = ∂F/∂x.
+        norm: the largest singular value of ∂g/∂x at x over all samples; below 1 the map contracts there; None without a
+            step size.
+        rate: the spectral radius of ∂g/∂x at x; if it is below 1 at the fixed point, `Picard` converges locally; None without
+            a step size.
     """
 
     samples: int
@@ -51,19 +53,19 @@ def check_step(step: Step | Callable[..., Any], x: Any, *context: Any, batch_dim
     """Check that g(x, \\*context) is a map that can be iterated to a fixed point.
 
     =================================================================  ===============================================
-    checked                                                            what it says on failure
+    check                                                              content of the error message
     =================================================================  ===============================================
     structure, shapes and dtype are those of x                         both
     no tensor with a derivative in a closure                           its shape and the operation that used it
-    no BatchNorm in training mode, dropout or other random numbers     which of them
-    x and context unchanged, values finite                             what was changed, which samples
-    two evaluations equal                                              by how much they differ
-    a sample does not depend on its batch-mates                        which samples, by how much, after which change
-    ``step(x)`` is x − step_size · ``optimality(x)``, so F is zero at  by how much they differ
+    no BatchNorm in training mode, dropout or random numbers           the operation
+    x and context unchanged, values finite                             the changed tensor, the samples
+    two evaluations are equal                                          the difference
+    a sample does not depend on the other samples                      the samples, the change and its cause
+    ``step(x)`` is x − step_size · ``optimality(x)``, so F is zero at  the difference
     fixed points and nowhere else
-    derivatives of F in x, context and parameters                      both numbers, and in which tensor
-    F depends on x (of g(x) = x every point is a fixed point)          that it does not
-    a step that claims a symmetric ∂F/∂x has one                       the asymmetry
+    derivatives of F in x, context and parameters                      both numbers, and the tensor
+    F depends on x (for g(x) = x, every point is a fixed point)        that it does not
+    a step that declares ∂F/∂x to be symmetric has such a ∂F/∂x        the asymmetry
     =================================================================  ===============================================
 
     Whether g contracts is reported and is not a failure: x is not the fixed point, and `Anderson` and `DampedStep` solve
@@ -81,15 +83,15 @@ def check_step(step: Step | Callable[..., Any], x: Any, *context: Any, batch_dim
 
     Args:
         step: a `Step`, or a function or network g(x, \\*context) -> like x.
-        x: a point, a tensor ``(B, ...)`` or a pytree of such; take B ≥ 3, and not the size of another dimension.
-        context: what the step takes besides x.
+        x: a point, a tensor ``(B, ...)`` or a pytree of such; choose B ≥ 3, different from the sizes of other dimensions.
+        context: the step's other arguments.
         batch_dims: 1 if the leading dimension of x counts samples, 0 if there is one problem.
 
     Returns:
-        `StepReport`, with estimates of how g contracts.
+        `StepReport`, with estimates of the contraction of g.
 
     Raises:
-        CheckError: on the first check that fails.
+        CheckError: at the first check that fails.
     """
     step = as_step(step)
     with own_random_numbers():
@@ -110,7 +112,7 @@ def check_step(step: Step | Callable[..., Any], x: Any, *context: Any, batch_dim
 
 def _check_dtype(subject: Subject) -> None:
     step, code = subject.step, subject.code()
-    # A condition F(x) = 0, or a gradient step whose size is not known, is no map yet: F itself is looked at.
+    # A condition F(x) = 0, or a gradient step of unknown size, is not a map, so F itself is checked.
     moved = step.optimality(subject.x, *code) if step.step_size is None else step(subject.x, *subject.context)
     for t, s in zip(_tree.leaves(subject.x), _tree.leaves(moved), strict=True):
         if t.dtype != s.dtype:
@@ -121,7 +123,7 @@ def _check_dtype(subject: Subject) -> None:
 
 
 def _check_optimality(subject: Subject) -> None:
-    """g(x) = x − γ F(x): what is iterated and what is differentiated are the same equation."""
+    """Check that g(x) = x − γ F(x), so that the iteration and the derivative belong to the same equation."""
     step, layout, flat = subject.step, subject.layout, subject.layout.ravel(subject.x)
     with torch.random.fork_rng():
         torch.manual_seed(1)  # the numbers that `Subject.code` draws
@@ -132,12 +134,12 @@ def _check_optimality(subject: Subject) -> None:
         raise CheckError(
             f"step(x) and x − step_size · optimality(x) differ by {change:.2g}. Likely cause: a Step that overrides __call__ or "
             "step_size. The solver would find a point at which optimality is not zero, and differentiate the wrong equation; "
-            "define optimality and step_size alone."
+            "define only optimality and step_size."
         )
 
 
 def _check_jacobian(subject: Subject) -> tuple[float, float | None, float | None]:
-    """Asymmetry of ∂F/∂x, and norm and spectral radius of ∂g/∂x, if there is a map g."""
+    """The asymmetry of ∂F/∂x, and the norm and spectral radius of ∂g/∂x if there is a map g."""
     step, flat = subject.step, subject.layout.ravel(subject.x)
     function = subject.optimality(subject.code())
     product, transposed = linearize(function, flat, transposed=False), linearize(function, flat, transposed=True)
@@ -146,7 +148,7 @@ def _check_jacobian(subject: Subject) -> tuple[float, float | None, float | None
     if bool((size <= 1e-14).all()):
         raise CheckError(
             "x − g(x) does not depend on x: every point is a fixed point, or none. Likely cause: g(x) = x + constant, or an "
-            "energy linear in x. Give g a part that pulls x toward its answer."
+            "energy linear in x. Add a term to g that makes it contract in x."
         )
     gap = ((u * product(v)).sum(-1) - (product(u) * v).sum(-1)).abs()
     asymmetry = largest(gap / torch.where(size > 0, size, 1))

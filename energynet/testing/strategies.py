@@ -1,4 +1,4 @@
-"""Hypothesis strategies: random energies and contractions whose constants are known, for your own property tests.
+"""Hypothesis strategies for property tests: random energies and contractions with known constants.
 
 Example:
     >>> from hypothesis import given, settings
@@ -31,7 +31,7 @@ except ImportError as error:
 
 
 class Quadratic(Energy):
-    """½ xᵀ A x − (W z)ᵀ x, with the eigenvalues of A between μ and L."""
+    """½ xᵀ A x − (W z)ᵀ x, where the eigenvalues of A lie between μ and L."""
 
     def __init__(self, n: int, d: int, mu: float, top: float, draw: torch.Generator) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Quadratic(Energy):
 
 
 class LogCosh(Energy):
-    """½ μ ‖x‖² + Σ log cosh(K x + W z): Hessian between μ and μ + ‖K‖²."""
+    """½ μ ‖x‖² + Σ log cosh(K x + W z); the Hessian lies between μ and μ + ‖K‖²."""
 
     def __init__(self, n: int, d: int, mu: float, top: float, draw: torch.Generator) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LogCosh(Energy):
 
 
 class SoftplusNetwork(Energy):
-    """½ μ ‖x‖² + Σ a softplus(K x + W z + b), 0 < a ≤ 4: Hessian between μ and μ + ‖K‖²."""
+    """½ μ ‖x‖² + Σ a softplus(K x + W z + b), 0 < a ≤ 4; the Hessian lies between μ and μ + ‖K‖²."""
 
     def __init__(self, n: int, d: int, mu: float, top: float, draw: torch.Generator) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ class SoftplusNetwork(Energy):
 
 
 class Quartic(Energy):
-    """½ μ ‖x‖² + ¼ q Σ (Q x)⁴ − (W z)ᵀ Q x, Q orthogonal; q so small that the Hessian stays below L along any descent."""
+    """½ μ ‖x‖² + ¼ q Σ (Q x)⁴ − (W z)ᵀ Q x, Q orthogonal; q is so small that the Hessian stays below L along any descent."""
 
     def __init__(self, n: int, d: int, mu: float, top: float, draw: torch.Generator) -> None:
         super().__init__()
         self.mu = mu
         self.Q = nn.Parameter(_orthogonal(n, draw))
         self.W = nn.Parameter(_normed(draw, n, d) * mu)
-        # |W z| ≤ μ √d for |z| ≤ 1, and |x0| ≤ 1: with γ ≤ 1/L no coordinate leaves [−r, r]. Half of L is kept as a margin.
+        # |W z| ≤ μ √d for |z| ≤ 1, and |x0| ≤ 1, so with γ ≤ 1/L no coordinate leaves [−r, r]. Half of L remains as a margin.
         radius = 1.5 * max(d, n) ** 0.5
         self.q = nn.Parameter(torch.tensor((top - mu) / (6 * radius**2), dtype=torch.float64))
 
@@ -133,7 +133,7 @@ _NETWORKS = (Affine, TanhCell, TwoLayers)
 
 
 class Pair(NamedTuple):
-    """A named tuple for x."""
+    """A named tuple that serves as x."""
 
     first: Any
     second: Any
@@ -148,7 +148,7 @@ FOLDS: dict[str, Callable[[list[Any]], Any]] = {
 
 
 class FoldedEnergy(Energy):
-    """An energy on ``(B, n)`` as one on a pytree."""
+    """Applies an energy on ``(B, n)`` to a pytree."""
 
     def __init__(self, core: Energy) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class FoldedEnergy(Energy):
 
 
 class FoldedNetwork(nn.Module):
-    """A network on ``(B, n)`` as one on a pytree."""
+    """Applies a network on ``(B, n)`` to a pytree."""
 
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
@@ -178,16 +178,16 @@ class FoldedNetwork(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class EnergyCase:
-    """A strictly convex energy in float64 with what is known of it.
+    """A strictly convex energy in float64 with its known constants.
 
     Args:
         energy: E(x, z) -> ``(B,)``.
         x0: a tensor ``(B, ...)`` or a pytree of such.
         context: ``(z,)``, z of shape ``(B, d)``.
-        step_size: γ, a float, a 0-d tensor or ``(B,)``: gradient descent converges with it.
-        mu: least curvature, > 0.
-        L: largest curvature on the way from x0 to the answer.
-        core: the same energy on x as one matrix ``(B, n)``.
+        step_size: γ, a float, a 0-d tensor or ``(B,)``, with which gradient descent converges.
+        mu: the smallest curvature, > 0.
+        L: the largest curvature between x0 and the minimizer.
+        core: the same energy for x as one matrix ``(B, n)``.
     """
 
     energy: Energy
@@ -212,8 +212,8 @@ class ContractionCase:
         network: g(x, z) -> like x.
         x0: a tensor ``(B, ...)`` or a pytree of such.
         context: ``(z,)``, z of shape ``(B, d)``.
-        rate: Lipschitz constant of g in x, < 1.
-        core: the same network on x as one matrix ``(B, n)``.
+        rate: the Lipschitz constant of g in x, < 1.
+        core: the same network for x as one matrix ``(B, n)``.
     """
 
     network: nn.Module
@@ -229,18 +229,18 @@ class ContractionCase:
 
 
 def batch_sizes(largest: int = 4) -> st.SearchStrategy[int]:
-    """B, from 1."""
+    """Batch sizes B ≥ 1."""
     return st.integers(1, largest)
 
 
 def shapes(largest: int = 5) -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
-    """Shapes of one sample of the tensors that make up x, at most ``largest`` numbers in all: ``((2,),)``, ``((), (1, 2))``."""
+    """Shapes, without the batch, of the tensors in x, with at most ``largest`` elements: ``((2,),)``, ``((), (1, 2))``."""
     one = st.one_of(st.just(()), st.tuples(st.integers(1, largest)), st.tuples(st.integers(1, 2), st.integers(1, 2)))
     return st.lists(one, min_size=1, max_size=3).map(tuple).filter(lambda s: sum(torch.Size(t).numel() for t in s) <= largest)
 
 
 def step_sizes(mu: float, top: float, batch: int) -> st.SearchStrategy[float | Tensor]:
-    """γ for curvatures between ``mu`` and ``top``: half of the best 2/(μ + L), up to it; a float, 0-d or ``(batch,)``."""
+    """γ for curvatures between ``mu`` and ``top``, from half of the best 2/(μ + L) up to it; a float, 0-d or ``(batch,)``."""
     best = 2 / (mu + top)
     number = st.floats(0.5 * best, best)
     tensor = number.map(lambda g: torch.tensor(g, dtype=torch.float64))
@@ -249,7 +249,7 @@ def step_sizes(mu: float, top: float, batch: int) -> st.SearchStrategy[float | T
 
 @st.composite
 def points(draw: st.DrawFn, batch: int) -> Any:
-    """x, in [−1, 1]: a tensor ``(batch, ...)`` or a tuple, dict, named tuple or nested pytree of such."""
+    """Points x in [−1, 1]: a tensor ``(batch, ...)`` or a tuple, dict, named tuple or nested pytree of such."""
     chosen, random = draw(shapes()), draw(generators())
     parts = [2 * torch.rand(batch, *shape, generator=random, dtype=torch.float64) - 1 for shape in chosen]
     if len(parts) == 1 and draw(st.booleans()):
@@ -259,7 +259,7 @@ def points(draw: st.DrawFn, batch: int) -> Any:
 
 @st.composite
 def energies(draw: st.DrawFn, kinds: tuple[type[Any], ...] = _ENERGIES, condition: float = 8.0) -> EnergyCase:
-    """Quadratics, log-cosh, softplus networks with a ridge, quartics with a ridge, of condition number up to ``condition``."""
+    """Quadratics, log-cosh energies, and softplus networks and quartics with a ridge; condition number ≤ ``condition``."""
     batch, random = draw(batch_sizes()), draw(generators())
     x0, d = draw(points(batch)), draw(st.integers(1, 3))
     mu = draw(st.floats(0.5, 2.0))
@@ -272,7 +272,7 @@ def energies(draw: st.DrawFn, kinds: tuple[type[Any], ...] = _ENERGIES, conditio
 
 @st.composite
 def contractions(draw: st.DrawFn, kinds: tuple[type[Any], ...] = _NETWORKS, largest: float = 0.8) -> ContractionCase:
-    """Affine maps, tanh cells and networks of two layers, of Lipschitz constant up to ``largest``."""
+    """Affine maps, tanh cells and two-layer networks with a Lipschitz constant of at most ``largest``."""
     batch, random = draw(batch_sizes()), draw(generators())
     x0, d, rate = draw(points(batch)), draw(st.integers(1, 3)), draw(st.floats(0.05, largest))
     core = draw(st.sampled_from(kinds))(Layout.of(x0, 1).ravel(x0).shape[-1], d, rate, random)
@@ -281,7 +281,7 @@ def contractions(draw: st.DrawFn, kinds: tuple[type[Any], ...] = _NETWORKS, larg
 
 
 def generators() -> st.SearchStrategy[torch.Generator]:
-    """Seeded sources of tensors."""
+    """Seeded random generators."""
     return st.integers(0, 2**31).map(lambda seed: torch.Generator().manual_seed(seed))
 
 
@@ -298,7 +298,7 @@ def _normal(draw: torch.Generator, *shape: int) -> Tensor:
 
 
 def _normed(draw: torch.Generator, *shape: int) -> Tensor:
-    """A matrix of largest singular value 1."""
+    """A matrix with the largest singular value 1."""
     matrix = _normal(draw, *shape)
     norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
     return matrix / norm

@@ -1,4 +1,4 @@
-"""A step under examination, with every tensor it depends on as an explicit input, and the checks all steps share."""
+"""A step under test, with every tensor it depends on as an explicit input, and the checks that all steps share."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A step, a point and a context: copies, so that no check touches what is the caller's."""
+    """Copies of a step, a point and a context, so that no check modifies objects of the caller."""
 
     binding: Binding
     tensors: tuple[Tensor, ...]
@@ -38,7 +38,7 @@ class Subject:
 
     @property
     def batch(self) -> int:
-        """Number of samples; 0 for one problem without a batch dimension."""
+        """The number of samples; 0 for one problem without a batch dimension."""
         return int(_tree.leaves(self.x)[0].shape[0]) if self.batch_dims else 0
 
     @property
@@ -50,7 +50,7 @@ class Subject:
         return self.binding.attach(self.tensors)
 
     def code(self) -> tuple[Any, ...]:
-        """What the context is encoded to. `Energy.encode` may draw random numbers: always the same ones here."""
+        """The encoded context. `Energy.encode` may draw random numbers, which are always the same ones here."""
         with torch.random.fork_rng():
             torch.manual_seed(1)
             return self.step.encode(*self.context)
@@ -70,7 +70,7 @@ class Subject:
         return lambda flat: layout.ravel(step.optimality(layout.unravel(flat), *code))
 
     def inputs(self) -> dict[str, Tensor]:
-        """x, the context and the parameters, by name: what derivatives are taken in."""
+        """x, the context and the parameters, by name: the tensors with respect to which derivatives are taken."""
         named = {"x": self.x, **{f"context {k}": c for k, c in enumerate(self.context)}}
         parameters = zip(self.tensors, self.binding.tensors, strict=True)
         trained = [t for t, original in parameters if original.requires_grad]
@@ -82,7 +82,7 @@ class Subject:
 
 
 def refuse(call: Callable[[], Result]) -> Result:
-    """Run a solve; what it refuses (shapes, dtypes, lost captures, randomness, in-place changes) or fails at is the finding."""
+    """Run a solve and convert its errors (shapes, dtypes, captures, randomness, in-place changes, failures) to a CheckError."""
     try:
         return call()
     except (LostGradientError, ImpureFunctionError, ConvergenceError, TypeError, ValueError) as error:
@@ -90,7 +90,7 @@ def refuse(call: Callable[[], Result]) -> Result:
 
 
 def check_repeatable(subject: Subject) -> None:
-    """Two evaluations agree, and leave x and the context as they are."""
+    """Check that two evaluations agree, and that they do not change x and the context."""
     code = subject.code()
     given = (subject.x, code, subject.context)
     before = copied(given)
@@ -111,20 +111,20 @@ def check_repeatable(subject: Subject) -> None:
     if change > 10 * eps * largest(first):
         raise CheckError(
             f"Two evaluations of {subject.name} at the same point differ by {change:.2g}. Likely cause: it draws random numbers "
-            "or keeps state between calls (a counter, a cache). Draw and keep outside and pass as context, or in Energy.encode, "
-            "which runs once per solve."
+            "or keeps state between calls (a counter, a cache). Move this outside and pass the result as context, or move it to "
+            "Energy.encode, which runs once per solve."
         )
 
 
 def check_samples(subject: Subject) -> float | None:
-    """No sample's value depends on its batch-mates."""
+    """Check that no sample's value depends on the other samples."""
     try:
         code = subject.code()
         subject.value(subject.x, code)
     except RuntimeError as error:
         raise CheckError(
-            f"{subject.name} cannot be evaluated in float64: {error} Likely cause: a dtype written into the code, or a float32 "
-            "tensor in a closure. Make tensors with dtype=x.dtype, and hold constants as buffers of a module."
+            f"{subject.name} cannot be evaluated in float64: {error} Likely cause: a dtype that is fixed in the code, or a "
+            "float32 tensor in a closure. Create tensors with dtype=x.dtype, and register constants as buffers of a module."
         ) from error
 
     def function(inputs: tuple[Any, tuple[Any, ...]]) -> Tensor:
@@ -133,14 +133,14 @@ def check_samples(subject: Subject) -> float | None:
     def moved(t: Tensor) -> Tensor:
         return t + 0.01 * torch.randn_like(t) * (1 + t.abs()) if t.is_floating_point() else t
 
-    nearby = _tree.map_structure(moved, subject.x)  # at x = 0 a sum over the batch of z·x is not seen
+    nearby = _tree.map_structure(moved, subject.x)  # at x = 0, a sum of z·x over the batch would not be detected
     points = [subject.x, *([nearby] if bool(torch.isfinite(function((nearby, code))).all()) else [])]
     leaks = [check_independent(function, (x, code), subject.batch, 1e-9, subject.name) for x in points]
     return None if leaks[0] is None else max(leak for leak in leaks if leak is not None)
 
 
 def check_smooth(subject: Subject) -> float:
-    """F is differentiable in x, the context and the parameters, and its derivatives are right."""
+    """Check that F is differentiable in x, the context and the parameters, and that its derivatives are right."""
     layout = subject.layout
     weights = torch.randn_like(layout.ravel(subject.x))
 
