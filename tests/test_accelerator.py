@@ -60,7 +60,7 @@ def test_values_and_derivatives_to_second_order_as_on_the_cpu(solver: Solver | N
 
 
 @pytest.mark.parametrize("driver", [Eager(), Compiled(strict=True)], ids=repr)
-def test_a_failed_sample_is_told_and_spoils_no_other(driver: Driver) -> None:
+def test_a_failed_sample_is_reported_and_does_not_affect_others(driver: Driver) -> None:
     z, A = (t.to(DEVICE) for t in context())
     z[1] = torch.nan
     found = minimize(energy, z.new_zeros(5, 4), z, A, termination=TIGHT, driver=driver, on_failure="ignore")

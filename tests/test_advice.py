@@ -261,7 +261,7 @@ FORWARD = {
 
 
 @pytest.mark.parametrize("case", marked(FORWARD))
-def test_a_failed_solve_says_why_and_what_helps(case: Case) -> None:
+def test_a_failed_solve_states_cause_and_remedy(case: Case) -> None:
     with pytest.raises(ConvergenceError) as caught:
         case.fails()
     message = str(caught.value)
@@ -347,7 +347,7 @@ ADJOINT = {
 
 
 @pytest.mark.parametrize("case", marked(ADJOINT))
-def test_a_failed_gradient_says_why_and_what_helps(case: Case) -> None:
+def test_a_failed_gradient_states_cause_and_remedy(case: Case) -> None:
     with pytest.raises(ConvergenceError, match=r"The adjoint solve \(the gradient\) failed") as caught:
         backward(case.fails())
     message = str(caught.value)
@@ -377,7 +377,7 @@ class Recurrent(nn.Module):
         return moved
 
 
-def test_a_network_is_told_to_bound_its_norm() -> None:
+def test_the_remedy_for_networks_is_to_bound_the_norm() -> None:
     network = nn.Linear(4, 4, bias=False)
     with torch.no_grad():
         network.weight.copy_(1.5 * torch.eye(4))
@@ -403,7 +403,7 @@ def test_a_black_box_is_told_once() -> None:
     assert loose(torch.ones(2, 3)).shape == (2, 3)
 
 
-def test_samples_that_fail_in_two_ways_are_told_apart() -> None:
+def test_two_kinds_of_failure_are_reported_separately() -> None:
     x0 = torch.tensor([[1.0], [-2.0], [5.0], [math.nan]])
     with pytest.warns(ConvergenceWarning) as caught:
         minimize(lambda x: (x - x.log()).sum(-1), x0, on_failure="warn")
@@ -425,7 +425,7 @@ def test_an_energy_that_cannot_be_evaluated_elsewhere_does_not_hide_its_failure(
         minimize(energy, torch.zeros(1, 1))
 
 
-def test_stalled_is_a_status_of_its_own() -> None:
+def test_stalled_is_a_separate_status() -> None:
     solution = minimize(kinked, torch.zeros(2, 2, dtype=F64), on_failure="ignore")
     assert (solution.status == Status.STALLED).all() and (solution.num_steps < 1000).all()
     with pytest.raises(ConvergenceError, match=r"STALLED: 2 of 2 samples.*Likely cause"):
@@ -433,7 +433,7 @@ def test_stalled_is_a_status_of_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_many_rounds_of_looking_leave_the_steps_that_are_allowed() -> None:
+def test_repeated_verification_does_not_change_the_step_limit() -> None:
     """Each claim that does not hold doubles the updates until the next look, which must not overflow."""
     solution = minimize(separable, torch.zeros(1, 2, dtype=F64), on_failure="ignore")
     assert int(solution.num_steps) == 1000

@@ -236,7 +236,7 @@ def test_forward_mode_and_transforms_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("solver", [s for s in MINIMIZERS if not isinstance(s, (Anderson, Broyden))], ids=repr)
-def test_minimizers_reach_what_autocast_can_tell(solver: Solver) -> None:
+def test_minimizers_reach_the_accuracy_of_autocast(solver: Solver) -> None:
     """Tolerances and rounding are those of bfloat16, though x and the energy's value are float32."""
     for seed in range(3):
         torch.manual_seed(seed)
@@ -249,7 +249,7 @@ def test_minimizers_reach_what_autocast_can_tell(solver: Solver) -> None:
         torch.testing.assert_close(solution.value, exact, rtol=0, atol=0.15 * float(exact.detach().norm(dim=-1).max()))
 
 
-def test_autocast_of_nothing_loosens_nothing() -> None:
+def test_unused_autocast_does_not_loosen_tolerances() -> None:
     """An energy without products is evaluated in float32 there as well, and solved to its rounding."""
     z = torch.linspace(-1, 1, 6).reshape(3, 2)
     with mixed():
@@ -291,7 +291,7 @@ def test_backward_in_the_deterministic_mode_of_the_forward() -> None:
     assert seen and set(seen) == {2} and torch.get_deterministic_debug_mode() == 0
 
 
-def test_settings_are_put_back_also_where_a_backward_raises() -> None:
+def test_settings_are_restored_after_an_error_in_backward() -> None:
     def energy(x: Tensor, z: Tensor) -> Tensor:
         return (x - z).pow(4).sum(-1)
 

@@ -76,7 +76,7 @@ def test_a_changed_batch_compiles_once_more(solver: Solver, caplog: pytest.LogCa
     "turned": lambda n: torch.randn(3, n).mT, "one": lambda n: torch.randn(1, 3).expand(n, 3),
     "inner": lambda n: torch.randn(n, 2, 3).mT[..., 0],
 }.values())  # fmt: skip
-def test_so_does_one_of_any_strides(given: Callable[[int], Tensor]) -> None:
+def test_a_batch_with_other_strides_compiles_once_more(given: Callable[[int], Tensor]) -> None:
     driver = Compiled(strict=True)
     for size, programs in ((3, 1), (5, 2), (7, 2), (6, 2)):
         z = given(size)
@@ -115,7 +115,7 @@ layer = Model()
 """By the name of an attribute that the energy's code mentions."""
 
 
-def test_what_a_model_holds_beside_its_energy_compiles_nothing_anew() -> None:
+def test_unrelated_attributes_of_a_model_do_not_recompile() -> None:
     z, index = torch.ones(4, 3), [0, 1, 2, 3]
     for _ in range(3):
         solution = layer.layer.solve(z, x0=layer.cache.start(index, torch.zeros(4, 3)))
@@ -147,7 +147,7 @@ def test_an_attribute_by_the_name_of_a_global_is_not_that_global() -> None:
     layer = before
 
 
-def test_who_compiles_again_and_again_is_told_what_has_changed() -> None:
+def test_repeated_compilation_warns_and_names_the_change() -> None:
     model = Model()
     for _ in range(MANY):
         model.layer(torch.ones(4, 3))
@@ -158,7 +158,7 @@ def test_who_compiles_again_and_again_is_told_what_has_changed() -> None:
     model.layer(torch.ones(4, 3))  # it is said once
 
 
-def test_what_the_energy_does_not_read_compiles_nothing_anew() -> None:
+def test_state_that_the_energy_does_not_read_does_not_recompile() -> None:
     model = Model()
     for _ in range(3):
         model.layer(torch.ones(4, 3))
@@ -166,7 +166,7 @@ def test_what_the_energy_does_not_read_compiles_nothing_anew() -> None:
         assert model.layer.driver.compilations == 1
 
 
-def test_a_long_compilation_says_so_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_compilation_is_announced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("energynet.compiled.announce.PATIENCE", 0.0)
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023
@@ -181,7 +181,7 @@ def test_a_long_compilation_says_so_on_a_terminal(monkeypatch: pytest.MonkeyPatc
     assert "the last time it took" in told[1] and told[1].endswith("What it reads has changed: Model.rate: 1.0 → 5.0.")
 
 
-def test_so_does_a_gradient_by_a_dense_matrix() -> None:
+def test_a_gradient_by_a_dense_matrix_compiles_once_more() -> None:
     driver, data = Compiled(strict=True), torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     for size, programs in ((3, 2), (5, 4), (9, 4)):
         found = []

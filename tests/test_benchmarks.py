@@ -45,7 +45,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("each", [Single(), Batch(), Labels(), LabelsApart(), Images()], ids=lambda w: w.name)
-def test_everybody_is_right_and_timed(each: FixedStepWorkload, tmp_path: Path) -> None:
+def test_all_contenders_are_correct_and_timed(each: FixedStepWorkload, tmp_path: Path) -> None:
     rows = each.run(TOY, Watcher())
     assert len(rows) == 4 * len(each.tasks)
     for row in rows:
@@ -100,7 +100,7 @@ def test_an_earlier_table_stays_until_another_is_complete(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("each", [Single(), Batch(), Labels(), LabelsApart(), Images()], ids=lambda w: w.name)
-def test_everybody_is_given_the_same_energy(each: FixedStepWorkload) -> None:
+def test_all_contenders_get_the_same_energy(each: FixedStepWorkload) -> None:
     """That of a code, as energynet and the loop by hand evaluate it, and that of the inputs, as all others do."""
     problem = each.problem(TOY).double()
     x = torch.randn_like(problem.x0)
@@ -108,7 +108,7 @@ def test_everybody_is_given_the_same_energy(each: FixedStepWorkload) -> None:
     torch.testing.assert_close(problem.energy(x, *problem.inputs), of_code, rtol=1e-13, atol=1e-13)
 
 
-def test_a_wrong_gradient_is_told_and_not_timed() -> None:
+def test_a_wrong_gradient_is_reported_and_not_timed() -> None:
     class OneStep(Plain):
         name = "one step"
 

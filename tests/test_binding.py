@@ -81,7 +81,7 @@ def test_captures_of_a_map_and_of_nested_functions() -> None:
         FPI_NN(inner, start=X0)()
 
 
-def test_captures_that_lose_nothing_are_fine() -> None:
+def test_captures_without_derivatives_are_allowed() -> None:
     assert capturing(W).item() == pytest.approx(6)  # a constant
     with torch.no_grad():
         assert capturing(W.clone().requires_grad_()).item() == pytest.approx(6)  # no gradient is asked for
@@ -214,7 +214,7 @@ def test_every_way_to_hold_a_tensor_is_differentiated(how: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(got.sum(), w)[0], torch.full_like(W, 4.0))
 
 
-def test_a_replaced_forward_that_captures_is_told() -> None:
+def test_a_replaced_forward_that_captures_is_reported() -> None:
     with pytest.raises(LostGradientError):
         solve(in_list(nn.Parameter(W.clone())))
 
@@ -238,7 +238,7 @@ def test_tied_parameters_collect_both_gradients() -> None:
     torch.testing.assert_close(torch.autograd.grad(solve(energy).sum(), energy.a)[0], 4 * W)
 
 
-def test_parametrized_weights_are_computed_once_a_solve_and_differentiated() -> None:
+def test_parametrized_weights_are_computed_once_per_solve_and_differentiated() -> None:
     calls = []
 
     class Double(nn.Module):
@@ -296,7 +296,7 @@ def test_binding_shares_tensors_and_leaves_the_module_alone() -> None:
 # ------------------------------------------------------------------------------------------------- functions that are none
 
 
-def test_random_stateful_and_in_place_functions_are_told() -> None:
+def test_random_stateful_and_in_place_functions_are_refused() -> None:
     x = X0 + 1
     keep = x.clone()
     for energy, words in [
@@ -325,7 +325,7 @@ def test_random_stateful_and_in_place_functions_are_told() -> None:
     (lambda x: x.detach().square().sum(-1), "does not depend on x"),
     (lambda x: torch.ones(2), "does not depend on x"),
 ])  # fmt: skip
-def test_wrong_energies_are_told_with_shapes(wrong: Callable[[Tensor], Any], words: str | None) -> None:
+def test_wrong_energies_are_refused_with_shapes(wrong: Callable[[Tensor], Any], words: str | None) -> None:
     if words is None:
         assert minimize(wrong, X0 + 1, step_size=0.2, batch_dims=0).status.shape == ()  # one problem
         return

@@ -186,7 +186,7 @@ def test_infinite_equal_and_missing_bounds() -> None:
 
 
 @pytest.mark.parametrize("solver", [None, Nesterov()], ids=repr)
-def test_a_bound_that_is_nan_fails_its_sample_alone(solver: Any) -> None:
+def test_a_nan_bound_fails_only_its_own_sample(solver: Any) -> None:
     z, upper = 2 * randn(3, 4, seed=3), HIGH.repeat(3, 1)
     upper[1, 2] = math.nan
     solution = minimize(energy, torch.zeros_like(z), z, prox=Box(upper=upper), solver=solver, on_failure="ignore")

@@ -106,7 +106,7 @@ def test_a_truncated_adjoint_is_taken_as_it_is() -> None:
     torch.testing.assert_close(dz[:2], (W * 2 / 5).expand(2, 2))  # one step of conjugate gradients on W u = 1
 
 
-def test_a_budget_of_the_forward_solve_is_none_of_the_adjoint() -> None:
+def test_the_forward_budget_does_not_apply_to_the_adjoint() -> None:
     n = 30
     curvature = torch.linspace(1, 100, n, dtype=torch.float64)
     z = torch.ones(1, n, dtype=torch.float64, requires_grad=True)
@@ -188,7 +188,7 @@ def test_black_boxes_need_not_meet_their_condition() -> None:
     torch.testing.assert_close(torch.autograd.grad(rough(z).sum(), z)[0].item(), 1 / (3 * 1.3**2))
 
 
-def test_an_old_answer_of_a_budget_is_where_the_next_begins() -> None:
+def test_a_budget_solve_can_continue_from_the_previous_one() -> None:
     z, w = context()
     warm = WarmStart()
     found = minimize(quadratic, torch.zeros_like(z), z, w, step_size=0.1, termination=THREE)

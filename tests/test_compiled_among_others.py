@@ -58,7 +58,7 @@ def _answer(b: Tensor, driver: Driver) -> Tensor:
 
 
 @compiles
-def test_a_program_is_not_given_tensors_without_numbers_nor_hidden_from_who_counts() -> None:
+def test_empty_tensors_and_dispatch_modes_run_eagerly() -> None:
     driver, b = Compiled(strict=True), torch.ones(3, 2)
     _answer(b, driver)
     mode = FakeTensorMode()
@@ -101,7 +101,7 @@ def test_three_drivers_compile_at_once_in_three_threads() -> None:
     torch.testing.assert_close(found, [_answer(b, Eager()) for b in contexts])
 
 
-def test_who_compiles_waits_until_nobody_else_does_and_leaves_all_as_it_was() -> None:
+def test_compilation_takes_the_lock_and_restores_patches() -> None:
     before, filters, entered = GraphLowering._compile_to_module_lines, list(warnings.filters), threading.Event()
 
     def compile_too() -> None:

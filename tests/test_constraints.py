@@ -176,7 +176,7 @@ def test_closed_forms() -> None:
     close(Affine(torch.ones(1, 4).double(), tensor(1.0))(x, 1.0), x - (1.4 - 1) / 4, 1e-15)
 
 
-def test_a_cap_that_does_nothing_and_one_that_leaves_no_choice() -> None:
+def test_inactive_cap_and_cap_with_a_single_feasible_point() -> None:
     x = 3 * randn(5, N)
     for radius in (0.0, 0.3, 2.0):
         for upper in (torch.inf, 1e300, max(radius, 1.0)):
@@ -306,13 +306,13 @@ def test_a_kink_of_the_simplex_has_the_derivative_of_one_side() -> None:
     [Box(0.0, 1.0), NonNegative(), Simplex(0.0), CappedSimplex(1.0, 0.0), L2Ball(), L1(0.1), GroupL2(0.1), TotalVariation(0.1)],
     ids=repr,
 )
-def test_samples_of_no_numbers_and_no_samples(prox: Prox) -> None:
+def test_empty_samples_and_empty_batches(prox: Prox) -> None:
     for shape in ((2, 0), (0, 3), (0, 0)):
         assert prox(torch.zeros(shape), 1.0).shape == shape
         assert minimize(lambda x: x.square().sum(-1), torch.zeros(shape), prox=prox).value.shape == shape
 
 
-def test_sets_that_are_empty_and_images_that_are_none() -> None:
+def test_empty_sets_and_empty_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Simplex.*\(2, 0\), so the set is empty"):
         Simplex()(torch.zeros(2, 0), 1.0)
     with pytest.raises(ValueError, match=r"dims=2.*\(4,\)"):
@@ -382,7 +382,7 @@ def test_values_that_make_no_sense(make: Callable[[], Prox], message: str) -> No
         make()
 
 
-def test_values_under_vmap_cannot_be_read_and_raise_nothing() -> None:
+def test_unreadable_values_under_vmap_raise_no_error() -> None:
     out = torch.func.vmap(lambda low, x: Box(low, 1.0)(x, 1.0))(tensor(0.0, 2.0), tensor(-1.0, 0.5))
     assert out.tolist() == [0.0, 1.0]
 
@@ -564,7 +564,7 @@ def test_the_step_says_what_it_is() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_prox_says_what_was_meant(prox: Any, remedy: str) -> None:
+def test_a_wrong_prox_names_what_was_meant(prox: Any, remedy: str) -> None:
     for call in (
         lambda: minimize(quadratic, torch.zeros(B, N), randn(B, N), prox=prox),
         lambda: FPI_GD(quadratic, prox=prox),

@@ -71,7 +71,7 @@ def test_network_depends_on_all_its_arguments_and_is_not_affine() -> None:
         assert g.norm() > 0, name
 
 
-def test_what_does_not_depend_on_x_is_encoded_once_a_solve() -> None:
+def test_context_features_are_encoded_once_per_solve() -> None:
     energy = StronglyConvex(network(1, 0.5), 1.0)
     encoded, evaluated = [], []
     energy.energy.features.register_forward_hook(lambda *_: encoded.append(1))

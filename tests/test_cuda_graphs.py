@@ -59,7 +59,7 @@ def test_a_recorded_loop_is_the_loop(recordings: list[Tensor]) -> None:
     assert len(recordings) == 1
 
 
-def test_what_changes_places_is_read_before_it_is_written(recordings: list[Tensor]) -> None:
+def test_swapped_carries_are_read_before_they_are_overwritten(recordings: list[Tensor]) -> None:
     def swap(inputs: list[Any]) -> tuple[Tensor, ...]:
         a, b, k, one = inputs
         return b, a, k + one
@@ -68,7 +68,7 @@ def test_what_changes_places_is_read_before_it_is_written(recordings: list[Tenso
     assert [[int(t) for t in loop(start())] for _ in range(2)] == [[1, 0, 5]] * 2
 
 
-def test_results_and_inputs_are_nobody_elses_memory(recordings: list[Tensor]) -> None:
+def test_results_and_inputs_share_no_memory_with_recordings(recordings: list[Tensor]) -> None:
     loop, inputs = Loop(fibonacci, below(10), 3), start()
     first = loop(inputs)
     loop([torch.tensor([5]), *start()[1:]])
@@ -82,7 +82,7 @@ def test_a_loop_of_one_turn(recordings: list[Tensor]) -> None:
     assert len(recordings) == 1
 
 
-def test_each_shape_has_its_recording_but_not_any_number_of_them(recordings: list[Tensor]) -> None:
+def test_each_shape_has_its_recording_up_to_a_limit(recordings: list[Tensor]) -> None:
     loop = Loop(fibonacci, below(10), 3)
     for n in (1, 2, 3, 4, 5, 6, 1, 2, 5):
         assert loop(start(n))[0].tolist() == [55] * n
@@ -104,7 +104,7 @@ def test_inputs_with_gaps_are_launched(recordings: list[Tensor]) -> None:
     assert not recordings
 
 
-def test_a_number_among_the_inputs_tells_recordings_apart(recordings: list[Tensor]) -> None:
+def test_a_number_among_the_inputs_is_part_of_the_key(recordings: list[Tensor]) -> None:
     loop = Loop(fibonacci, below(10), 3)
     for step, count in ((1, 10), (2, 5), (1, 10)):
         *_, k = loop([*start()[:3], step])
@@ -113,7 +113,7 @@ def test_a_number_among_the_inputs_tells_recordings_apart(recordings: list[Tenso
 
 
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), TypeError("stride")])
-def test_what_cannot_be_recorded_is_launched_and_not_tried_again(
+def test_failed_recordings_are_launched_and_not_retried(
     recordings: list[Tensor], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     tried = []
@@ -176,7 +176,7 @@ def test_a_second_thread_does_not_wait_and_does_not_disturb(recordings: list[Ten
     assert len(recordings) == 1
 
 
-def test_what_is_recorded_goes_with_its_program(recordings: list[Tensor]) -> None:
+def test_recordings_are_deleted_with_their_program(recordings: list[Tensor]) -> None:
     test = below(10)
     program = Recordings(lambda tensors: loop_of(fibonacci, test, 3)(tensors))
     assert int(program(start())[0]) == int(program(start())[0]) == 55

@@ -123,7 +123,7 @@ def test_kinks_noise_and_curvature_raise_no_alarm(name: str, dtype: torch.dtype)
 NOTHING = Termination(max_steps=0)
 
 
-def test_each_energy_is_looked_at_once() -> None:
+def test_each_energy_is_checked_once() -> None:
     calls: list[int] = []
 
     class Counted(nn.Module):

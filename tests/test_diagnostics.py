@@ -142,7 +142,7 @@ def test_parametrized_modules_and_inference_mode() -> None:
     torch.testing.assert_close(found, expected.expand(2), rtol=1e-3, atol=1e-3)
 
 
-def test_wrong_input_gets_a_sentence() -> None:
+def test_wrong_input_raises_a_clear_error() -> None:
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="step_size"):
         contraction_factor(GradientStep(lambda x: x.square().sum(-1)), x)
@@ -187,7 +187,7 @@ def test_solution_error_brackets_the_true_error_of_log_cosh_and_of_a_network(tol
     assert brackets(solution_error(network, solution, z), (solution.value - truth).norm(dim=-1))
 
 
-def test_solution_error_is_infinite_where_nothing_can_be_said() -> None:
+def test_solution_error_is_infinite_where_there_is_no_bound() -> None:
     x = torch.tensor([[0.1, 5.0], [0.1, 0.2]], dtype=torch.float64)
     saddle = GradientStep(lambda x: x[:, 0].square() - x[:, 1].square())
     assert solution_error(saddle, x).isinf().all()
@@ -252,7 +252,7 @@ def test_gradient_error_brackets_the_true_error_of_quadratics(condition: float, 
 
 @pytest.mark.parametrize("tolerances", [(1e-2, 1e-10), (1e-9, 1e-1), (1e-2, 1e-1), (1e-4, 1e-3)])
 @pytest.mark.parametrize("problem", ["energy", "network"])
-def test_gradient_error_brackets_the_true_error_and_tells_its_source(tolerances: tuple[float, float], problem: str) -> None:
+def test_gradient_error_brackets_the_true_error_and_names_its_source(tolerances: tuple[float, float], problem: str) -> None:
     z, x0 = some_context(3, requires_grad=True), torch.zeros(3, 4, dtype=torch.float64)
     step = GradientStep(LogCosh(), LogCosh().step_size) if problem == "energy" else MapStep(Contraction(rate=0.8))
     weights = list((step.energy if isinstance(step, GradientStep) else step.network).parameters())
@@ -311,7 +311,7 @@ def test_explain_counts_and_names_the_slowest() -> None:
     assert told.startswith("3 of 3 samples converged. The slowest, sample 2, took ")
 
 
-def test_explain_gives_each_failure_its_sentence() -> None:
+def test_explain_describes_each_failure() -> None:
     def energy(x: Tensor, scale: Tensor) -> Tensor:
         return scale.squeeze(-1) * (x - 3).square().sum(-1)
 

@@ -46,7 +46,7 @@ from energynet.engine.binding import Binding
 from energynet.engine.tasks import Task
 
 
-def test_what_cannot_be_compiled_is_told_once_or_raised() -> None:
+def test_a_failed_compilation_warns_once_or_raises() -> None:
     z, driver = torch.ones(2, 3), Compiled()
     with pytest.warns(UserWarning, match="could not be compiled.*torch.where.*Python runs the loop"):
         x = minimize(choosy, torch.zeros(2, 3), z, driver=driver).value
@@ -100,7 +100,7 @@ def test_each_solver_as_eager(solver: Solver) -> None:
 
 
 @compiles
-def test_how_often_a_program_looks_changes_neither_answers_nor_steps() -> None:
+def test_check_every_changes_neither_solutions_nor_steps() -> None:
     energy, z = LogCosh(), some_context(5)
     found = []
     for every in (1, 3):
@@ -175,7 +175,7 @@ def test_a_step_is_bound_once_until_something_that_it_reads_changes() -> None:
     assert driver.bind(GradientStep(around, 0.1)).mark != first.mark
 
 
-def test_what_was_bound_is_forgotten_with_the_energy() -> None:
+def test_a_binding_is_deleted_with_its_energy() -> None:
     driver, energy = Compiled(), Scaled()
     driver.bind(GradientStep(energy, 0.1))
     assert len(driver._programs._bound.values) == 1
@@ -195,7 +195,7 @@ def test_a_bound_method_is_the_same_energy_each_time_it_is_named() -> None:
     assert driver.bind(GradientStep(model.energy, 0.1)).mark != first.mark
 
 
-def test_a_bound_method_is_forgotten_with_the_module_that_it_belongs_to() -> None:
+def test_a_bound_method_is_deleted_with_its_module() -> None:
     driver, module = Compiled(), Scaled()
     driver.bind(GradientStep(module.forward, 0.1))
     assert len(driver._programs._bound.values) == 1
@@ -205,7 +205,7 @@ def test_a_bound_method_is_forgotten_with_the_module_that_it_belongs_to() -> Non
     assert alive() is None and not driver._programs._bound.values
 
 
-def test_a_lost_gradient_is_told_at_a_later_call_as_well() -> None:
+def test_a_lost_gradient_is_reported_at_later_calls_too() -> None:
     weight, z = torch.ones(3), torch.ones(2, 3, requires_grad=True)
 
     def energy(x: Tensor, z: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Quadratic(nn.Module):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("solver", [LBFGS(), Newton(), NewtonCG(), GradientDescent()], ids=repr)
-def test_no_graph_where_none_is_asked_for(solver: Solver, mode: type) -> None:
+def test_no_graph_is_built_unless_needed(solver: Solver, mode: type) -> None:
     energy, z = LogCosh(), some_context()
     with mode():
         quiet = minimize(energy, None, z, solver=solver).value
@@ -215,7 +215,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: object) -> None:
         torch.testing.assert_close(mine, parameter.grad, rtol=0, atol=1e-12)
 
 
-def test_x0_of_wrong_shape_dtype_or_device_is_told() -> None:
+def test_x0_of_wrong_shape_dtype_or_device_is_refused() -> None:
     z = torch.ones(3, 3, dtype=torch.float64)
     multiplied = lambda x, z: (x @ z).square().sum(-1)  # noqa: E731
     with pytest.raises(RuntimeError, match=r"x0: \(2, 3\) float32 cpu; the context: \(3, 3\) float64 cpu.*zeros_like"):

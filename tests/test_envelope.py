@@ -187,7 +187,7 @@ def test_a_budget_differentiates_as_if_converged_and_an_unrolled_solve_its_itera
 
 
 @pytest.mark.parametrize("prox", [None, Box(-5.0, 5.0)], ids=["free", "box"])
-def test_a_failed_sample_spoils_no_other(prox: Box | None) -> None:
+def test_a_failed_sample_does_not_affect_others(prox: Box | None) -> None:
     z = torch.tensor([[float("nan")], [2.0], [3.0]], dtype=torch.float64, requires_grad=True)
     weight = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     both = lambda x, z, w: (x - z).square().sum(-1) + w * x.square().sum(-1)  # noqa: E731
@@ -264,7 +264,7 @@ class Counted(Energy):
         return (x - z).square().sum(-1)
 
 
-def test_it_costs_one_evaluation_where_it_is_read(z: Tensor) -> None:
+def test_reading_the_energy_costs_one_evaluation(z: Tensor) -> None:
     solution = minimize(Counted(), torch.zeros_like(z), z)
     before = Counted.calls
     repr(solution), dataclasses.replace(solution, num_steps=solution.num_steps), tree.map_structure(torch.clone, solution)
@@ -273,7 +273,7 @@ def test_it_costs_one_evaluation_where_it_is_read(z: Tensor) -> None:
     assert Counted.calls == before + 1
 
 
-def test_it_carries_gradients_where_the_solve_did(z: Tensor) -> None:
+def test_the_energy_has_gradients_if_the_solve_had(z: Tensor) -> None:
     solution = answer_of(z)
     with torch.no_grad():
         assert solution.energy.requires_grad
@@ -304,7 +304,7 @@ def test_copies_and_pickles(z: Tensor) -> None:
     dataclasses.asdict(solution)
 
 
-def test_a_map_has_none_and_a_gradient_step_has() -> None:
+def test_a_gradient_step_has_an_energy_and_a_map_has_none() -> None:
     solution = fixed_point(lambda x: 0.5 * x + 1, torch.zeros(1, 1))
     with pytest.raises(AttributeError, match="has no energy"):
         _ = solution.energy
@@ -316,7 +316,7 @@ def test_a_map_has_none_and_a_gradient_step_has() -> None:
     assert close(fixed_point(step, torch.zeros(1, 1)).energy, torch.ones(1), 1e-4)
 
 
-def test_it_is_that_of_the_problem_that_was_solved() -> None:
+def test_the_energy_is_that_of_the_solved_problem() -> None:
     factor = 2.0
     energy = lambda x: factor * (x - 1).square().sum(-1) + factor  # noqa: E731
     solution = minimize(energy, torch.zeros(1, 1))

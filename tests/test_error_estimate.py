@@ -66,7 +66,7 @@ def wells(x: Tensor) -> Tensor:
 
 @each
 @pytest.mark.parametrize("n", [1, 2, 12])
-def test_a_saddle_on_the_way_or_at_the_start_is_left(solver: Solver, n: int) -> None:
+def test_minimizers_escape_from_saddles_on_the_way_and_at_the_start(solver: Solver, n: int) -> None:
     x0 = torch.zeros(2, n, dtype=torch.float64)
     x0[1, 1:] = 1
     solution = minimize(wells, x0, solver=solver, on_failure="ignore")
@@ -76,7 +76,7 @@ def test_a_saddle_on_the_way_or_at_the_start_is_left(solver: Solver, n: int) -> 
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1e6])
-def test_a_saddle_is_left_in_any_units(unit: float) -> None:
+def test_escape_from_a_saddle_does_not_depend_on_units(unit: float) -> None:
     solution = minimize(lambda x: ((x / unit) ** 2 - 1).square().sum(-1), torch.zeros(1, 1))
     assert abs(solution.value.item()) == pytest.approx(unit, rel=1e-3)
 
@@ -199,7 +199,7 @@ def test_a_turning_map_is_not_taken_for_a_slow_one() -> None:
     assert (solution.status == Status.MAX_STEPS).all()
 
 
-def test_a_maximum_within_bounds_is_no_answer() -> None:
+def test_a_maximum_within_bounds_is_not_a_solution() -> None:
     z = torch.tensor([[0.5]], dtype=torch.float64, requires_grad=True)
     x0 = torch.full((1, 1), 0.5, dtype=torch.float64)
     solution = minimize(lambda x, z: -(x - z).square().sum(-1), x0, z, prox=Box(0.0, 1.0))

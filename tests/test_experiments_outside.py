@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "docs" / "my_study.py"
 
 
-def test_the_example_is_short_and_found_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_is_short_and_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len([line for line in STUDY.read_text().splitlines() if line]) <= 40
     shutil.copy(STUDY, tmp_path / "my_study.py")
     monkeypatch.chdir(tmp_path)

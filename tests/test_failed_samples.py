@@ -132,7 +132,7 @@ ENTRIES = [solved_by_minimize, solved_by_fixed_point, solved_by_implicit, solved
 
 
 @pytest.mark.parametrize("solve", ENTRIES)
-def test_every_way_in_leaves_the_others_alone(solve: Callable[..., Tensor]) -> None:
+def test_no_entry_point_affects_other_samples(solve: Callable[..., Tensor]) -> None:
     """x = √z / w, where z ≥ 0."""
     z = double([4, 1], [-1, 1], [9, 4]).requires_grad_()
     w = double(1, 2).flatten().requires_grad_()
@@ -149,7 +149,7 @@ def test_every_way_in_leaves_the_others_alone(solve: Callable[..., Tensor]) -> N
 
 @pytest.mark.parametrize("adjoint", [ImplicitAdjoint(), OneStepAdjoint(), NeumannAdjoint(3)], ids=repr)
 @pytest.mark.parametrize("encoded", [True, False])
-def test_nothing_is_left_where_every_sample_failed(encoded: bool, adjoint: Any) -> None:
+def test_all_gradients_are_nan_if_every_sample_failed(encoded: bool, adjoint: Any) -> None:
     class Scaled(Energy):
         def __init__(self) -> None:
             super().__init__()
@@ -189,7 +189,7 @@ def test_samples_that_depend_on_one_another_have_no_derivative_once_one_fails() 
 
 
 @pytest.mark.parametrize("mixing", [False, True])
-def test_numbers_per_sample_that_are_no_input(mixing: bool) -> None:
+def test_captured_numbers_per_sample(mixing: bool) -> None:
     """The weights in a closure are those of this many samples only."""
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     z = double([1, 1], [-1, 2], [2, 2]).requires_grad_()

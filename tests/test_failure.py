@@ -89,7 +89,7 @@ def test_residual_is_the_distance_for_an_isotropic_energy_whatever_its_factor_an
             torch.testing.assert_close(solution.error, error, rtol=1e-9, atol=1e-14)
 
 
-def test_low_precision_step_that_rounds_to_no_change_has_not_arrived() -> None:
+def test_a_step_that_rounds_to_no_change_is_not_convergence() -> None:
     tight = Termination(atol=0.0, rtol=1e-3, max_steps=100)
     step = lambda x: 0.999 * x + 0.001 * 3  # noqa: E731
     solution = fixed_point(step, torch.ones(1, 1, dtype=torch.bfloat16), termination=tight, on_failure="ignore")
@@ -254,7 +254,7 @@ def test_truncated_adjoint_is_as_visible_as_a_truncated_solve() -> None:
     assert gradient.isnan().all()
 
 
-def test_singular_and_indefinite_hessians_are_said() -> None:
+def test_singular_and_indefinite_hessians_are_reported() -> None:
     singular = lambda x, z: 0.5 * (x.sum(-1) - z.sum(-1)).square()  # noqa: E731
     z = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
     x = minimize(singular, torch.zeros(1, 2, dtype=torch.float64), z, step_size=0.4).value

@@ -136,7 +136,7 @@ def test_a_fingerprint_sees_a_change_of(change: str, monkeypatch: pytest.MonkeyP
         del Other.__call__
 
 
-def test_what_cannot_be_looked_into_is_never_taken_for_another() -> None:
+def test_opaque_objects_have_unique_fingerprints() -> None:
     """Though the memory of one that is no more may be used again."""
     keys = [Fingerprint(iter([])).key for _ in range(100)]
     assert len(set(keys)) == 100

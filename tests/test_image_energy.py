@@ -81,7 +81,7 @@ def test_filter_bank_under_torch_func(boundary: Boundary) -> None:
         ((2, 1, 8, 4), (4, 1, 5, 5), Boundary.INSIDE, "at least 5 × 5"),
     ],
 )
-def test_shapes_that_do_not_fit_are_told(shape: tuple, weight_shape: tuple, boundary: Boundary, match: str) -> None:
+def test_mismatched_shapes_are_refused(shape: tuple, weight_shape: tuple, boundary: Boundary, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         filter_bank(torch.ones(shape), torch.ones(weight_shape), boundary)
 
@@ -281,7 +281,7 @@ def test_filters_that_cannot_be_are_refused(options: dict[str, int], match: str)
     assert ImageEnergy(num_filters=2, size=4, boundary=Boundary.INSIDE)(x, x).shape == (3,)
 
 
-def test_what_would_be_broadcast_over_other_samples_is_told() -> None:
+def test_broadcasting_over_other_samples_is_refused() -> None:
     energy = ImageEnergy(num_filters=2, size=3)
     x, y, mask = torch.rand(3, 3, 1, 3, 8)
     for wrong in (y[:, 0], y[0]):

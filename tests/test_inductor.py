@@ -42,7 +42,7 @@ LOOP = """
     }"""
 
 
-def test_a_loop_in_place_makes_its_memory_once_and_leaves_the_input_alone() -> None:
+def test_an_in_place_loop_allocates_once_and_keeps_its_input() -> None:
     code = in_place(LOOP)
     before, _, turn = code.partition("while (1) {")
     assert before.count("aoti_torch_empty_strided") == 2 and "aoti_torch_copy_(buf1, arg0_1, 0)" in before
@@ -56,13 +56,13 @@ def test_a_loop_in_place_makes_its_memory_once_and_leaves_the_input_alone() -> N
         "auto body_buf1 = std::move(body_buf0);  // reuse\n        auto body_buf2 = f(reinterpret_tensor_wrapper(body_buf1, 0));",
     ],
 )
-def test_memory_that_goes_on_as_another_shape_is_made_at_each_turn(line: str) -> None:
+def test_memory_reused_with_another_shape_is_allocated_in_each_iteration(line: str) -> None:
     code = in_place(LOOP.replace("        body_arg0.reset();", f"        {line}\n        body_arg0.reset();"))
     before, _, turn = code.partition("while (1) {")
     assert "aoti_torch_empty_strided" not in before and "aoti_torch_empty_strided" in turn and "swap" not in turn
 
 
-def test_a_loop_asks_for_memory_once_where_it_stays_or_changes_places() -> None:
+def test_pointers_are_looked_up_once_for_fixed_and_swapped_tensors() -> None:
     before, body = with_pointers([
         "auto& x = a;", "AtenTensorHandle new_handle;", "RAIIAtenTensorHandle made(new_handle);", "auto& y = made;",
         "f(x.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), y.data_ptr(), e.data_ptr());",
@@ -76,7 +76,7 @@ def test_a_loop_asks_for_memory_once_where_it_stays_or_changes_places() -> None:
     assert "std::swap(d_at, made_at);" not in body
 
 
-def test_code_of_another_form_is_left_alone() -> None:
+def test_unrecognized_code_is_unchanged() -> None:
     unknown = LOOP.replace("aoti_torch_assign_tensors_out(arg0_1, &buf1_handle)", "other(arg0_1, &buf1_handle)")
     assert in_place(unknown) == unknown
 
@@ -91,7 +91,7 @@ def test_doubles_are_summed_in_registers() -> None:
     assert folded(prefix) == prefix
 
 
-def test_only_what_nobody_can_help_is_kept_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_unavoidable_messages_are_suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
     log, heard = logging.getLogger("torch._inductor.ir"), Heard()
     monkeypatch.setattr(log, "handlers", [heard])
     remark = "%s is missing a c-shim implementation, using proxy executor as fallback"
@@ -139,7 +139,7 @@ def test_large_products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @compiles
-def test_what_inductor_writes_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductors_code_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a real program: its loop makes less memory, asks for less, and sums doubles in registers; the batch is in two parts."""
     seen: list[tuple[str, str]] = []
 

@@ -195,7 +195,7 @@ def test_a_map_that_does_not_contract_is_differentiated_after_a_solver_that_need
     torch.testing.assert_close(second, (v @ inverse).T @ (inverse.sum(1).expand(2, 3)), rtol=1e-7, atol=1e-7)
 
 
-def test_a_budget_says_nothing_of_contraction() -> None:
+def test_a_budget_does_not_imply_contraction() -> None:
     """After a stated number of steps of Picard the map may be anything, so GMRES differentiates it."""
     b = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     x = fixed_point(lambda x, b: -3 * x + b, torch.zeros_like(b), b, termination=Termination(budget=2)).value
@@ -250,7 +250,7 @@ def test_black_box_has_derivatives_of_any_order_under_torch_func(box: object) ->
     assert torch.autograd.gradgradcheck(other, z.clone().requires_grad_())
 
 
-def test_black_box_that_is_wrong_is_told() -> None:
+def test_a_wrong_black_box_is_reported() -> None:
     off = implicit(lambda z: z + 1.0, lambda x, z: x - z)
     with pytest.raises(ConvergenceError, match="does not satisfy its optimality condition"):
         off(torch.ones(3, requires_grad=True))

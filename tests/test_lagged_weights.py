@@ -139,7 +139,7 @@ def test_local_minima_of_one_that_levels_off() -> None:
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-5)
 
 
-def test_one_bad_sample_spoils_no_other() -> None:
+def test_one_bad_sample_does_not_affect_others() -> None:
     z = context(4)
     z[1], z[2] = torch.nan, torch.inf
     found = minimize(Convex(), z, z, solver=LaggedWeights(), on_failure="ignore")

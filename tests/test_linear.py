@@ -129,7 +129,7 @@ def test_scaling_of_variables_is_not_singularity(symmetric: bool) -> None:
     assert run(Dense(), tiny, normal(1, 2), symmetric=symmetric).status.tolist() == [Status.CONVERGED]
 
 
-def test_refinement_makes_good_what_the_growth_of_pivots_loses() -> None:
+def test_iterative_refinement_compensates_pivot_growth() -> None:
     A = torch.eye(30, dtype=torch.float64) - torch.ones(30, 30, dtype=torch.float64).tril(-1)  # Wilkinson's: growth 2²⁹
     A[:, -1] = 1
     v = normal(1, 30)
@@ -242,7 +242,7 @@ def test_steps_are_about_those_of_scipy() -> None:
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(), *KRYLOV, GMRES(5), Dense()], ids=str)
-def test_singular_without_a_solution_is_said(solver: Solver) -> None:
+def test_a_singular_equation_without_solution_is_reported(solver: Solver) -> None:
     A = with_eigenvalues(torch.stack([SINGULAR, SINGULAR + 1]))
     state = run(solver, A, normal(2, 12), symmetric=True)
     assert state.status.tolist() == [Status.DIVERGED, Status.CONVERGED]
@@ -291,7 +291,7 @@ def test_indefinite_matrices_are_no_minimum(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", SYMMETRIC, ids=str)
-def test_sizes_one_and_nought_and_a_right_hand_side_of_zeros(solver: Solver) -> None:
+def test_sizes_one_and_zero_and_a_zero_right_hand_side(solver: Solver) -> None:
     four, v = torch.full((2, 1, 1), 4.0, dtype=torch.float64), torch.tensor([[2.0], [0.0]], dtype=torch.float64)
     one = run(solver, four, v, symmetric=True)
     assert one.x.tolist() == [[0.5], [0.0]] and one.steps.tolist() == [1, 0]
@@ -305,7 +305,7 @@ def test_sizes_one_and_nought_and_a_right_hand_side_of_zeros(solver: Solver) -> 
 
 @pytest.mark.parametrize("solver", SYMMETRIC, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_matrix_that_is_not_finite_spoils_its_own_sample_only(solver: Solver, bad: float) -> None:
+def test_a_matrix_that_is_not_finite_affects_only_its_own_sample(solver: Solver, bad: float) -> None:
     A = with_eigenvalues(spectrum((10.0, 10.0), 5))
     A[0, 1, 2] = A[0, 2, 1] = bad
     state = run(solver, A, normal(2, 5), symmetric=True)
@@ -459,7 +459,7 @@ def weighted(x: Tensor, z: Tensor, weights: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(), MINRES(), GMRES(), BiCGSTAB(), Dense()], ids=str)
-def test_a_flat_direction_is_said_with_its_sample(solver: Solver) -> None:
+def test_a_flat_direction_is_reported_with_its_sample(solver: Solver) -> None:
     weights = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
     z = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64, requires_grad=True)
     x = minimize(weighted, torch.zeros_like(z), z, weights, step_size=0.4, adjoint=ImplicitAdjoint(solver)).value
@@ -469,7 +469,7 @@ def test_a_flat_direction_is_said_with_its_sample(solver: Solver) -> None:
 
 @pytest.mark.parametrize("solver", FOR_ENERGIES, ids=str)
 @pytest.mark.parametrize("slope", [1.0, 0.25])  # with 1, vᵀu = vᵀH⁻¹v = 0 tells nothing
-def test_a_saddle_is_said_with_its_sample(solver: Solver, slope: float) -> None:
+def test_a_saddle_is_reported_with_its_sample(solver: Solver, slope: float) -> None:
     weights = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     z = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     few = Termination(budget=20)  # without a budget the saddle is left, and the solve itself fails
@@ -480,7 +480,7 @@ def test_a_saddle_is_said_with_its_sample(solver: Solver, slope: float) -> None:
 
 
 @pytest.mark.parametrize("solver", FOR_ENERGIES, ids=str)
-def test_a_singular_hessian_is_said_with_its_sample_and_is_no_zero(solver: Solver) -> None:
+def test_a_singular_hessian_is_reported_with_its_sample(solver: Solver) -> None:
     z = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
     flat = torch.tensor([False, True, False])
 

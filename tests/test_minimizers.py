@@ -96,7 +96,7 @@ MILD = Termination(atol=1e-7, rtol=1e-7, max_steps=10_000)
 
 @pytest.mark.parametrize("exponent", [-8, 0, 8])
 @pytest.mark.parametrize("name", CONVEX)
-def test_nobody_needs_to_know_the_step_size_of_a_convex_energy(name: str, exponent: int) -> None:
+def test_convex_energies_need_no_step_size(name: str, exponent: int) -> None:
     energy = CONVEX[name]
     exact = minimize(energy, ZERO, solver=NewtonCG(), termination=TIGHT, on_failure="ignore").value
     for solver in GUARDED:
@@ -106,7 +106,7 @@ def test_nobody_needs_to_know_the_step_size_of_a_convex_energy(name: str, expone
 
 @pytest.mark.parametrize("exponent", [-8, 0, 8])
 @pytest.mark.parametrize("name", CONVEX)
-def test_nor_where_it_is_constrained(name: str, exponent: int) -> None:
+def test_constrained_convex_energies_need_no_step_size(name: str, exponent: int) -> None:
     energy = CONVEX[name]
     x = minimize(lambda x: 10.0**exponent * energy(x), ZERO, prox=BOX, termination=MILD).value
     slope = torch.func.grad(lambda x: energy(x).sum())(x)
@@ -156,7 +156,7 @@ def test_a_guessed_step_size_costs_no_second_evaluation(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", [Picard(), Nesterov(), Nesterov(restart=False)], ids=repr)
-def test_a_step_out_of_the_domain_is_taken_back(solver: Solver) -> None:
+def test_a_step_out_of_the_domain_is_rejected(solver: Solver) -> None:
     """Momentum may lead out of it where the step itself would not: then a shorter step alone does not help."""
     pull = torch.arange(1.0, 6.0, dtype=torch.float64)
     barrier = lambda x: (pull * x - (1 - x).log() - 0.01 * x.log()).sum(-1)  # noqa: E731
@@ -168,7 +168,7 @@ def test_a_step_out_of_the_domain_is_taken_back(solver: Solver) -> None:
 
 @pytest.mark.parametrize("prox", [None, Box(-10.0, 10.0)], ids=repr)
 @pytest.mark.parametrize("solver", [Picard(), Nesterov()], ids=repr)
-def test_no_step_of_a_guessed_size_goes_over_a_wall(solver: Solver, prox: Box | None) -> None:
+def test_no_step_of_estimated_size_crosses_a_wall(solver: Solver, prox: Box | None) -> None:
     """Behind it the slope is nearly that of the same parabola, and the energy lies 100 higher."""
     wall = lambda x: (0.5 * (x - 3) ** 2 + 100 * torch.sigmoid(50 * (x - 1))).sum(-1)  # noqa: E731
     x0 = torch.linspace(-6, 0.9, 40, dtype=torch.float64).unsqueeze(-1)
@@ -176,7 +176,7 @@ def test_no_step_of_a_guessed_size_goes_over_a_wall(solver: Solver, prox: Box | 
 
 
 @pytest.mark.parametrize("solver", [Picard(), Nesterov()], ids=repr)
-def test_a_step_to_where_the_slope_is_infinite_is_taken_back(solver: Solver) -> None:
+def test_a_step_to_an_infinite_slope_is_rejected(solver: Solver) -> None:
     """The entropy is finite at the edge of the simplex, and so is √x at 0: their slopes are not."""
     z = torch.tensor([[3.0, 0.0, -3.0], [1.0, 0.0, 0.5]], dtype=torch.float64)
     entropy = lambda x, z: (torch.xlogy(x, x) - z * x).sum(-1)  # noqa: E731
@@ -189,7 +189,7 @@ def test_a_step_to_where_the_slope_is_infinite_is_taken_back(solver: Solver) -> 
 
 @pytest.mark.parametrize("pull", [-0.1, -1.0, -5.0, -20.0])
 @pytest.mark.parametrize("solver", [Picard(), Nesterov()], ids=repr)
-def test_a_step_that_ends_beside_an_infinite_slope_is_taken_back(solver: Solver, pull: float) -> None:
+def test_a_step_next_to_an_infinite_slope_is_rejected(solver: Solver, pull: float) -> None:
     """Rounding makes of a step on to 0 one to 1e-17, where the slope of √x is finite: no step of this size leads back."""
     root = lambda x: (5 * (x - pull).square() - x.sqrt()).sum(-1)  # noqa: E731
     x0 = torch.linspace(0.05, 4, 80, dtype=torch.float64).unsqueeze(-1)
@@ -238,7 +238,7 @@ def test_unbounded_energies_are_never_converged(solver: Solver, energy: object) 
     assert ((solution.status == Status.DIVERGED) | (solution.status == Status.NONFINITE)).all()
 
 
-def test_samples_search_on_their_own() -> None:
+def test_samples_search_independently() -> None:
     rosenbrock = next(p for p in CLASSICS if p.name == "Rosenbrock")
     starts = torch.tensor([[-1.2, 1.0], [0.9, 0.9], [3.0, -4.0]], dtype=torch.float64)
     for solver in ROBUST:
@@ -333,7 +333,7 @@ def test_the_default_is_not_stopped_by_the_rounding_of_energies(condition: float
         assert ((found.value - exact).norm(dim=-1) <= 100 * termination.tolerance(exact)).all()
 
 
-def test_the_default_stays_in_the_country_where_it_began() -> None:
+def test_the_default_finds_the_nearby_minimum() -> None:
     """A logit energy that is nearly flat at the start: the parabola there points far out on to a plateau."""
     routes = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 1, 1]], dtype=torch.float64)
     toll, load = torch.tensor([[0.0, 1, 1, 0, 0], [1, 0, 0, 1, 0]], dtype=torch.float64)

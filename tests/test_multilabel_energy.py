@@ -116,7 +116,7 @@ def test_structured_energy_is_what_its_docstring_says() -> None:
     torch.testing.assert_close(energy(u, z), hidden.square().mean(1) + 0.15 * u.square().sum(1))
 
 
-def test_the_features_are_read_once_a_solve() -> None:
+def test_the_features_are_computed_once_per_solve() -> None:
     energy, z = structured(), torch.randn(B, 6, dtype=torch.float64)
     read, evaluated = [], []
     energy.features.register_forward_hook(lambda *_: read.append(1))

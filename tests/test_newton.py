@@ -77,7 +77,7 @@ def test_multiples_of_an_energy_take_the_same_steps(factor: float) -> None:
     torch.testing.assert_close(got.value, expected.value, rtol=0, atol=1e-9)
 
 
-def test_saddles_and_maxima_are_left() -> None:
+def test_newton_escapes_from_saddles_and_maxima() -> None:
     """Near the saddle (0, 0), near the maximum (0, 2) and between: the Hessian is indefinite or negative definite there."""
 
     def energy(x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def test_derivatives_of_closed_form_and_of_a_dense_reference() -> None:
         torch.testing.assert_close(found, torch.stack([transform(dense)(row) for row in z]), rtol=0, atol=1e-8)
 
 
-def test_one_bad_sample_spoils_no_other() -> None:
+def test_one_bad_sample_does_not_affect_others() -> None:
     energy, z = LogCosh(), some_context(4)
     z[1], z[2] = torch.nan, torch.inf
     solution = minimize(energy, None, z, solver=Newton(), on_failure="ignore")
@@ -125,7 +125,7 @@ def test_where_the_hessian_is_not_finite_it_goes_downhill() -> None:
     assert (energy(x, z) < energy(x0, z)).all()
 
 
-def test_a_coordinate_that_bends_infinitely_is_left() -> None:
+def test_escape_from_a_coordinate_with_infinite_curvature() -> None:
     """At 0 the Hessian is infinite, with a Cholesky factor all the same, and the gradient is not zero."""
     z = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     energy = lambda x, z: x.clamp(min=0).pow(1.5).sum(-1) + (x - 2 * z).square().sum(-1)  # noqa: E731

@@ -231,7 +231,7 @@ NO_HESSIAN = "has a Hessian that does not agree with differences of its gradient
 
 
 @pytest.mark.parametrize("name", BROKEN_ENERGIES)
-def test_broken_energies_are_named(name):
+def test_broken_energies_are_reported(name):
     energy, sentence = BROKEN_ENERGIES[name]
     x, z = X.clone(), Z.clone()
     with pytest.raises(CheckError, match=f"(?s){sentence}|{NO_HESSIAN}"):
