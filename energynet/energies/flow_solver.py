@@ -68,7 +68,7 @@ class OpticalFlow(nn.Module):
     Raises:
         ValueError: by a call, if shapes do not fit.
 
-    Source: Brox et al. (2004); Sun, Roth and Black (2014), for the median.
+    Source: Brox, Bruhn, Papenberg and Weickert (2004), for the warps; Sun, Roth and Black (2014), for the median.
     """
 
     def __init__(self, energy: FlowEnergy, effort: Effort | None = None) -> None:
