@@ -310,7 +310,7 @@ def _first(mask: Tensor) -> str:
 
 def laplace(energy: EnergyLike, x: Any, *context: Any, noise: float | Tensor = 1.0, spacing: int = 4,
             solver: Solver | None = None) -> Tensor:  # fmt: skip
-    """Standard deviations of a minimizer, where exp(−E/noise²) is taken for a density: Laplace's approximation.
+    """Standard deviations of a minimizer by Laplace's approximation, which treats exp(−E/noise²) as a density.
 
     They are noise · √diag(H⁻¹), H the Hessian at x. Of up to 50 unknowns each column is solved for. Of more, one solve serves
     many that lie apart: those on a grid of the given spacing, with random signs, so that what they have to do with each other
@@ -360,7 +360,7 @@ def laplace(energy: EnergyLike, x: Any, *context: Any, noise: float | Tensor = 1
 
 
 def _colors(sample: Tensor, spacing: int) -> Tensor:  # -> (n,)
-    """Places on a grid, numbered so that those of one number lie apart."""
+    """A coloring of the grid points, in which points of the same color are far apart."""
     places = [torch.arange(size, device=sample.device) % spacing for size in sample.shape[-2:]]
     grid = places[0] if len(places) == 1 else places[0][:, None] * spacing + places[1]
     return grid.expand(sample.shape).flatten()
@@ -411,7 +411,7 @@ class Linearized:
             return self.solve(self.residual(x), solver, Termination(max_steps=10_000))
 
     def solve(self, right: Tensor, solver: Solver | None, termination: Termination) -> tuple[Tensor, Tensor]:
-        """A⁻¹ right, and where that failed, ``(*batch)``."""
+        """A⁻¹ right, and the samples for which it failed, ``(*batch)``."""
         solver = solver or self._default_solver
         solver.check(Kind.SYMMETRIC if self.step.symmetric else Kind.LINEAR)
         with torch.no_grad():

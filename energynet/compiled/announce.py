@@ -1,4 +1,4 @@
-"""A line on the terminal while a program is being compiled, so that nobody takes a long first call for a stuck one."""
+"""Prints a line on the terminal while a program is being compiled, so that a long first call does not seem stuck."""
 
 import contextlib
 import logging
@@ -7,22 +7,22 @@ import threading
 import time
 from collections.abc import Iterator
 
-PATIENCE = 2.0  # seconds without a word
+PATIENCE = 2.0  # the number of seconds before the line is printed
 _log = logging.getLogger("energynet")
-_lasted: dict[str, float] = {}  # what -> seconds, the last time
+_lasted: dict[str, float] = {}  # what -> seconds of the last compilation
 
 
 @contextlib.contextmanager
 def announced(what: str, why: str = "") -> Iterator[None]:
-    """Say on a terminal what is being compiled, and why again, once it takes long; elsewhere only to the logger ``energynet``.
+    """Announce a long compilation and its reason on a terminal; elsewhere, only log it to the logger ``energynet``.
 
     Example:
         >>> with announced("the solve of Model.energy"):
         ...     pass
 
     Args:
-        what: is compiled.
-        why: it is compiled again, a sentence; empty the first time.
+        what: a description of what is compiled.
+        why: a sentence that states why it is compiled again; empty the first time.
     """
     _log.info("compiling %s. %s", what, why)
     begin = time.monotonic()

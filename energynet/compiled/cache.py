@@ -186,8 +186,8 @@ SHOWN = 3  # the number of changes that a message names
 def _tell_of_changes(step: Step, why: str) -> None:
     warnings.warn(
         f"Something that {_name(step)} reads has changed {MANY} times, and each change compiles it again. The last change was: "
-        f"{why}. If that is a counter, a cache or a growing list that has no influence on the energy, keep it where the "
-        "energy's code does not read it; a number that is scheduled should be a 0-d tensor in a buffer, whose values may change.",
+        f"{why}. If this is a counter, a cache or a growing list that has no influence on the energy, keep it where the "
+        "energy's code does not read it; a scheduled number should be a 0-d tensor in a buffer, whose values may change.",
         stacklevel=3,
     )
 

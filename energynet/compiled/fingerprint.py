@@ -151,7 +151,7 @@ class Fingerprint:
         return self._class(cls)
 
     def _later(self, owner: Any, cls: type, mapping: Any, name: str, may_be_read: Callable[[], bool]) -> None:
-        """Describe an attribute once code is met that may read it. Code of libraries is not followed: it may read its own."""
+        """Describe an attribute once code is found that may read it. Code of libraries is not followed, but may read its own."""
         by_library = any(name in names_of_class(base) for base in cls.__mro__[:-1] if _of_a_library(base))
         if by_library or _of_a_library(cls):
             may_be_read = _always
@@ -163,7 +163,7 @@ class Fingerprint:
         return [(name, self._entry(mapping, name, f"{place}[{name!r}]")) for name in list(mapping)]
 
     def _entry(self, mapping: Any, name: Any, place: str) -> Hashable:
-        """What stands at a place; ``place`` names it for people."""
+        """Describe the value at a place; ``place`` is its name in messages."""
         before = self._reader, self._place
         self._place, self._watch.where = place, f"{self._reader} reads {place}" if self._reader else place
         found = self._describe(self._watch.entry(mapping, name))

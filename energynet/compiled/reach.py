@@ -1,4 +1,4 @@
-"""Which attributes the code that an energy reaches may read: a program depends on these, and on no others of the same objects."""
+"""Finds the attributes that an energy's code may read: a program depends on these, and on no others of the same objects."""
 
 import dis
 import functools
@@ -46,8 +46,8 @@ class Reach:
         """Whether a method of this name may run. Python calls special methods although no code names them.
 
         Args:
-            name: of the method.
-            made: whether the code names the class itself, and so may create instances.
+            name: the name of the method.
+            made: whether the code names the class itself, so that it may create instances.
         """
         if name in _MAKING:
             return made or not self._names.isdisjoint(_MAKES)
@@ -57,7 +57,7 @@ class Reach:
 
 @functools.lru_cache(4096)
 def names_read(code: types.CodeType) -> frozenset[str]:
-    """The attributes that a piece of code may read, and the strings in it, by which it may ask for others."""
+    """The attributes that a piece of code may read, and the strings in it, by which it may look up others."""
     loads = (i for i in dis.get_instructions(code) if i.opname.startswith(("LOAD_", "IMPORT_")))
     read = (i.argval for i in loads if not i.opname.startswith(_OF_VARIABLES) and isinstance(i.argval, str))
     inner = (names_read(c) for c in code.co_consts if isinstance(c, types.CodeType))
@@ -74,6 +74,6 @@ def _strings(value: Any) -> Iterator[str]:
 
 @functools.lru_cache(1024)
 def names_of_class(cls: type) -> frozenset[str]:
-    """The attributes that the methods of a class may read, and its own: for a class of a library, whose code is not followed."""
+    """The attributes that the methods of a class may read, and its own attributes, for library classes."""
     functions = (getattr(v, "__func__", getattr(v, "fget", v)) for v in vars(cls).values())
     return frozenset(vars(cls)).union(*(names_read(f.__code__) for f in functions if isinstance(f, types.FunctionType)))

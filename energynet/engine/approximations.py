@@ -1,4 +1,4 @@
-"""Approximations of a Hessian at a point, on flat vectors: preconditioners, and the quadratics that an energy offers."""
+"""Approximations of a Hessian at a point, on flat vectors: preconditioners, and the quadratics that an energy provides."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class At:
         return self._made(made, jacobian(self._optimality, self.x, self.step.symmetric), self.step.energy_of, self.code)
 
     def quadratic(self) -> tuple[Callable[..., Tensor], Flat]:
-        """The quadratic that the energy offers, and p -> A p with its matrix."""
+        """The quadratic that the energy provides, and p -> A p with its matrix."""
         energy = self.step.energy_of
         assert isinstance(energy, KnowsMajorizer)
         above = energy.majorizer(self.layout.unravel(self.x), *self.code)

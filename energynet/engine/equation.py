@@ -206,7 +206,7 @@ class Root:
 
     def quadratic(self, x: Tensor, made: Preconditioner | None, inputs: tuple[Tensor, ...]
                   ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:  # fmt: skip
-        """p -> A p and r -> M⁻¹ r of the quadratic that the energy offers at x, ``(*batch, n)``."""
+        """p -> A p and r -> M⁻¹ r of the quadratic that the energy provides at x, ``(*batch, n)``."""
 
         def both(at: At) -> tuple[Callable[[Tensor], Tensor], ...]:
             above, product = at.quadratic()
@@ -217,7 +217,7 @@ class Root:
 
     def _at(self, x: Tensor, inputs: tuple[Tensor, ...], make: Callable[[At], tuple[Callable[[Tensor], Tensor], ...]]
             ) -> list[Callable[[Tensor], Tensor]]:  # fmt: skip
-        """Functions of vectors that are made at a point: once, but under ``vmap``, which maps tensors only, at each call."""
+        """Functions of vectors that are created at a point, once; under ``vmap``, which maps only tensors, at each call."""
         if not self.vmaps:
             with self.ambient.evaluating():
                 made = make(At(self.layout, *self._attach(inputs), x))

@@ -94,10 +94,10 @@ class Solve(Task):
 
     def _beyond_rounding(self, problem: problems.Linear, termination: Termination, state: LoopState, unit: Tensor,
                          inputs: tuple[Tensor, ...]) -> LoopState:  # fmt: skip
-        """Solve once more, for what of v is known: along a gauge direction of an energy no other v has an answer.
+        """Solve again up to the rounding error of v: along a gauge direction of an energy, A has no inverse.
 
-        A gradient such as v is known to ε‖H‖‖x‖, and A u to ε‖A‖‖u‖. Where ∇E at the answer is not quite zero, a gauge
-        direction has a curvature of about ‖∇E‖/‖x‖, of either sign, so that A u is known to that times ‖u‖ there.
+        A gradient such as v has an error of ε‖H‖‖x‖, and A u has one of ε‖A‖‖u‖. If ∇E at the solution is not exactly zero, a
+        gauge direction has a curvature of about ‖∇E‖/‖x‖, of either sign, so A u has an error of this curvature times ‖u‖.
         """
         eps, given_up = torch.finfo(state.x.dtype).eps, _given_up(state.status)
         norm = termination.size(problem.hvp(state.x, some_direction(torch.zeros_like(state.x))))
@@ -121,7 +121,7 @@ class Solve(Task):
         )  # fmt: skip
 
     def _reach_and_flat(self, termination: Termination, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The size of an energy's answer, and what its curvatures are known to there; ``(*batch)`` zeros for anything else."""
+        """The norm of a minimizer, and the error of its curvatures; ``(*batch)`` zeros for other equations."""
         root, size = self.equation.linearized, termination.size(inputs[0])
         if root.kind is not Kind.ENERGY:
             return torch.zeros_like(size), torch.zeros_like(size)

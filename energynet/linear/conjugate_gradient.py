@@ -14,7 +14,7 @@ from energynet.step import Kind
 
 
 class ConjugateGradientState(NamedTuple):
-    """Numbers are ``(*batch, 1)``; M is the preconditioner."""
+    """Scalars are ``(*batch, 1)``; M is the preconditioner."""
 
     residual: Tensor  # r = H u − v, (*batch, n), by recurrence
     direction: Tensor  # p, (*batch, n)
@@ -41,12 +41,13 @@ class ConjugateGradient(Solver):
         tensor([[1., 1.]])
 
     Args:
-        preconditioner: `HessianDiagonal`, `HessianBlocks`, or a function of the answer and the context that returns
-            p -> M⁻¹ p, both in the shape of x, with M symmetric and positive definite. If the energy has an ``encode``, what that
-            returns stands for the context. It is made once per solve, and changes its speed, never its answer.
+        preconditioner: `HessianDiagonal`, `HessianBlocks`, or a function of the solution and the context that returns
+            p -> M⁻¹ p, both in the shape of x, with M symmetric and positive definite. If the energy has an ``encode``, the
+            function receives its result in place of the context. It is called once per solve, and changes the speed but not
+            the result.
 
     Raises:
-        TypeError: if the preconditioner is neither.
+        TypeError: if the preconditioner is not valid.
 
     Source: Hestenes and Stiefel (1952); Golub and Van Loan (2013), Matrix computations, section 11.5.
     """

@@ -1,4 +1,4 @@
-"""Majorize-minimize with quadratics, batched per sample."""
+"""Majorization-minimization with quadratics, batched per sample."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,12 +14,12 @@ from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated
 
 @dataclasses.dataclass(frozen=True)
 class LaggedWeights(TrustRegion):
-    """Repeatedly minimize a quadratic that touches the energy at x and lies nowhere below it, so that the energy never rises.
+    """Repeatedly minimizes a quadratic that touches the energy at x and lies nowhere below it, so that the energy never rises.
 
-    It is for energies that are sums of φ(t) = ψ(t²) over linear maps t of x with ψ concave, as robust data terms and
-    regularizers of images are, convex or not: ½ w t² with the weight w = φ′(t)/t at x lies above φ and touches it at x. The
-    energy offers these quadratics by one method, ``majorizer(x, *code)``, which returns a function u -> ``(B,)``, with the code
-    that `Energy.encode` returns. They are minimized by conjugate gradients. One step costs up to ``inner`` products with the
+    It is meant for energies that are sums of φ(t) = ψ(t²) over linear maps t of x with ψ concave, such as robust data terms and
+    regularizers of images, convex or not: ½ w t² with the weight w = φ′(t)/t at x lies above φ and touches it at x. The energy
+    provides these quadratics by a method ``majorizer(x, *code)``, which returns a function u -> ``(B,)``; the code is the result
+    of `Energy.encode`. Conjugate gradients minimize them. One step costs up to ``inner`` products with the
     matrix of the quadratic, and one evaluation.
 
     Example:
@@ -36,14 +36,14 @@ class LaggedWeights(TrustRegion):
 
     Args:
         inner: the largest number of products per step.
-        accuracy: a quadratic is minimized until its gradient has been reduced by this factor. Since the weights change after
-            each step, more accuracy seldom pays.
-        preconditioner: of the quadratic, as for `ConjugateGradient`; `HessianDiagonal` is exact if what ``majorizer`` returns has
-            a method ``hessian_diagonal(u)``.
+        accuracy: the factor by which the gradient of a quadratic is reduced. Since the weights change after each step, more
+            accuracy rarely pays off.
+        preconditioner: a preconditioner for the quadratic, as for `ConjugateGradient`; `HessianDiagonal` is exact if the result
+            of ``majorizer`` has a method ``hessian_diagonal(u)``.
 
     Raises:
         ValueError: if inner < 1 or accuracy is not in (0, 1).
-        TypeError: if the preconditioner is none; at a solve, if the energy has no ``majorizer``.
+        TypeError: if the preconditioner is not valid; at a solve, if the energy has no ``majorizer``.
 
     Source: Geman and Reynolds (1992), half-quadratic regularization; Vogel and Oman (1996), lagged diffusivity; Hunter and Lange
         (2004), A tutorial on MM algorithms.
@@ -52,7 +52,7 @@ class LaggedWeights(TrustRegion):
     inner: int = 50
     accuracy: float = 0.1
     preconditioner: Preconditioner | None = None
-    radius: ClassVar[float] = 1e3  # type: ignore[misc]  # where a quadratic has no curvature, a step of any length
+    radius: ClassVar[float] = 1e3  # type: ignore[misc]  # limits steps where a quadratic has no curvature
 
     def __post_init__(self) -> None:
         if self.inner < 1 or not 0 < self.accuracy < 1:
@@ -64,7 +64,7 @@ class LaggedWeights(TrustRegion):
             name = getattr(energy, "__qualname__", None) or type(energy).__name__
             raise TypeError(
                 f"LaggedWeights needs an Energy with a method majorizer(x, *code), which returns the quadratic u -> (B,) that "
-                f"touches it at x, and {name} has none. Define it, or use NewtonCG() or LBFGS()."
+                f"touches it at x, but {name} has none. Define it, or use NewtonCG() or LBFGS()."
             )
 
     def update(self, problem: Minimization, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:

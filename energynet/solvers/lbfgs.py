@@ -51,13 +51,13 @@ class LBFGS(Solver):
     Args:
         memory: m, the number of changes that are kept.
         search: how far to go in a direction; `StrongWolfe` or `Backtracking`.
-        initial_inverse: what is known of the inverse Hessian before the first step, `HessianDiagonal`, `HessianBlocks`, or a
-            function of x and the context that returns p -> M⁻¹ p, as for `ConjugateGradient`. It is made once, where the solve
-            begins; its units do not matter.
+        initial_inverse: an approximation of the inverse Hessian before the first step: `HessianDiagonal`, `HessianBlocks`, or a
+            function of x and the context that returns p -> M⁻¹ p, as for `ConjugateGradient`. It is computed once, at the
+            initial point; its scale does not matter.
 
     Raises:
         ValueError: if memory < 1.
-        TypeError: if the search is neither, such as a rule of `GradientDescent`, or the initial inverse is neither.
+        TypeError: if the search is neither, such as a rule of `GradientDescent`, or if the initial inverse is not valid.
 
     Source: Liu and Nocedal (1989); the compact form of Byrd, Nocedal and Schnabel (1994), theorem 2.2.
     """
@@ -116,11 +116,11 @@ class LBFGS(Solver):
 
 
 def first_length(problem: Minimization, x: Tensor, gradient: Tensor, downhill: Tensor) -> Tensor:  # -> (*batch)
-    """How far to go against ``downhill``: γ of a gradient where it is given, else to the minimum of the parabola there."""
+    """The first step length along −``downhill``: γ if it was passed, or else the minimum of the parabola along it."""
     if problem.step_size is not None and downhill is gradient:
         step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
         return torch.zeros_like(gradient.sum(-1)) + step_size
-    size = torch.linalg.vector_norm(downhill, dim=-1)  # whose derivative at 0 is 0, where that of a root is NaN
+    size = torch.linalg.vector_norm(downhill, dim=-1)  # its derivative at 0 is 0, unlike that of a square root
     slope = size.square() if downhill is gradient else inner(gradient, downhill)
     curvature = inner(downhill, problem.hvp(x, downhill))
     bends = curvature > 0
@@ -206,7 +206,7 @@ def quasi_newton(gradient: Tensor, memory: Memory, walled: Tensor) -> Tensor:  #
 
 
 def two_loops(gradient: Tensor, memory: Memory, solve: Callable[[Tensor], Tensor]) -> Tensor:  # (*batch, n)
-    """The same with the inverse of a matrix M in place of a number, scaled as the newest pair tells.
+    """The direction with the inverse of a matrix M as the initial matrix, scaled by the newest pair.
 
     Source: Nocedal and Wright (2006), algorithm 7.4.
     """

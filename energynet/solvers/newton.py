@@ -10,7 +10,7 @@ from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
 
 FAR = 1e3  # a Newton step longer than this multiple of max(1, ‖x‖) is not trusted
-KNOWN = 1000  # rounding units; a smaller pivot of the factor, relative to the diagonal of H, is lost in rounding
+KNOWN = 1000  # the smallest reliable pivot of the factor relative to the diagonal of H, in rounding units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Newton(TrustRegion):
 
 
 def _newton_step(hessian: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """−H⁻¹g, and whether H is positive definite beyond rounding, ``(*batch)`` bool, in any units of the coordinates."""
+    """−H⁻¹g, and whether H is numerically positive definite, ``(*batch)`` bool, independently of the coordinates' units."""
     factor, info = torch.linalg.cholesky_ex(hessian)
     pivots, own = (torch.diagonal(m, dim1=-2, dim2=-1) for m in (factor, hessian))
     known = (pivots.square() > KNOWN * torch.finfo(hessian.dtype).eps * own).all(-1)

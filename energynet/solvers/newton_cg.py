@@ -33,7 +33,7 @@ class NewtonCG(TrustRegion):
 
     Raises:
         ValueError: if inner < 1 or radius ≤ 0.
-        TypeError: if the preconditioner is neither.
+        TypeError: if the preconditioner is not valid.
 
     Source: Steihaug (1983); Nocedal and Wright (2006), algorithms 4.1 and 7.2.
     """

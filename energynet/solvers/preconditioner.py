@@ -1,4 +1,4 @@
-"""Preconditioners: approximations M of a Hessian whose inverse is cheap. They change how fast a solve is, never its answer."""
+"""Preconditioners: approximations M of a Hessian with a cheap inverse. They change the speed of a solve but not its result."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -14,19 +14,19 @@ from energynet.energy import EnergyLike
 Inverse = Callable[[Any], Any]
 """p -> M⁻¹ p, like p."""
 
-POSITIVE = 100  # curvatures are at least so many rounding units of the largest one
-OF_REST = 0.1  # an estimate is at least this part of the rest of its row of the Hessian, which disturbs the estimate
+POSITIVE = 100  # the lower limit of curvatures, in rounding units of the largest one
+OF_REST = 0.1  # the lower limit of an estimate, as a fraction of the rest of its row of the Hessian, which causes its error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Place:
-    """A point, and what a preconditioner may ask about the Hessian there."""
+    """A point, and the information on the Hessian there that a preconditioner may use."""
 
     x: Any
-    """As the user has it."""
+    """The point in the user's structure."""
     code: tuple[Any, ...]
     energy: EnergyLike | None
-    """None for an optimality condition of another origin."""
+    """None for an optimality condition without an energy."""
     ravel: Callable[[Any], Tensor]  # like x -> (*batch, n)
     unravel: Callable[[Tensor], Any]  # (*batch, n) -> like x
     product: Callable[[Tensor], Tensor]  # p -> H p, (*batch, n)
@@ -34,7 +34,7 @@ class Place:
 
 
 class HessianPreconditioner(ABC):
-    """A preconditioner that is made from the Hessian, and not from the context."""
+    """A preconditioner that is computed from the Hessian, and not from the context."""
 
     @abstractmethod
     def inverse(self, place: Place) -> Callable[[Tensor], Tensor]:  # (*batch, n) -> (*batch, n)
@@ -50,7 +50,7 @@ class KnowsDiagonal(Protocol):
     """An energy that offers the diagonal of its Hessian."""
 
     def hessian_diagonal(self, x: Any, *code: Any) -> Any:
-        """Of each sample, like ``x``."""
+        """The diagonal of the Hessian, like ``x``."""
 
 
 @runtime_checkable
@@ -58,7 +58,7 @@ class KnowsBlocks(Protocol):
     """An energy that offers the 2 × 2 blocks of its Hessian."""
 
     def hessian_blocks(self, x: Any, *code: Any) -> Tensor:
-        """Of each pair, ``(B, 2, 2, ...)`` for x ``(B, 2, ...)``."""
+        """The block of each pair, ``(B, 2, 2, ...)`` for x ``(B, 2, ...)``."""
 
 
 @runtime_checkable
@@ -66,15 +66,15 @@ class KnowsMajorizer(Protocol):
     """An energy that offers quadratics above it."""
 
     def majorizer(self, x: Any, *code: Any) -> Callable[[Any], Tensor]:
-        """u -> ``(B,)``, quadratic, at least the energy at u plus a constant, and with its value and gradient at x."""
+        """A quadratic function u -> ``(B,)`` that, up to a constant, majorizes the energy and agrees with its gradient at x."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HessianDiagonal(HessianPreconditioner):
-    """The diagonal of the Hessian: worthwhile where curvatures differ from number to number, as with masks and weights.
+    """The diagonal of the Hessian, which is worthwhile if curvatures differ between the unknowns, as with masks and weights.
 
-    It is exact if the energy has a method ``hessian_diagonal(x, *code) -> like x``, where the code is what `Energy.encode`
-    returns, and for up to ``probes`` unknowns. Otherwise ``probes`` products with vectors of ±1 estimate it.
+    It is exact if the energy has a method ``hessian_diagonal(x, *code) -> like x``, where the code is the result of
+    `Energy.encode`, and for up to ``probes`` unknowns. Otherwise, ``probes`` products with vectors of ±1 estimate it.
 
     Example:
         >>> import torch
@@ -87,7 +87,7 @@ class HessianDiagonal(HessianPreconditioner):
         torch.Size([1, 8])
 
     Args:
-        probes: the number of products, where the energy does not tell.
+        probes: the number of products, if the energy does not provide the diagonal.
 
     Raises:
         ValueError: if probes < 1.
@@ -122,8 +122,8 @@ class HessianBlocks(HessianPreconditioner):
     """The 2 × 2 blocks of the Hessian that couple two channels at the same place, such as the two components of a flow.
 
     x is one tensor ``(B, 2, ...)``. The blocks are exact if the energy has a method
-    ``hessian_blocks(x, *code) -> (B, 2, 2, ...)``, where the code is what `Energy.encode` returns. Otherwise ``2 · probes``
-    products estimate them, which is exact where nothing else is coupled.
+    ``hessian_blocks(x, *code) -> (B, 2, 2, ...)``, where the code is the result of `Energy.encode`. Otherwise, ``2 · probes``
+    products estimate them, which is exact if there are no other couplings.
 
     Example:
         >>> import torch
@@ -135,7 +135,7 @@ class HessianBlocks(HessianPreconditioner):
         torch.Size([1, 2, 4, 4])
 
     Args:
-        probes: half the number of products, where the energy does not tell.
+        probes: half the number of products, if the energy does not provide the blocks.
 
     Raises:
         ValueError: if probes < 1; at a solve, if x has another shape.
@@ -160,7 +160,7 @@ class HessianBlocks(HessianPreconditioner):
         return _of_blocks(place, *self._probed(place))
 
     def _probed(self, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The entries of the blocks, ``(B, ...)`` each, and what their eigenvalues are at least believed to be."""
+        """Estimates of the entries of the blocks, ``(B, ...)`` each, and a lower limit of their eigenvalues."""
         x, dim, rows, rest = place.x, place.batch_dims, [], torch.zeros_like(place.x).sum(place.batch_dims)
         for k in (0, 1):
             mean, squares = torch.zeros_like(x), torch.zeros_like(x)
@@ -176,7 +176,7 @@ class HessianBlocks(HessianPreconditioner):
 
 
 def check_preconditioner(value: Any, name: str) -> None:
-    """Refuse what is no preconditioner.
+    """Refuse a value that is not a preconditioner.
 
     Raises:
         TypeError: with the remedy.
@@ -191,10 +191,10 @@ def check_preconditioner(value: Any, name: str) -> None:
 
 
 def applied(function: Callable[..., Inverse], place: Place) -> Callable[[Tensor], Tensor]:  # (*batch, n) -> (*batch, n)
-    """What a user's function gives at a point, on flat vectors.
+    """The result of a user's function at a point, on flat vectors.
 
     Raises:
-        TypeError: if it returns no function.
+        TypeError: if it does not return a function.
     """
     inverse = function(place.x, *place.code)
     if not callable(inverse) or isinstance(inverse, Tensor):
@@ -211,14 +211,14 @@ def _check_probes(probes: int) -> None:
 
 
 def _signs(like: Tensor, count: int) -> list[Tensor]:  # (n,) each
-    """Vectors of ±1 without a pattern, the same in each run."""
+    """Irregular vectors of ±1, which are the same in each run."""
     place = torch.arange(like.shape[-1], dtype=torch.float64, device=like.device)
     waves = (43758.5453 * torch.sin(12.9898 * place + 78.233 * k) for k in range(count))
     return [torch.where(wave - wave.floor() < 0.5, -1, 1).to(like.dtype) for wave in waves]
 
 
 def _positive(diagonal: Tensor) -> Tensor:  # (*batch, n)
-    """Magnitudes, none of them zero."""
+    """Magnitudes, with zeros replaced by a small positive value."""
     diagonal = torch.where(torch.isfinite(diagonal), diagonal.abs(), 0)
     largest = diagonal.amax(-1, keepdim=True) if diagonal.shape[-1] else diagonal.sum(-1, keepdim=True)
     least = POSITIVE * torch.finfo(diagonal.dtype).eps * largest
@@ -226,7 +226,7 @@ def _positive(diagonal: Tensor) -> Tensor:  # (*batch, n)
 
 
 def _of_blocks(place: Place, first: Tensor, across: Tensor, second: Tensor, least: Tensor) -> Callable[[Tensor], Tensor]:
-    """The inverse of 2 × 2 blocks of these entries, ``(B, ...)`` each, shifted where an eigenvalue is below the least one."""
+    """The inverse of 2 × 2 blocks with these entries, ``(B, ...)`` each, shifted where an eigenvalue is below the limit."""
     dim = place.batch_dims
     finite = torch.isfinite(first + across + second + least)
     first, across, second, least = (torch.where(finite, t, 0) for t in (first, across, second, least))
