@@ -14,6 +14,7 @@ from energynet.energies.image import ImageEnergy
 from energynet.energies.multilabel import BoundedNorm, LabelContraction, LabelFeatures, MultiLabelEnergy, StructuredEnergy
 from energynet.energies.operators import Blur, Identity, Mask, Operator, Pair
 from energynet.energies.potentials import Huber, Potential, Spline
+from energynet.energies.pretrained import denoiser
 from energynet.energies.priors import AdaptivePrior, HalfResolution, Prior, RidgePrior
 from energynet.energies.restoration import Restoration
 
@@ -55,6 +56,7 @@ __all__ = [
     "StronglyConvex",
     "StructuredEnergy",
     "cosine_filters",
+    "denoiser",
     "filter_bank",
     "flow_to_color",
     "largest_response",

@@ -69,9 +69,10 @@ class RidgePrior(Prior):
         _check_strength(strength)
         self.bank, self.potential, self.strength, self.concavity = bank, potential, strength, potential.concavity
         self.margin = bank.size // 2
-        self.raw_strength = nn.Parameter(torch.tensor([-1.0, 0.0]))  # at the reference, and its change with log σ
+        # At the reference, and their change with log σ: at first as in ½‖x − y‖²/σ² + R(x), with an R that knows nothing of σ.
+        self.raw_strength = nn.Parameter(torch.tensor([-1.0, 2.0]))
         groups = bank.num_filters // potential.group
-        self.log_scale = nn.Parameter(torch.stack([torch.full((groups,), -2.0), torch.zeros(groups)]))
+        self.log_scale = nn.Parameter(torch.stack([torch.full((groups,), -2.0), torch.full((groups,), -1.0)]))
 
     @torch.no_grad()
     def rescale_(self, strength: float, scale: float) -> None:

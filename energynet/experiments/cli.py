@@ -19,11 +19,13 @@ from energynet import __version__
 
 from .board import TensorBoardMissingError
 from .data import Data
+from .denoise_command import denoise
 from .display import QUIET, Display
 from .find import TASKS, NotFoundError, find_rival, find_task
 from .fits import Setup
 from .jobs import Job, JobError, run_jobs
 from .log import read_log
+from .picture_files import PictureError
 from .plot import plot_curves
 from .processes import started_processes
 from .report import ReportError, diagnosis_lines, result_table
@@ -46,6 +48,9 @@ solver: the experiments.
       MODULE:CLASS.
   energynet run TASK --help
       The options of a task.
+  energynet run denoise [--image FILE]
+      Denoise, deblur or inpaint a picture
+      with a trained energy.
   energynet list
       Tasks, methods and data sets.
   energynet report FOLDER... [OPTIONS]
@@ -101,6 +106,8 @@ def run(arguments: Sequence[str]) -> None:
     """``energynet run TASK ...``."""
     part = PART in arguments
     arguments = [word for word in arguments if word != PART]
+    if arguments and arguments[0] == "denoise":
+        return denoise(arguments[1:])
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         raise SystemExit(0 if "--help" in arguments or "-h" in arguments else 2)
@@ -249,6 +256,6 @@ def main() -> None:
         else:
             print(USAGE)
             raise SystemExit(0 if command in ("--help", "-h") else 2)
-    except (CommandError, JobError, NotFoundError, ReportError, ResumeError, TensorBoardMissingError) as error:
+    except (CommandError, JobError, NotFoundError, PictureError, ReportError, ResumeError, TensorBoardMissingError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

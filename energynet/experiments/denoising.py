@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,6 +62,8 @@ class DenoisingOptions(Options):
     """Noise levels of test pictures."""
     matching: int = 600
     """Updates of score matching, before those through the solver."""
+    matching_sigma: float = 10.0
+    """The noise of score matching: what one gradient step can remove."""
     tolerance: float = 2e-3
     """Relative tolerance of solves in training."""
 
@@ -100,8 +103,9 @@ class Denoising(Task):
 
     @classmethod
     def rivals(cls) -> Sequence[Rival]:
+        wavelets = (Wavelets(),) if find_spec("pywt") else ()
         return (Adaptive(), Ridge(), ConvexRidge(), SplineRidge(), ComposedRidge(), GroupedRidge(), Residual(), Contraction(),
-                RidgeOneStep(), RidgeUnrolled(), NeuralNetwork(), TotalVariation(), Wavelets(), NonLocalMeans())  # fmt: skip
+                RidgeOneStep(), RidgeUnrolled(), NeuralNetwork(), TotalVariation(), *wavelets, NonLocalMeans())  # fmt: skip
 
     @classmethod
     def usual(cls) -> Sequence[Rival]:
@@ -201,7 +205,9 @@ class EnergyRival(Rival):
         model.updates += 1
         updates = int(model.updates)
         if updates <= model.effort.matching:
-            return model.matching_loss(batch.inputs, batch.targets).mean()
+            assert isinstance(task, Denoising)
+            sigma = torch.full((len(batch),), task.options.matching_sigma / 255, device=batch.targets.device)
+            return model.matching_loss(noisy(batch.targets, sigma), batch.targets).mean()
         if updates == model.effort.matching + 1 and self.matches:
             model.fit_scales(batch.inputs, batch.targets)
         return task.loss(model(batch.inputs), batch)

@@ -75,7 +75,7 @@ class EnergyDenoiser(nn.Module):
 
     @torch.no_grad()
     def fit_scales(self, inputs: Tensor, clean: Tensor) -> tuple[float, float]:
-        """Choose a strength and a scale for the fixed point, where score matching knew but their effect on one step."""
+        """Choose a strength and a scale for the fixed point: at first those of the density whose scores were matched."""
 
         def loss(strength: float, scale: float) -> float:
             self.prior.rescale_(strength, scale)
@@ -83,8 +83,9 @@ class EnergyDenoiser(nn.Module):
             self.prior.rescale_(-strength, -scale)
             return float(((answer - clean).square().flatten(1).mean(1) / inputs[:, 1, 0, 0]).mean())
 
-        tried = {(0.0, 0.0): loss(0.0, 0.0)}
-        for reach in (2.0, 1.0, 0.5):
+        center = float(self.log_step), 0.0  # exp(−γR/σ²) is the density, whose maximum is wanted
+        tried = {center: loss(*center)}
+        for reach in (1.0, 0.5):
             center = min(tried, key=tried.__getitem__)
             for move in ((reach, 0.0), (-reach, 0.0), (0.0, reach), (0.0, -reach)):
                 place = center[0] + move[0], center[1] + move[1]

@@ -71,7 +71,7 @@ class TotalVariation(ClassicalRival):
 
 
 class Wavelets(ClassicalRival):
-    """Wavelet shrinkage (BayesShrink), shift-averaged; the noise level is scaled by a number chosen on training pictures."""
+    """Wavelet shrinkage (BayesShrink) by PyWavelets, shift-averaged; a number that scales the noise level is tuned."""
 
     name = "wavelets"
     candidates = (0.6, 0.8, 1.0, 1.2)
