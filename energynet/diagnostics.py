@@ -312,9 +312,9 @@ def laplace(energy: EnergyLike, x: Any, *context: Any, noise: float | Tensor = 1
             solver: Solver | None = None) -> Tensor:  # fmt: skip
     """Standard deviations of a minimizer by Laplace's approximation, which treats exp(−E/noise²) as a density.
 
-    They are noise · √diag(H⁻¹), H the Hessian at x. Of up to 50 unknowns each column is solved for. Of more, one solve serves
-    many that lie apart: those on a grid of the given spacing, with random signs, so that what they have to do with each other
-    cancels in the mean. A picture takes spacing² solves, and the error is what correlations reach beyond the spacing.
+    They are noise · √diag(H⁻¹), where H is the Hessian at x. With up to 50 unknowns, each column of H⁻¹ is computed. With more,
+    one solve handles many unknowns that are far apart, namely those on a grid with the given spacing. Random signs make their
+    correlations cancel on average. An image takes spacing² solves, and the error comes from correlations beyond the spacing.
 
     Example:
         >>> import torch
@@ -327,13 +327,13 @@ def laplace(energy: EnergyLike, x: Any, *context: Any, noise: float | Tensor = 1
     Args:
         energy: E(x, \\*context) -> ``(B,)``.
         x: the minimizer, a `Solution` or a tensor ``(B, ...)``; its last two dimensions, or its last, are the grid.
-        context: what the energy takes besides x.
-        noise: the standard deviation that scales the density, a number or one per sample ``(B,)``: σ where E holds ½‖x − y‖².
-        spacing: of the grid.
-        solver: of the linear equations; default `ConjugateGradient`, or the whole Hessian of few unknowns.
+        context: the energy's other arguments.
+        noise: the standard deviation that scales the density, a number or one per sample ``(B,)``: σ if E contains ½‖x − y‖².
+        spacing: the spacing of the grid.
+        solver: solves the linear equations; default `ConjugateGradient`, or the whole Hessian with few unknowns.
 
     Returns:
-        Like x; NaN in samples whose equation could not be solved, or whose Hessian is not positive.
+        Like x; NaN in samples whose equation could not be solved, or whose Hessian is not positive definite.
 
     Raises:
         TypeError: if x is not one tensor.
