@@ -163,6 +163,7 @@ class Solution:
         value: the solution, like ``x0``, with gradients.
         status: ``(B,)`` int8; compare it with `Status`.
         error: ``(B,)``, the estimated distance of ``value`` from the solution, in units of ``x``, as `Termination` defines it.
+            It carries no gradient: in a loss it is a constant, and trains nothing.
         num_steps: ``(B,)`` int32, the number of updates until the sample stopped.
         trace: the history of the solve, if requested by ``trace=True``.
     """

@@ -83,7 +83,7 @@ def test_tiles_give_what_the_whole_picture_gives() -> None:
 
     torch.manual_seed(0)
     layer = Denoiser(RidgePrior(CosineStart(3), Huber(8)))
-    picture = Picture(GENERATOR.random((1, 60, 50), dtype=np.float32), None, np.uint8)
+    picture = Picture(GENERATOR.random((1, 60, 50), dtype=np.float32), None, np.dtype(np.uint8))
     results = [restore_picture(layer, picture, 0.1, Problem(denoise_command.Identity()), tile, Console(quiet=True))[0]
                for tile in (64, 30)]  # fmt: skip
     np.testing.assert_allclose(*results, atol=5e-3)

@@ -103,7 +103,7 @@ def embedded_picture(sigma: float) -> tuple[Picture, np.ndarray]:
 
     clean = transform.rescale(data.camera() / 255, 0.5, anti_aliasing=True).astype(np.float32)[None]
     noise = np.random.default_rng(0).standard_normal(clean.shape, dtype=np.float32)
-    return Picture(clean + np.float32(sigma / 255) * noise, None, np.uint8), clean
+    return Picture(clean + np.float32(sigma / 255) * noise, None, np.dtype(np.uint8)), clean
 
 
 def problem_of(wanted: Denoise, picture: Picture) -> Problem:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ class Picture:
 
     values: np.ndarray  # (C, H, W) float32, C 1 or 3, in OpenCV's order
     alpha: np.ndarray | None  # (H, W), as in the file
-    depth: type[np.uint8] | type[np.uint16]
+    depth: np.dtype[Any]
 
     @classmethod
     def read(cls, path: Path) -> "Picture":
@@ -30,17 +31,17 @@ class Picture:
             raise PictureError(f"{path} is not a file.")
         if not path.stat().st_size:
             raise PictureError(f"{path} is empty.")
-        raw = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        raw: Any = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         if raw is None:
             raise PictureError(f"{path} is no picture that can be read; PNG, JPEG and TIFF can.")
-        depth = {"uint8": np.uint8, "uint16": np.uint16}.get(raw.dtype.name)
-        if depth is None or raw.ndim not in (2, 3) or (raw.ndim == 3 and raw.shape[2] not in (1, 3, 4)):
+        known = raw.dtype.name in ("uint8", "uint16") and (raw.ndim == 2 or (raw.ndim == 3 and raw.shape[2] in (1, 3, 4)))
+        if not known:
             shape = " × ".join(map(str, raw.shape))
             raise PictureError(f"{path} holds {shape} values of {raw.dtype}; gray or color of 8 or 16 bits can be read.")
         planes = raw[..., None] if raw.ndim == 2 else raw
         alpha = planes[..., 3] if planes.shape[2] == 4 else None
-        values = planes[..., :3].transpose(2, 0, 1).astype(np.float32) / np.iinfo(depth).max
-        return cls(values, alpha, depth)
+        values = planes[..., :3].transpose(2, 0, 1).astype(np.float32) / np.iinfo(raw.dtype).max
+        return cls(values, alpha, raw.dtype)
 
     def write(self, path: Path, values: np.ndarray) -> None:
         """Write other values of the same shape, with this picture's alpha and depth."""
