@@ -1,5 +1,7 @@
 """When a solve says that it converged: in any units, beyond rounding, at minima only, and of maps as far as they contract."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,17 +10,19 @@ from energynet import (
     LBFGS,
     Anderson,
     Broyden,
+    ConvergenceError,
     ImplicitAdjoint,
     Newton,
     NewtonCG,
     Picard,
+    Prox,
     Solver,
     Status,
     Termination,
     fixed_point,
     minimize,
 )
-from energynet.constraints import Box
+from energynet.constraints import L1, Affine, Box, CappedSimplex, L2Ball, NonNegative, Simplex
 from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
 from energynet.solvers import Nesterov
 from energynet.solvers.gradient_descent import BarzilaiBorwein, GradientDescent
@@ -205,6 +209,45 @@ def test_a_maximum_within_bounds_is_not_a_solution() -> None:
     solution = minimize(lambda x, z: -(x - z).square().sum(-1), x0, z, prox=Box(0.0, 1.0))
     assert solution.value.item() in (0.0, 1.0)
     assert torch.autograd.grad(solution.value.sum(), z)[0].item() == 0
+
+
+SETS = {
+    "simplex": (Simplex(), 0.5, [0.0, 1.0]),
+    "capped simplex": (CappedSimplex(0.8), 0.5, [0.2, 0.8]),
+    "ball": (L2Ball(1.0), 0.5, [0.5**0.5, 0.5**0.5]),
+    "a callable": (lambda x, step_size: x.clamp(0.0, 1.0), 0.5, [0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("prox, middle, sizes", SETS.values(), ids=SETS)
+def test_a_maximum_under_any_prox_is_no_answer(prox: Any, middle: float, sizes: list[float], batched: bool) -> None:
+    def solved(x0: Tensor) -> Tensor:
+        value: Tensor = minimize(lambda x: -(x - middle).square().sum(-1), x0, prox=prox).value
+        return value
+
+    x0 = torch.full((3, 1, 2), middle, dtype=torch.float64)
+    x = torch.func.vmap(solved)(x0)[0] if batched else solved(x0[0])
+    assert x.abs().sort().values[0].tolist() == pytest.approx(sizes, abs=1e-6)
+
+
+def test_a_maximum_under_a_prox_that_the_energy_falls_from_for_ever_fails() -> None:
+    x0 = torch.full((1, 2), 0.5, dtype=torch.float64)
+    line = Affine(torch.ones(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    with pytest.raises(ConvergenceError, match="DIVERGED"):
+        minimize(lambda x: -(x - 0.5).square().sum(-1), x0, prox=line)
+
+
+@pytest.mark.parametrize("prox", [NonNegative(), Box(0.0, 3.0)], ids=repr)
+def test_an_even_energy_is_left_from_the_bound_at_zero(prox: Prox) -> None:
+    x = minimize(lambda x: (x.square() - 1).square().sum(-1), torch.zeros(2, 2, dtype=torch.float64), prox=prox).value
+    torch.testing.assert_close(x, torch.ones_like(x), rtol=0, atol=1e-7)
+
+
+def test_a_minimum_at_a_kink_of_the_prox_is_kept() -> None:
+    double_well = lambda x: 0.1 * (x.square() - 1).square().sum(-1)  # noqa: E731  # a maximum at 0, where L1 has its kink
+    solution = minimize(double_well, torch.zeros(2, 3, dtype=torch.float64), prox=L1(0.05))
+    assert solution.converged.all() and not solution.value.any()
 
 
 @pytest.mark.parametrize("linear", [ConjugateGradient(), MINRES(), GMRES(), Dense()], ids=repr)

@@ -5,12 +5,13 @@ divided by a *scale*, a curvature. During a solve an earlier scale is used, whic
 reported error is measured at the returned point by `measure`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from energynet.engine.newton_step import newton_step
+from energynet.engine.newton_step import newton_step, unstable_direction
 from energynet.solvers.problem import Descent, Differentiable, Linear, Problem, Proximal
 from energynet.solvers.spectrum import normalized, some_direction
 from energynet.termination import Termination
@@ -46,7 +47,7 @@ def first_scale(problem: Problem, termination: Termination, x: Tensor, residual:
     if not isinstance(problem, Differentiable) or isinstance(problem, Linear):
         return one
     if problem.step_size is None:
-        scale = _curvature(problem, termination, x, residual, termination.sure_size(residual))
+        scale = _curvature(problem.jacobian(x), termination, residual, termination.sure_size(residual))
         return torch.where((scale > 0) & torch.isfinite(scale), scale, 1)
     step_size = problem.step_size.squeeze(-1) if isinstance(problem.step_size, Tensor) else problem.step_size
     return one / step_size
@@ -70,10 +71,15 @@ def measure(problem: Problem, termination: Termination, x: Tensor, before: Tenso
     if not isinstance(problem, Differentiable):
         found = _contraction(problem, x, residual, before, evaluations)
         return found._replace(error=found.error + _rounding(termination, x))
-    size = termination.sure_size(residual)
-    scale = torch.where(size == 0, 1, _curvature(problem, termination, x, residual, size))
+    size, product = termination.sure_size(residual), problem.jacobian(x)
+    scale = torch.where(size == 0, 1, _curvature(product, termination, residual, size))
     none = torch.zeros_like(size, dtype=torch.bool)
-    return Measured(residual, None, size / scale + _rounding(termination, x), scale, none, none, residual)
+    found = Measured(residual, None, size / scale + _rounding(termination, x), scale, none, none, residual)
+    if not isinstance(problem, Proximal) or not x.shape[-1]:
+        return found
+    gamma = problem.each_gamma(x)
+    direction, saddle = unstable_direction(lambda p: gamma * product(p), x)
+    return found._replace(saddle=saddle, direction=direction)
 
 
 def _of_energy(problem: Descent, termination: Termination, x: Tensor, before: Tensor) -> Measured:
@@ -87,10 +93,10 @@ def _of_energy(problem: Descent, termination: Termination, x: Tensor, before: Te
     return Measured(gradient, energy, length + _rounding(termination, x), scale, settled, saddle, direction)
 
 
-def _curvature(problem: Differentiable, termination: Termination, x: Tensor, residual: Tensor, size: Tensor) -> Tensor:
+def _curvature(product: Callable[[Tensor], Tensor], termination: Termination, residual: Tensor, size: Tensor) -> Tensor:
     """‖A F‖ / ‖F‖."""
     unit = residual / torch.where(size == 0, 1, size).to(residual.dtype).unsqueeze(-1)
-    curvature = termination.sure_size(problem.jacobian(x)(unit))
+    curvature = termination.sure_size(product(unit))
     return torch.where(torch.isinf(curvature), torch.nan, curvature)  # otherwise any gradient would count as converged
 
 

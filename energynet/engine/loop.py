@@ -16,7 +16,7 @@ from energynet._torch import tree as _tree
 from energynet._torch.autodiff import readable, tracing
 from energynet._torch.while_loop import while_loop
 from energynet.engine.error_estimate import Measured, error_estimate, first_scale, measure
-from energynet.engine.saddle import leave
+from energynet.engine.saddle import driven_out, leave
 from energynet.solution import Status
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Descent, Differentiable, Linear, Problem
@@ -302,9 +302,11 @@ def _at_x(state: LoopState) -> bool:
 
 def _escaped(problem: Problem, termination: Termination, state: LoopState, seen: Measured, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The points at which samples continue from a saddle, and which samples do so."""
-    if not isinstance(problem, Descent) or seen.energy is None:
+    if not isinstance(problem, Descent):
         return state.x, torch.zeros_like(rows)
     unit = torch.maximum(termination.size(state.x), state.unit)
+    if seen.energy is None:
+        return driven_out(problem, state.x, seen.direction, seen.saddle & rows, unit)
     return leave(problem, state.x, seen.energy, seen.residual, seen.direction, seen.saddle & rows, unit)
 
 

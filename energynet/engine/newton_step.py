@@ -164,6 +164,23 @@ def _along_some(product: Callable[[Tensor], Tensor], x: Tensor, energy: Tensor, 
     return NewtonStep(length, ~flat | (left == 0), size <= noise, saddle, falling)
 
 
+def unstable_direction(product: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """A direction in which prox-gradient steps move away from their fixed point x, and whether there is one, ``(*batch)``.
+
+    Args:
+        product: p -> p − ∂g/∂x p. On the directions that the prox leaves free, it is symmetric for the usual ones.
+        x: ``(*batch, n)``.
+    """
+    free = some_direction(torch.zeros_like(x))
+    free = normalized(free - product(free))
+    image = product(free)
+    top = length_of(image)
+    none = torch.zeros_like(top)
+    first = _CG(torch.zeros_like(x), free, free, image, none, top, none, none - 1, torch.zeros_like(x), none)
+    found: _CG = while_loop(lambda state: (state.slow < 2).any(), lambda state: _longer(product, state), first, PROBES)
+    return normalized(found.falling), (found.bend < -(torch.finfo(x.dtype).eps ** 0.5) * found.top).squeeze(-1)
+
+
 class _CG(NamedTuple):
     """Numbers are ``(*batch, 1)``."""
 

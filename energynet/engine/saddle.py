@@ -10,6 +10,8 @@ from energynet._torch.while_loop import while_loop
 from energynet.solvers.problem import Descent, Proximal
 
 TRIALS = 24  # each trial step is a quarter of the previous one
+NEAR = 1e-3  # the distance from an unstable fixed point, in units of x, at which steps begin to lead away from it
+AWAY = 5  # the number of these steps
 FEW = 3  # the number of trials where values cannot be read, so that the loop cannot stop early
 
 
@@ -44,6 +46,8 @@ def leave(problem: Descent, x: Tensor, value: Tensor, gradient: Tensor, directio
 
     def nearer(trial: _Trial) -> _Trial:
         t = 0.25 * trial.t
+        if isinstance(problem, Proximal):  # both ways, since one may lead out of the bounds
+            t = torch.where(trial.t > 0, -trial.t, 0.25 * trial.t.abs())
         point, lower = at(t)
         return _Trial(t, torch.where(trial.lower.unsqueeze(-1), trial.point, point), trial.lower | lower)
 
@@ -54,6 +58,34 @@ def leave(problem: Descent, x: Tensor, value: Tensor, gradient: Tensor, directio
         return x, saddle
     first = _Trial(4 * far, x, torch.zeros_like(saddle))
     found: _Trial = while_loop(looking, nearer, first, TRIALS if readable(saddle) or tracing() else FEW)
+    return torch.where(found.lower.unsqueeze(-1), found.point, x), found.lower
+
+
+def driven_out(problem: Descent, x: Tensor, direction: Tensor, saddle: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Points to which steps lead from beside an unstable fixed point, and for which samples they do.
+
+    The value of a nonsmooth term is unknown, so no energy decides: whether the distance grows from step to step does.
+
+    Args:
+        problem: a minimization with a prox.
+        x: ``(*batch, n)``.
+        direction: the direction in which steps lead away, of length one, ``(*batch, n)``.
+        saddle: the samples to look at, ``(*batch)`` bool.
+        unit: the scale of x, ``(*batch)``.
+    """
+    if readable(saddle) and not bool(saddle.any()):
+        return x, saddle
+    near = NEAR * torch.where(unit > 0, unit, 1).to(x.dtype).unsqueeze(-1)
+    start = problem.map(x + near * direction)
+
+    def distance(point: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(point - x, dim=-1)
+
+    def onward(trial: _Trial) -> _Trial:
+        point = problem.map(trial.point)
+        return _Trial(distance(point), point, trial.lower & (distance(point) > trial.t))
+
+    found: _Trial = while_loop(lambda trial: trial.lower.any(), onward, _Trial(distance(start), start, saddle), AWAY)
     return torch.where(found.lower.unsqueeze(-1), found.point, x), found.lower
 
 
