@@ -21,6 +21,7 @@ from energynet import (
     ConvergenceWarning,
     DampedStep,
     Dense,
+    GradientDescent,
     ImplicitAdjoint,
     Nesterov,
     Newton,
@@ -423,6 +424,20 @@ def test_an_energy_that_cannot_be_evaluated_elsewhere_does_not_hide_its_failure(
 
     with pytest.raises(ConvergenceError, match="DIVERGED"):
         minimize(energy, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e-6])
+def test_a_wall_is_no_kink(weight: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    G, c = torch.randn(20, 4, dtype=F64, generator=generator), torch.randn(4, dtype=F64, generator=generator)
+
+    def barrier(x: Tensor) -> Tensor:
+        return x @ c - weight * (1 - x @ G.T).log().sum(-1)
+
+    x0 = torch.zeros(1, 4, dtype=F64)
+    with pytest.raises(ConvergenceError, match=r"Try this: Newton\(\)"):
+        minimize(barrier, x0, solver=GradientDescent(), termination=Termination(max_steps=60))
+    assert minimize(barrier, x0, solver=Newton()).converged.all()
 
 
 def test_stalled_is_a_separate_status() -> None:

@@ -171,7 +171,7 @@ class _OfEnergy(_OfRoot):
         case = self.case
         yield from self.outside()
         yield self._no_minimizer(case.falls_for_ever())
-        yield Finding(case.at_a_kink(), *_KINK)
+        yield Finding(case.at_a_kink() & ~case.beside_a_wall(), *_KINK)
         if not case.solver.descends:
             yield self._too_long(case.end, "where it ended")
         fall, noise = case.fall_per_step()
@@ -179,6 +179,10 @@ class _OfEnergy(_OfRoot):
         yield Finding(fall > noise, f"progress is slow: the energy still falls, by {rate:.2g} per step", self._faster())
         if not case.solver.descends:
             yield Finding(self.everyone, "the iterates oscillate: the energy no longer decreases", self._faster())
+        yield Finding(
+            case.beside_a_wall(), "a wall of the energy, as of log or sqrt, is close, where curvatures are large and steps short",
+            self._faster(),
+        )  # fmt: skip
         yield from super().stalled()
 
     def stalled(self) -> Iterator[Finding]:

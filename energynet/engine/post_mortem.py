@@ -112,8 +112,8 @@ class PostMortem:
         return (before - self.problem.energy(state.x)) / torch.clamp(state.steps, min=1), noise / MORE_STEPS
 
     @cached_property
-    def _downhill(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """∇E at the end, and the energy and ∇E downhill: within the estimated distance to the solution, and farther away."""
+    def _ways(self) -> tuple[Tensor, list[Tensor]]:
+        """∇E at the end, and ways along it: within the estimated distance to the solution, and farther."""
         _, slope = self.problem.value_and_gradient(self.end)
         size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
         unit = slope / torch.where(size > 0, size, 1)
@@ -121,7 +121,17 @@ class PostMortem:
         error = self.outcome.error.unsqueeze(-1).to(length.dtype)
         error = torch.where(error > 0, torch.minimum(error, length), length)
         ways = [*(part * error for part in PARTS), torch.finfo(self.end.dtype).eps ** 0.125 * length]
-        return slope, [self.problem.value_and_gradient(self.end - way * unit) for way in ways]
+        return slope, [way * unit for way in ways]
+
+    @cached_property
+    def _downhill(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """∇E at the end, and the energy and ∇E downhill."""
+        slope, ways = self._ways
+        return slope, [self.problem.value_and_gradient(self.end - way) for way in ways]
+
+    def beside_a_wall(self) -> Tensor:
+        """Whether the energy is not finite at points a little farther uphill: its gradient may seem to jump from there on."""
+        return torch.stack([~torch.isfinite(self.problem.energy(self.end + way)) for way in self._ways[1]]).any(0)
 
     def at_a_wall(self) -> Tensor:
         """Whether the energy is not finite at points a little farther downhill."""
