@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import energynet.experiments
 from energynet.energies import FlowEnergy, OpticalFlow
 from energynet.energies.flow_solver import Effort
 from energynet.experiments.data.flow_files import LabeledPair, read_flow, write_flow
@@ -124,7 +125,7 @@ def test_figures_by_hand() -> None:
 def test_the_loss_of_a_level_is_in_pixels_of_the_frame() -> None:
     truth = torch.zeros(1, 2, 8, 8)
     truth[:, 0] = 4.0
-    assert float(level_loss(torch.zeros(1, 2, 4, 4), truth)) == pytest.approx(2**0.5 * (4.01**0.5 - 0.1))
+    assert float(level_loss(torch.zeros(1, 2, 4, 4), truth)) == pytest.approx(2**0.5 * (4.01**0.3 - 0.01**0.3))
     assert float(level_loss(truth, truth)) == pytest.approx(0, abs=1e-7)
 
 
@@ -166,11 +167,9 @@ def test_exact_gradients_are_those_of_long_unrolling() -> None:
 
 
 def test_weights_of_the_package_are_small_and_used() -> None:
-    import energynet.experiments
-
     path = Path(energynet.experiments.__file__).parent / "weights" / "flow.safetensors"
-    assert path.stat().st_size <= 200_000
-    assert sum(p.numel() for p in trained().energy.correction.parameters()) == 6613
+    assert (trained().energy.correction is not None) == path.is_file()
+    assert not path.is_file() or path.stat().st_size <= 200_000
 
 
 @pytest.mark.slow

@@ -25,10 +25,13 @@ def end_point_error(flow: Tensor, truth: Tensor) -> Tensor:  # 2 × (B, 2, H, W)
 
 
 def level_loss(flow: Tensor, truth: Tensor) -> Tensor:  # (B, 2, h, w), (B, 2, H, W) -> ()
-    """The mean end-point error on a level, in pixels of the whole frame; smooth near zero."""
+    """A power of the end-point error on a level: far outliers, which one level cannot mend, count less than in their mean.
+
+    In pixels of the whole frame, by the square root of the scale.
+    """
     size = (flow.shape[-2], flow.shape[-1])
     squares = (flow - resize_flow(truth, size)).square().sum(1)
-    return (truth.shape[-1] / size[1]) ** 0.5 * ((squares + 0.01).sqrt() - 0.1).mean()
+    return (truth.shape[-1] / size[1]) ** 0.5 * ((squares + 0.01) ** 0.3 - 0.01**0.3).mean()
 
 
 class FlowModel(nn.Module, ABC):

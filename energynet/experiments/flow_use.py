@@ -7,23 +7,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
-from energynet.energies import FlowCorrection, FlowEstimate, OpticalFlow, flow_to_color, warp
+from energynet.energies import Effort, FlowCorrection, FlowEstimate, OpticalFlow, flow_to_color, warp
 
 from .data.flow_files import LabeledPair, read_flow, read_picture, write_flow
 from .data.flow_pairs import gray
-from .flow_models import EnergyFlow, hand_energy
+from .flow_models import EnergyFlow, HandEnergy, Implicit, hand_energy
 from .flow_pictures import colored, comparison, save_picture
 from .flow_tiles import in_tiles
 
 Say = Callable[[str], None]
 WEIGHTS = "flow.safetensors"
+"""The model.safetensors of a run of the method `energy`."""
 SMALLEST = 16
 
 
 def trained(folder: Path | None = None) -> OpticalFlow:
     """Optical flow with the weights that the package contains, or with those of a run's folder.
+
+    Where the package contains none, the energy is the one that was written by hand.
 
     Example:
         >>> trained()(torch.rand(1, 1, 32, 40), torch.rand(1, 1, 32, 40)).shape
@@ -36,13 +39,16 @@ def trained(folder: Path | None = None) -> OpticalFlow:
         ValueError: if the run has trained something else.
     """
     if folder is None:
-        correction = FlowCorrection()
-        correction.load_state_dict(load(resources.files("energynet.experiments").joinpath("weights", WEIGHTS).read_bytes()))
-        return OpticalFlow(hand_energy(correction)).requires_grad_(False)
-    from .runs import load_model
+        weights = resources.files("energynet.experiments").joinpath("weights", WEIGHTS)
+        if not weights.is_file():
+            return OpticalFlow(hand_energy()).requires_grad_(False)
+        model: nn.Module = EnergyFlow(FlowCorrection(), Implicit(), Effort())
+        model.load_state_dict(load(weights.read_bytes()))
+    else:
+        from .runs import load_model
 
-    model, _ = load_model(folder)
-    if not isinstance(model, EnergyFlow):
+        model, _ = load_model(folder)
+    if not isinstance(model, EnergyFlow | HandEnergy):
         raise ValueError(f"{folder} holds a {type(model).__name__}; needed are the weights of an energy for optical flow.")
     return model.flow.requires_grad_(False)
 
