@@ -13,7 +13,8 @@ class FlowCorrection(nn.Module):
 
     It sees per pixel what is left of the data at w₀, the texture, which pixels count, and the differences between neighbors of
     the flow and of the frame. It returns logarithms of factors, between −3 and 3: one for the weight of the data, and one for
-    each of four neighbors. They are 0 at first, so that an untrained correction changes nothing.
+    each of four neighbors. Their mean over a frame is about 0: they say where the weights are higher, and leave the balance of data
+    and smoothness to λ. They are 0 at first, so that an untrained correction changes nothing.
 
     Example:
         >>> from energynet.energies import FlowEnergy
@@ -40,7 +41,8 @@ class FlowCorrection(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, first: Tensor, around: Tensor, tensor: Tensor, data: Tensor) -> Tensor:  # -> (B, 5, H, W)
-        return 3 * torch.tanh(self.layers(observe(first, around, tensor, data)) / 3)
+        said = self.layers(observe(first, around, tensor, data))
+        return 3 * torch.tanh((said - said.mean((2, 3), keepdim=True)) / 3)
 
 
 def observe(first: Tensor, around: Tensor, tensor: Tensor, data: Tensor) -> Tensor:  # -> (B, 13, H, W)

@@ -35,22 +35,29 @@ from .task import Column, FittedRival, Options, Rates, Rival, Task
 class FlowOptions(Options):
     """Optical flow."""
 
-    frames: tuple[Path, ...] = ()
+    frames: tuple[str, ...] = ()
     """Two pictures: their flow is computed with weights that are trained already, and written to --out."""
-    ground_truth: Path | None = None
+    ground_truth: str = ""
     """The true flow of these frames, a .flo file or a PNG of KITTI."""
-    weights: Path | None = None
+    weights: str = ""
     """The folder of a trained run; none: the weights that the package contains."""
     pairs: int = 200
     """Generated pairs to train on."""
     judged: int = 6
     """Generated pairs, made of other pictures, that choose the round."""
-    updates: int = 100
+    updates: int = 80
     minutes: float = 0.0
-    every: int = 25
+    every: int = 20
     patience: int = 0
-    batch_size: int = 2
+    batch_size: int = 1
     folds: int | None = 1
+
+
+@dataclass(frozen=True)
+class FlowSize:
+    """Where finished weights are; empty: in the package."""
+
+    weights: str
 
 
 class OpticalFlowTask(Task):
@@ -61,20 +68,20 @@ class OpticalFlowTask(Task):
 
     name = "flow"
     options_class = FlowOptions
+    size_class = FlowSize
     choice = "epe"
     larger_is_better = False
     columns: ClassVar[Mapping[str, Column]] = {
         "epe": Column("EPE", 1, 3),
         "interval": Column("±", 1, 3),
         "far": Column("> 3 px and 5 %", 100),
-        "seconds": Column("CPU s per pair", 1, 2),
     }
     options: FlowOptions
     pairs: FlowPairs
 
     @classmethod
     def rivals(cls) -> Sequence[Rival]:
-        mine = (EnergyOneStep(), EnergyTwoSteps(), FpiNnFromZero(), FpiNnOneStep(), Pyramid())
+        mine = (Trained(), EnergyOneStep(), EnergyTwoSteps(), FpiNnFromZero(), FpiNnOneStep(), Pyramid())
         return (*cls.usual(), *mine, NoMotion(), TVL1(), ILK(), DIS(), Farneback())
 
     @classmethod
@@ -87,6 +94,9 @@ class OpticalFlowTask(Task):
         train = [*range(self.options.pairs), *range(HELD_OUT, HELD_OUT + self.options.judged)]
         test = [-1 - k for k in range(len(self.pairs.test))] or [HELD_OUT + self.options.judged + k for k in range(8)]
         return Data("generated" if folder is None else folder.name, _numbered(train), _numbered(test))
+
+    def size(self, data: Data) -> FlowSize:
+        return FlowSize(self.options.weights)
 
     def split(self, data: Data, seed: int) -> list[Split]:
         numbers = torch.arange(len(data.train))
@@ -149,7 +159,9 @@ class OpticalFlowTask(Task):
             return False
         from .flow_use import show
 
-        show(self.options.frames, self.options.ground_truth, self.options.weights, out or Path("flow"), say)
+        frames, truth, weights = self.options.frames, self.options.ground_truth, self.options.weights
+        show([Path(name) for name in frames], Path(truth) if truth else None, Path(weights) if weights else None,
+             out or Path("flow"), say)  # fmt: skip
         return True
 
 
@@ -186,6 +198,20 @@ class Hand(FittedRival):
         """Nothing is learned."""
 
 
+class Trained(FittedRival):
+    """The energy with the weights that the package contains, or those of the run in --weights."""
+
+    name = "trained"
+
+    def build(self, size: FlowSize) -> nn.Module:
+        from .flow_use import trained
+
+        return trained(Path(size.weights) if size.weights else None)
+
+    def fit(self, model: nn.Module, rows: Rows, rates: Rates, seed: int) -> None:
+        """Nothing is learned."""
+
+
 def step_loss(model: nn.Module, batch: Rows) -> Tensor:
     """The loss of a model on one level of a batch of frames."""
     assert isinstance(model, FlowModel)
@@ -202,7 +228,7 @@ class LearnedEnergy(Rival):
     """The energy, its weights corrected by a small network, with exact implicit gradients on each level."""
 
     name = "energy"
-    rates = Rates(learning_rate=1e-3, weight_decay=0.0)
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return learned(Implicit())
@@ -215,7 +241,7 @@ class EnergyOneStep(Rival):
     """`energy` with the gradient of the last round of lagged weights only."""
 
     name = "energy-one-step"
-    rates = Rates(learning_rate=1e-3, weight_decay=0.0)
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return learned(Unrolled(1))
@@ -228,7 +254,7 @@ class EnergyTwoSteps(Rival):
     """`energy` with the gradient of the last two rounds of lagged weights."""
 
     name = "energy-two-steps"
-    rates = Rates(learning_rate=1e-3, weight_decay=0.0)
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return learned(Unrolled(2))

@@ -31,7 +31,7 @@ def level_loss(flow: Tensor, truth: Tensor) -> Tensor:  # (B, 2, h, w), (B, 2, H
     """
     size = (flow.shape[-2], flow.shape[-1])
     squares = (flow - resize_flow(truth, size)).square().sum(1)
-    return (truth.shape[-1] / size[1]) ** 0.5 * ((squares + 0.01) ** 0.3 - 0.01**0.3).mean()
+    return (truth.shape[-1] / size[1]) ** 0.5 * ((squares + 0.01) ** 0.4 - 0.01**0.4).mean()
 
 
 class FlowModel(nn.Module, ABC):
@@ -64,7 +64,7 @@ class Implicit(Differentiation):
         budget: its steps at most.
     """
 
-    def __init__(self, rounds: int = 8, inner: int = 15, rtol: float = 0.03, budget: int = 60) -> None:
+    def __init__(self, rounds: int = 5, inner: int = 10, rtol: float = 0.03, budget: int = 60) -> None:
         self.rounds, self.inner, self.termination = rounds, inner, Termination(rtol=rtol, budget=budget)
 
     def minimum(self, model: "EnergyFlow", code: tuple[Tensor, ...]) -> Tensor:
@@ -88,7 +88,7 @@ class Unrolled(Differentiation):
         inner: steps of conjugate gradients in each.
     """
 
-    def __init__(self, kept: int, *, rounds: int = 8, inner: int = 15) -> None:
+    def __init__(self, kept: int, *, rounds: int = 5, inner: int = 10) -> None:
         self.kept, self.rounds, self.inner = kept, rounds, inner
 
     def minimum(self, model: "EnergyFlow", code: tuple[Tensor, ...]) -> Tensor:
@@ -103,6 +103,7 @@ class EnergyFlow(FlowModel):
     def __init__(self, correction: FlowCorrection, how: Differentiation, effort: Effort) -> None:
         super().__init__()
         self.flow, self.how, self.solves = OpticalFlow(hand_energy(correction), effort), how, SolveLog()
+        self.flow.energy.log_smoothness.requires_grad_(False)  # one level alone would have it larger than the whole pyramid has
 
     @classmethod
     def small(cls, how: Differentiation) -> "EnergyFlow":

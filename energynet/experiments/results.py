@@ -58,7 +58,7 @@ class RunFolder:
         if stored.is_file():
             if not resume:
                 raise ResumeError(f"{self.path} already holds a run. Add --resume to continue it, or give another --out.")
-            _compare(read_json(stored), config, stored)
+            _compare(read_json(stored), json.loads(json.dumps(config)), stored)  # a tuple comes back as a list
             return
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(stored, config)
