@@ -13,8 +13,8 @@ class FlowCorrection(nn.Module):
 
     It sees per pixel what is left of the data at w₀, the texture, which pixels count, and the differences between neighbors of
     the flow and of the frame. It returns logarithms of factors, between −3 and 3: one for the weight of the data, and one for
-    each of four neighbors. Their mean over a frame is about 0: they say where the weights are higher, and leave the balance of data
-    and smoothness to λ. They are 0 at first, so that an untrained correction changes nothing.
+    each of four neighbors. Their mean over a frame is about 0: they say where the weights are higher, and leave the balance of
+    data and smoothness to λ. They are 0 at first, so that an untrained correction changes nothing.
 
     Example:
         >>> from energynet.energies import FlowEnergy
