@@ -129,17 +129,18 @@ def main() -> None:
             continue
         work = prepare(workload().problem(Options(quick=options.quick)), [Task.FORWARD, task])
         racers = calls(work, task)
-        samples: list[list[float]] = [[] for _ in racers]
-        for _ in range(options.repeats):
-            for (rewrite, call), seen in zip(racers, samples, strict=True):
-                seen.append(seconds(call, rewrite, clock, 0.05))
-        times = [statistics.median(seen) for seen in samples]
+        (_, everything), *others = racers
         title = f"{workload.name} {task.value}"
-        print(f"\n{title}: {times[0] * 1e3:.3f} ms with all; without", flush=True)
-        for (rewrite, _), took in zip(racers[1:], times[1:], strict=True):
+        print(f"\n{title}: {seconds(everything, None, clock, 0.5) * 1e3:.3f} ms with all; without", flush=True)
+        for rewrite, call in others:
             assert rewrite is not None
-            kept[rewrite.title][title] = round(took / times[0], 3)
-            print(f"  {rewrite.title:46}{took / times[0]:7.2f} times as long", flush=True)
+            ratios = []  # of neighbors in time, since the speed of the machine drifts
+            for _ in range(options.repeats):
+                before = seconds(everything, None, clock, 0.05)
+                took = seconds(call, rewrite, clock, 0.05)
+                ratios.append(2 * took / (before + seconds(everything, None, clock, 0.05)))
+            kept[rewrite.title][title] = round(statistics.median(ratios), 3)
+            print(f"  {rewrite.title:46}{kept[rewrite.title][title]:7.2f} times as long", flush=True)
         if options.json:
             options.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
