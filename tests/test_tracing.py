@@ -216,21 +216,6 @@ def test_products_with_one_matrix_are_one_and_it_is_not_repeated() -> None:
         assert max(n.meta["val"].numel() for n in body.find_nodes(op="placeholder")) == 16
 
 
-def test_a_product_with_a_fixed_matrix_has_a_whole_number_of_lanes() -> None:
-    """So it is where the last columns would be slow; the columns of zeros are added in front of the loop."""
-
-    def columns(wide: int, dtype: torch.dtype = torch.float32) -> int:
-        A = torch.ones(4, wide, dtype=dtype)
-        (product,) = recorded(lambda x: (x.to(dtype) @ A)[:, :4].float()).find_nodes(
-            op="call_function", target=torch.ops.aten.mm.default
-        )
-        return int(product.meta["val"].shape[1])
-
-    assert [columns(n) for n in (31, 32, 33, 40, 41, 159)] == [31, 32, 33, 40, 48, 160]
-    assert columns(159, torch.float64) == 159
-    assert "aten.constant_pad_nd.default" not in body_of(lambda x: (x @ torch.ones(4, 159))[:, :4])
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_product_with_one_matrix_is_that_of_as_many(rows: int) -> None:
     torch.manual_seed(0)

@@ -7,8 +7,6 @@ once, before the loop, and an iteration swaps the old values with the new ones. 
 
 import re
 
-from energynet.compiled.pointers import with_pointers
-
 _HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
 _CHECK = "AOTI_TORCH_ERROR_CODE_CHECK"
 _MAKE = re.compile(rf"\s*{_CHECK}\((aoti_torch_empty_strided\(.*), &(\w+)_handle\)\);$")
@@ -53,8 +51,7 @@ def _block(lines: list[str]) -> list[str]:
         end = _end(lines, k)
         before, loop = _loop(_block(lines[k + 1 : end]))
         result = _owned(result, before)
-        pointers, loop = with_pointers(loop)
-        result += [*before.lines, "{", *pointers, lines[k], *loop, lines[end], "}"]
+        result += [*before.lines, lines[k], *loop, lines[end]]
         k = end + 1
     return result
 

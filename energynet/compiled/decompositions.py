@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from energynet._torch.autodiff import is_identity
 
 SMALL = 2**20  # elements; for larger matrices a library's product is faster, even on one thread
-LANES = 16  # the number of columns that a library computes at once
 
 
 def recorded_as() -> dict[Any, Callable[..., Any]]:
@@ -98,27 +97,6 @@ def _sinh(x: Tensor) -> Any:
 def _has_expm1(x: Tensor) -> bool:
     """Whether there is a fast vectorized ``expm1``."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-
-
-def ragged(matrix: Tensor | None) -> bool:
-    """Whether a product with this matrix has a number of columns for which MKL is slow on the last ones."""
-    if matrix is None or matrix.device.type != "cpu" or matrix.dtype != torch.float32:
-        return False
-    columns = matrix.shape[1]
-    return isinstance(columns, int) and columns > 2 * LANES and columns % LANES > LANES // 2
-
-
-def widened(graph: fx.Graph, product: fx.Node) -> fx.Node:
-    """Pad a product's second matrix with zero columns to a multiple of `LANES`; return the padded matrix."""
-    a, b = product.args
-    columns = product.meta["val"].shape[1]
-    with graph.inserting_before(product):
-        wide = graph.call_function(torch.ops.aten.constant_pad_nd.default, (b, [0, -columns % LANES]))
-        whole = graph.call_function(torch.ops.aten.mm.default, (a, wide))
-        part = graph.call_function(torch.ops.aten.slice.Tensor, (whole, 1, 0, columns))
-    product.replace_all_uses_with(part, propagate_meta=True)
-    graph.erase_node(product)
-    return wide
 
 
 def _known(*tensors: Tensor) -> bool:

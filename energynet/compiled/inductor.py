@@ -30,7 +30,7 @@ from energynet.compiled.cpu_parts import in_parts
 from energynet.compiled.cuda_graphs import with_replays
 from energynet.compiled.fold import folded
 from energynet.compiled.gemm import by_onednn, mkl_is_slow
-from energynet.compiled.passes import dear_once, sums_apart
+from energynet.compiled.passes import dear_once
 
 _FILES = tuple(str(path) for path in sorted(Path(__file__).parent.iterdir()) if path.suffix in {".py", ".h"})
 
@@ -126,7 +126,6 @@ class _Passes(CustomGraphPass):
         self.parts = parts
 
     def __call__(self, graph: fx.Graph) -> None:
-        sums_apart(graph)
         dear_once(graph)
 
     def uuid(self) -> Any:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from energynet._torch import tree as _tree
-from energynet.compiled.decompositions import ragged, widened
 
 
 def record_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
@@ -154,9 +153,6 @@ def _hoist(graph: fx.GraphModule, captured: list[Tensor], carried: int) -> list[
         if _movable(node) and written.isdisjoint(_memory(node)) and all(n in fixed for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fixed[n])
             fixed[node] = node.target(*args, **kwargs)
-        elif node.target is torch.ops.aten.mm.default and ragged(fixed.get(node.args[1])):
-            wide = widened(graph.graph, node)
-            fixed[wide] = torch.ops.aten.constant_pad_nd.default(fixed[wide.all_input_nodes[0]], wide.args[1])
     crossing = _crossing(graph, fixed)
     last = places[-1]
     for node in crossing:

@@ -1,31 +1,9 @@
-"""Passes over Inductor's graphs on a CPU, which prevent some fusions and recomputations."""
+"""A pass over Inductor's graphs on a CPU, which prevents that expensive functions are recomputed."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-
-def sums_apart(graph: fx.Graph) -> None:
-    """Keep a product and a following sum as two operations, on a CPU.
-
-    In ``addmm`` the summand would first be copied to the output of the product. As a separate operation the sum costs nothing,
-    because it becomes part of the next kernel. The sum is written as a difference, which Inductor does not fuse.
-    """
-    aten = torch.ops.aten
-    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        product = next((n for n in node.args if isinstance(n, fx.Node) and n.target is aten.mm.default), None)
-        if product is None or node.kwargs or product.meta["val"].device.type != "cpu":
-            continue
-        other = node.args[1] if node.args[0] is product else node.args[0]
-        if not isinstance(other, fx.Node) or other.meta["val"].dtype != product.meta["val"].dtype:
-            continue
-        with graph.inserting_before(node):
-            negative = graph.call_function(aten.neg.default, (product,))
-            difference = graph.call_function(aten.sub.Tensor, (other, negative))
-        negative.meta["val"], difference.meta["val"] = product.meta["val"], node.meta["val"]
-        node.replace_all_uses_with(difference)
-        graph.erase_node(node)
 
 
 def dear_once(graph: fx.Graph) -> None:

@@ -67,14 +67,11 @@ def table(*operators: Any) -> dict[str, Callable[..., Any]]:
 aten = torch.ops.aten
 REWRITES = [
     Rewrite("reuse of loop memory", {IN_PLACE: same}),
-    Rewrite("pointers looked up once", {"energynet.compiled.cpu_loops.with_pointers": lambda body: ([], list(body))}),
     Rewrite("sums of doubles in registers", {"energynet.compiled.inductor.folded": same}),
     Rewrite("large products by oneDNN", {"energynet.compiled.inductor.mkl_is_slow": lambda: False}),
     Rewrite("parallel parts of a batch", {"energynet.compiled.cache.how_many": lambda *_: 1}, when_called=True),
-    Rewrite("sums separate from products", {"energynet.compiled.inductor.sums_apart": lambda graph: None}),
     Rewrite("expensive functions computed once", {"energynet.compiled.inductor.dear_once": lambda graph: None}),
     Rewrite("constants moved out of loops", {"energynet.compiled.loops._hoist": lambda graph, captured, carried: captured}),
-    Rewrite("columns padded to full vectors", {"energynet.compiled.loops.ragged": lambda matrix: False}),
     Rewrite("products with shared or thin matrices", table(aten.mm.default, aten.bmm.default)),
     Rewrite("zeroth powers, and `ones_like`", table(aten.pow.Tensor_Scalar, aten.ones_like.default)),
     Rewrite("cosh and sinh by one exponential", table(aten.cosh.default, aten.sinh.default)),
