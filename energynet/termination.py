@@ -33,10 +33,11 @@ class Termination:
     at the returned point, in the units of ``x``, from the optimality condition F:
 
     - for a map, ‖x − g(x)‖ / (1 − ρ), where one or two further evaluations of g give the contraction factor ρ;
-    - for an energy, the length of a Newton step, ‖H⁻¹∇E‖: with up to ten unknowns from the whole Hessian; with more, from at
-      most ten products with it, and then never too large. So the estimate depends neither on the scale of E nor on the step
-      size. Curvatures and gradients below rounding errors count as zero, and a point with a direction of negative curvature is
-      not a solution;
+    - for an energy, the length of a Newton step, ‖H⁻¹∇E‖: with up to ten unknowns from the whole Hessian; with more, by conjugate
+      gradients, which continue until, given the smallest curvature that they find, little of the step can be missing, and then
+      never too large. That takes a few products with the Hessian, or about √κ for a large condition number κ, as of diffusion. So
+      the estimate depends neither on the scale of E nor on the step size. Curvatures and gradients below rounding errors count as
+      zero, and a point with a direction of negative curvature is not a solution;
     - for any other condition, ‖F‖ divided by ‖A F‖ / ‖F‖, with A = ∂F/∂x.
 
     Example:

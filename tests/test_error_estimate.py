@@ -23,9 +23,12 @@ from energynet import (
     minimize,
 )
 from energynet.constraints import L1, Affine, Box, CappedSimplex, L2Ball, NonNegative, Simplex
+from energynet.engine.newton_step import Effort, newton_step
 from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
 from energynet.solvers import Nesterov
 from energynet.solvers.gradient_descent import BarzilaiBorwein, GradientDescent
+from energynet.solvers.problem import Minimization
+from energynet.termination import l2_norm
 
 MINIMIZERS = [LBFGS(), Newton(), NewtonCG(), GradientDescent(), GradientDescent(BarzilaiBorwein()), Picard(), Nesterov(),
               Anderson(), Broyden()]  # fmt: skip
@@ -269,3 +272,46 @@ def test_an_adjoint_is_asked_for_no_more_than_can_be_reached(linear: Solver) -> 
     hessian = torch.diag_embed(x.detach().exp()) + 1
     exact = torch.linalg.solve(hessian, torch.ones(2, 3, dtype=torch.float64))
     torch.testing.assert_close(torch.autograd.grad(x.sum(), z)[0], exact, rtol=0, atol=1e-12)
+
+
+def diffusion(x: Tensor, z: Tensor) -> Tensor:  # (B, n) or (B, H, W), data in the left eighth, smoothness everywhere
+    width = x.shape[-1] // 8
+    value = 0.5 * (x - z)[..., :width].square().flatten(1).sum(-1)
+    for dim in range(1, x.ndim):
+        value = value + 0.5 * x.diff(dim=dim).square().flatten(1).sum(-1)
+    return value
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean(-1).sqrt()
+
+
+@pytest.mark.parametrize("solver", [LBFGS(), NewtonCG()], ids=["lbfgs", "newton-cg"])
+@pytest.mark.parametrize("shape", [(32,), (64,), (128,), (6, 8), (12, 16), (24, 32)], ids=str)
+def test_the_estimate_sees_across_a_region_without_data(shape: tuple[int, ...], solver: Solver) -> None:
+    z = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 2
+    termination = Termination(atol=0.02, rtol=0.0, norm=rms, max_steps=3000)
+    found = minimize(diffusion, torch.zeros_like(z), z, solver=solver, termination=termination)
+    n = z.numel()
+    hessian = torch.func.hessian(lambda x: diffusion(x.view_as(z), z).sum())(z.new_zeros(n))
+    slope = torch.func.grad(lambda x: diffusion(x.view_as(z), z).sum())(found.value.flatten())
+    distance = float(rms(torch.linalg.solve(hessian, slope)))
+    assert distance / 3 <= float(found.error) <= 1.01 * distance
+    assert distance <= 0.06
+
+
+@pytest.mark.parametrize("kappa", [1.0, 3.0, 10.0])
+def test_well_conditioned_ones_take_as_few_products_as_ever(kappa: float) -> None:
+    curvature = torch.linspace(1, kappa, 500, dtype=torch.float64)
+    products: list[Tensor] = []
+
+    def product(p: Tensor) -> Tensor:
+        products.append(p)
+        return curvature * p
+
+    gradient = torch.randn(1, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    problem = Minimization(lambda x: gradient, lambda x: product, value_and_gradient=lambda x: (x.sum(-1), gradient),
+                           start=torch.zeros_like(gradient))  # fmt: skip
+    step = newton_step(problem, problem.start, gradient.sum(-1), gradient, Effort(l2_norm))
+    assert len(products) <= 11
+    assert float(step.length) == pytest.approx(float((gradient / curvature).norm()), rel=0.1)

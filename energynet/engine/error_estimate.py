@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from energynet.engine.newton_step import newton_step, unstable_direction
+from energynet.engine.newton_step import Effort, newton_step, unstable_direction
 from energynet.solvers.problem import Descent, Differentiable, Linear, Problem, Proximal
 from energynet.solvers.spectrum import normalized, some_direction
 from energynet.termination import Termination
@@ -54,7 +54,7 @@ def first_scale(problem: Problem, termination: Termination, x: Tensor, residual:
 
 
 def measure(problem: Problem, termination: Termination, x: Tensor, before: Tensor, residual: Tensor | None,
-            evaluations: int) -> Measured:  # fmt: skip
+            evaluations: int, enough: Tensor | None = None) -> Measured:  # fmt: skip
     """Measures the error at a point ``(*batch, n)``.
 
     Args:
@@ -64,9 +64,10 @@ def measure(problem: Problem, termination: Termination, x: Tensor, before: Tenso
         before: the previous scale, ``(*batch)``.
         residual: F(x), if it is known.
         evaluations: the number of evaluations to spend on a map.
+        enough: of an energy, the distance, ``(*batch)``, beyond which the estimate may be too small.
     """
     if isinstance(problem, Descent) and problem.has_newton_step:
-        return _of_energy(problem, termination, x, before)
+        return _of_energy(problem, termination, x, before, enough)
     residual = problem.residual(x) if residual is None else residual
     if not isinstance(problem, Differentiable):
         found = _contraction(problem, x, residual, before, evaluations)
@@ -82,11 +83,11 @@ def measure(problem: Problem, termination: Termination, x: Tensor, before: Tenso
     return found._replace(saddle=saddle, direction=direction)
 
 
-def _of_energy(problem: Descent, termination: Termination, x: Tensor, before: Tensor) -> Measured:
+def _of_energy(problem: Descent, termination: Termination, x: Tensor, before: Tensor, enough: Tensor | None) -> Measured:
     energy, slope = problem.value_and_gradient(x)
     gradient = problem.condition(x, problem.each_gamma(x), slope) if isinstance(problem, Proximal) else slope
     size = termination.sure_size(gradient)
-    length, sure, settled, saddle, direction = newton_step(problem, x, energy, gradient, size)
+    length, sure, settled, saddle, direction = newton_step(problem, x, energy, gradient, Effort(termination.sure_size, enough))
     length = torch.where(size == 0, size, length)
     scale = torch.where(sure, size / torch.where(length > 0, length, 1), 0)
     scale = torch.where((length > 0) | torch.isnan(length), scale, before)

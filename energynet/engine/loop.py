@@ -23,6 +23,7 @@ from energynet.solvers.problem import Descent, Differentiable, Linear, Problem
 from energynet.termination import Termination
 
 RUNNING = -1
+CLEARLY = 4  # a running sample at a distance of more than so many tolerances is measured no further
 FAR = 1e6  # a sample has diverged when its distance exceeds the initial one by this factor
 LOOK = 64  # the number of updates, doubled each time, after which all running samples are measured to correct their scales
 MOST_LOOK = 2**40  # an upper limit, because a number that keeps doubling overflows
@@ -260,7 +261,10 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
         claimed = state.status == Status.CONVERGED
         claimed = claimed if suspects is None else claimed | suspects
         measured = claimed | exhausted
-        measurement = _measured_at(problem, solver, termination, state)
+        goes_on = ~exhausted & (state.steps < termination.limit)
+        enough = torch.where(goes_on, CLEARLY * termination.tolerance(state.x, state.unit), torch.inf)
+        enough = torch.where(measured, enough, 0)
+        measurement = _measured_at(problem, solver, termination, state, enough)
         error = torch.where(measured, measurement.error, state.error)
         converged = _within_tolerance(problem, termination, state._replace(error=error)) | measurement.settled
         x, escaped = _escaped(problem, termination, state, measurement, measured & (converged | exhausted))
@@ -283,12 +287,12 @@ def _verify(problem: Problem, solver: Solver, termination: Termination, state: L
     return _restarted(problem, solver, state, escaped if solver.exact_residual else reopened)
 
 
-def _measured_at(problem: Problem, solver: Solver, termination: Termination, state: LoopState) -> Measured:
+def _measured_at(problem: Problem, solver: Solver, termination: Termination, state: LoopState, enough: Tensor) -> Measured:
     """Measure the optimality condition at x."""
     if not isinstance(problem, Linear):
         is_map = not isinstance(problem, Differentiable)
         known = state.inner.residual if is_map and solver.exact_residual and _at_x(state) else None
-        return measure(problem, termination, state.x, state.scale, known, 1 if solver.follows else 2)
+        return measure(problem, termination, state.x, state.scale, known, 1 if solver.follows else 2, enough)
     residual = problem.residual(state.x)
     none = torch.zeros_like(state.error, dtype=torch.bool)
     return Measured(residual, None, termination.sure_size(residual), state.scale, none, none, residual)
