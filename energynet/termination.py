@@ -52,6 +52,9 @@ class Termination:
         budget: an intended number of updates, in place of ``max_steps``. A sample that has not converged by then has not
             failed: its status is ``BUDGET``, its value is the last iterate, and its error is reported. It is differentiated as
             if it had converged, or, by `UnrolledAdjoint`, as an iterate. For an adjoint, the truncated gradient is accepted.
+        products: an upper limit for the cost of the estimate for an energy of more than ten unknowns: so many products with the
+            Hessian, and no search for negative curvature. With 0 the estimate uses a curvature found earlier. With few products
+            it may be too small, so limit it in training, where time counts, and not at test.
         norm: a norm over the last dimension, ``(*batch, n) -> (*batch)``.
         rounding: ε, if the defaults should be those of another dtype than that of ``x``.
 
@@ -65,6 +68,7 @@ class Termination:
     rtol: float | None = None
     max_steps: int = 1000
     budget: int | None = dataclasses.field(default=None, kw_only=True)
+    products: int | None = dataclasses.field(default=None, kw_only=True, repr=False)
     norm: Norm = dataclasses.field(default=l2_norm, repr=False)
     rounding: float | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
@@ -75,6 +79,8 @@ class Termination:
                 raise ValueError(f"{name} must be a finite number ≥ 0 or None, got {value}.")
         if self.max_steps < 0:
             raise ValueError(f"max_steps must be ≥ 0, got {self.max_steps}.")
+        if self.products is not None and (type(self.products) is not int or self.products < 0):
+            raise ValueError(f"products must be a whole number ≥ 0 or None, got {self.products!r}.")
         if self.budget is not None and self.budget < 0:
             raise ValueError(f"budget must be ≥ 0 or None, got {self.budget}.")
 

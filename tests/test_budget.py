@@ -23,6 +23,7 @@ from energynet import (
     NeumannAdjoint,
     OneStepAdjoint,
     Picard,
+    Solution,
     Status,
     Termination,
     UnrolledAdjoint,
@@ -32,6 +33,7 @@ from energynet import (
     implicit,
     minimize,
 )
+from energynet.engine import root_gradient
 
 W = torch.tensor([1.0, 4.0], dtype=torch.float64)
 THREE = Termination(budget=3)
@@ -208,3 +210,53 @@ def test_both_drivers_agree() -> None:
             results.append((found.status, found.num_steps, found.value, *torch.autograd.grad(found.value.sum(), (z, w))))
         for eager, compiled in zip(*results, strict=True):
             torch.testing.assert_close(compiled, eager)
+
+
+def ill_conditioned(termination: Termination, **options: Any) -> Solution:
+    """A solve of 200 unknowns of condition 1000, with x* = 1."""
+    scale = torch.logspace(0, 3, 200, dtype=torch.float64)
+    z = torch.ones(2, 200, dtype=torch.float64, requires_grad=True)
+    energy = lambda x, z: 0.5 * (scale * (x - z).square()).sum(-1)  # noqa: E731
+    return minimize(energy, torch.zeros_like(z), z, termination=termination, **options)
+
+
+@pytest.mark.parametrize("products", [0, 1, 10])
+def test_few_products_make_the_estimate_no_larger_and_leave_value_and_gradient_alone(products: int) -> None:
+    full = ill_conditioned(Termination(budget=6))
+    cheap = ill_conditioned(Termination(budget=6, products=products))
+    torch.testing.assert_close(cheap.value, full.value, rtol=0, atol=0)
+    assert (cheap.error <= 1.01 * full.error).all() and (cheap.error > 0).all()
+    assert (full.error <= 1.01 * (cheap.value - 1).norm(dim=-1)).all()
+    assert cheap.status.tolist() == full.status.tolist() == [Status.BUDGET] * 2
+
+
+def test_products_are_a_whole_number() -> None:
+    with pytest.raises(ValueError, match="products"):
+        Termination(products=-1)
+    with pytest.raises(ValueError, match="products"):
+        Termination(products=1.5)  # type: ignore[arg-type]
+
+
+def test_without_gradients_nothing_is_tried_for_failed_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    known = root_gradient.input_kinds
+    monkeypatch.setattr(root_gradient, "input_kinds", lambda *args: asked.append(args) or known(*args))
+    short = Termination(max_steps=2)
+    with torch.no_grad():
+        ill_conditioned(short, on_failure="ignore")
+    assert not asked
+    ill_conditioned(short, on_failure="ignore")
+    assert len(asked) == 1
+
+
+def test_the_loop_does_not_know_of_gradients() -> None:
+    """No evaluation records what a gradient of the inputs would need."""
+    seen = []
+
+    def energy(x: Tensor, z: Tensor) -> Tensor:
+        seen.append(z.requires_grad)
+        return (x - z).square().sum(-1) + x.cosh().log().sum(-1)
+
+    z = torch.ones(2, 20, dtype=torch.float64, requires_grad=True)
+    minimize(energy, torch.zeros_like(z), z)
+    assert len(seen) > 8 and sum(seen) <= 1  # one look before the solve

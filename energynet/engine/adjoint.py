@@ -70,7 +70,8 @@ class ImplicitAdjoint(RootAdjoint):
         equation, arguments = linear_equation(method.equation, True, y, inputs)
         linear = self._linear(method, equation)
         function = Pull(method.equation, linear.solver, linear.termination, wanted)
-        value, status, error, steps, *found = linear.driver.call(function, (v, y, *inputs))
+        plain = (t.detach() if t.requires_grad else t for t in (v, y, *inputs))
+        value, status, error, steps, *found = linear.driver.call(function, tuple(plain))
         kinds = linear.judged(Outcome(value, status, error, steps), torch.zeros_like(v), (v, *arguments))
         return Answer(value, failed(status), kinds), function.gradients(tuple(found), inputs)
 

@@ -86,8 +86,13 @@ def measure(problem: Problem, termination: Termination, x: Tensor, before: Tenso
 def _of_energy(problem: Descent, termination: Termination, x: Tensor, before: Tensor, enough: Tensor | None) -> Measured:
     energy, slope = problem.value_and_gradient(x)
     gradient = problem.condition(x, problem.each_gamma(x), slope) if isinstance(problem, Proximal) else slope
-    size = termination.sure_size(gradient)
-    length, sure, settled, saddle, direction = newton_step(problem, x, energy, gradient, Effort(termination.sure_size, enough))
+    size, products = termination.sure_size(gradient), termination.products
+    if products == 0:
+        none = torch.zeros_like(size, dtype=torch.bool)
+        error = torch.where(size == 0, size, size / before) + _rounding(termination, x)
+        return Measured(gradient, energy, error, before, none, none, gradient)
+    effort = Effort(termination.sure_size, enough, products)
+    length, sure, settled, saddle, direction = newton_step(problem, x, energy, gradient, effort)
     length = torch.where(size == 0, size, length)
     scale = torch.where(sure, size / torch.where(length > 0, length, 1), 0)
     scale = torch.where((length > 0) | torch.isnan(length), scale, before)

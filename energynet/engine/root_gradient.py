@@ -159,6 +159,8 @@ class RootAdjoint(Adjoint):
     """An adjoint that depends only on the solution and not on the iterations."""
 
     def run(self, method: "Method", x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        followed = transform_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
+        method = dataclasses.replace(method, followed=followed)
         x, status, error, steps, _, *trace = solve(method, self, x0.detach(), *inputs)
         return x, status, error, steps, *trace
 
@@ -217,6 +219,8 @@ class Method:
     report: AdjointReport | None = None
     trace: bool = False
     driver: Driver = dataclasses.field(default_factory=Eager)
+    followed: bool = True
+    """Whether a derivative may be asked for, which then has to keep failed samples away."""
 
     @property
     def shared(self) -> SharedState:
@@ -231,7 +235,9 @@ class Method:
     def run(self, y0: Tensor, inputs: tuple[Tensor, ...], wrap: Wrap | None = None) -> tuple[Outcome, tuple[Tensor, ...]]:
         """Run the loop; the second result is the trace, which is empty unless it was requested."""
         if not (self.trace or wrap or torch.is_grad_enabled() or transform_active()):
-            return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), (y0, *inputs))), ()
+            # Without their graphs, else every evaluation would record what a gradient of the inputs needs.
+            plain = (t.detach() if t.requires_grad else t for t in (y0, *inputs))
+            return Outcome(*self.driver.call(Solve(self.equation, self.solver, self.termination), tuple(plain))), ()
         problem = self.equation.problem(inputs, y0)
         recorder = Recorder(problem, self.limits) if self.trace else None
         state = loop(problem, self.solver, self.limits, y0, recorder, wrap)
@@ -252,7 +258,7 @@ class Method:
 
     def judged(self, outcome: Outcome, start: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """Apply the failure policy; returns the kinds of the inputs if some samples failed, else an empty tensor."""
-        if self.apply_policy(outcome, start, inputs):
+        if self.apply_policy(outcome, start, inputs) or not self.followed:
             return start.new_zeros(0, dtype=torch.int8)
         kinds = input_kinds(self.equation, outcome, inputs)
         if self.on_failure == "warn" and MIXED in kinds.tolist():

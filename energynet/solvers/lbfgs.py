@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.autodiff import readable
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import LineSearch, Search, StrongWolfe, begin
 from energynet.solvers.preconditioner import Preconditioner, check_preconditioner
@@ -162,6 +163,11 @@ def remember(memory: Memory, taken: Tensor, move: Tensor, change: Tensor) -> Mem
 
 
 def _either(condition: Tensor, one: Memory, other: Memory) -> Memory:
+    if condition.device.type == "cpu" and readable(condition):  # where a look is cheaper than two copies of the memory
+        if bool(condition.all()):
+            return one
+        if not bool(condition.any()):
+            return other
     return Memory(*(torch.where(condition.unsqueeze(-1).unsqueeze(-1), a, b) for a, b in zip(one, other, strict=True)))
 
 
