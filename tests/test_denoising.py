@@ -22,7 +22,8 @@ from energynet.experiments.denoising import (
 from energynet.experiments.denoising_models import EnergyDenoiser
 from energynet.experiments.denoising_rivals import ClassicalRival
 from energynet.experiments.fits import Setup
-from energynet.experiments.results import RunFolder
+from energynet.experiments.log import read_log
+from energynet.experiments.results import RunFolder, read_json
 from energynet.experiments.runs import save_model
 from energynet.experiments.ship import ship
 from energynet.experiments.task import Rates
@@ -126,3 +127,18 @@ def test_total_variation_is_tuned_on_training_pictures(pictures: Data) -> None:
     model = rival.build(None)
     rival.fit(model, pictures.train, Rates(), 0)
     assert set(model.weights.tolist()) <= {torch.tensor(w).item() for w in rival.candidates}
+
+
+def test_weights_that_ship_are_evaluated_and_logged(pictures: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from energynet.experiments import denoising_bsd68
+
+    monkeypatch.setattr(denoising_bsd68, "load", lambda folder: pictures)
+    monkeypatch.setattr(denoising_bsd68, "MIDDLE", 12)
+    log, out = tmp_path / "log.json", tmp_path / "figures.json"
+    wanted = denoising_bsd68.Wanted(tmp_path, ("ridge",), pictures=1, unsure=1, out=out, test_log=log)
+    told = denoising_bsd68.evaluate(wanted)["ridge"]
+    assert told["pictures"] == 1 and told["converged"] == 1.0 and told["solved_exactly_25"] < 0.01
+    assert 0.5 < told["covered_90_25"] <= 1 and told["psnr_25"] > 24
+    (entry,) = read_log(log)
+    assert entry["method"] == "ridge" and entry["figures"]["psnr_25"] == told["psnr_25"]
+    assert read_json(out)["ridge"] == told

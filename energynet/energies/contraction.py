@@ -6,7 +6,7 @@ from torch.nn.functional import conv_transpose2d
 from torch.nn.utils.parametrize import register_parametrization
 
 from energynet.energies.filters import Boundary, BoundedFilters, cosine_filters, filter_bank
-from energynet.energies.priors import HalfResolution, _inside
+from energynet.energies.priors import HalfResolution, inside
 
 
 class ImageContraction(nn.Module):
@@ -42,7 +42,7 @@ class ImageContraction(nn.Module):
 
     def encode(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         """What does not depend on x, the context of `forward`: y, σ, d and b, and both banks for each sample."""
-        drive, shift = _inside(self.network(y, sigma), self.size).chunk(2, 1)
+        drive, shift = inside(self.network(y, sigma), self.size).chunk(2, 1)
         banks = (bank.expand(len(y), *bank.shape) for bank in (self.inward, self.outward))
         return y, sigma, drive, shift, *banks
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from energynet.energies.priors import Prior, _level
+from energynet.energies.priors import Prior, log_level
 
 
 class ResidualPrior(Prior):
@@ -45,7 +45,7 @@ class ResidualPrior(Prior):
 
     def encode(self, guide: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         """σ, the change of the first layer with its logarithm, and the factor σ² λ."""
-        level = _level(sigma)
+        level = log_level(sigma)
         factor = sigma.square() * torch.exp(self.log_strength[0] + self.log_strength[1] * level)
         return sigma[:, None, None, None], (level[:, None] * self.level)[..., None, None], factor
 

@@ -81,7 +81,7 @@ class RidgePrior(Prior):
 
     def encode(self, guide: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         """Filters in units of their scales ``(B, F, C, k, k)``, factors of groups ``(B, G)``, and the potential's code."""
-        level = _level(sigma)
+        level = log_level(sigma)
         strength = self.strength * torch.sigmoid(self.raw_strength[0] + self.raw_strength[1] * level)  # (B,)
         unit = _scales(self.log_scale, level, sigma)
         filters = self.bank() / unit.repeat_interleave(self.potential.group, 1)[..., None, None, None]
@@ -135,10 +135,10 @@ class AdaptivePrior(Prior):
 
     def encode(self, guide: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         """Filters in units of their scales ``(B, F, C, k, k)``, and strengths times squared units ``(B, F, pixels)``."""
-        level = _level(sigma)
+        level = log_level(sigma)
         unit = _scales(self.log_scale, level, sigma)
         logits = self.network(guide, sigma) + self.bias[:, None, None]
-        weights = self.strength * torch.sigmoid(_inside(logits, self.bank.size)).flatten(2)
+        weights = self.strength * torch.sigmoid(inside(logits, self.bank.size)).flatten(2)
         return self.bank() / unit[..., None, None, None], weights * unit.square()[..., None]
 
     def evaluate(self, x: Tensor, filters: Tensor, weights: Tensor) -> Tensor:  # -> (B,)
@@ -175,14 +175,15 @@ class HalfResolution(nn.Module):
         relative = (guide - 0.5) / (4 * sigma[:, None, None, None])
         even = nn.functional.pad(relative, (0, width % 2, 0, height % 2), mode="replicate")
         blocks = nn.functional.pixel_unshuffle(even, 2)
-        noise = _level(sigma)[:, None, None, None].expand(len(guide), 1, *blocks.shape[-2:])
+        noise = log_level(sigma)[:, None, None, None].expand(len(guide), 1, *blocks.shape[-2:])
         h = torch.relu(self.first(torch.cat([blocks, noise], 1)))
         for layer in self.hidden:
             h = h + torch.relu(layer(h))
         return nn.functional.pixel_shuffle(self.last(h), 2)[..., :height, :width]
 
 
-def _level(sigma: Tensor) -> Tensor:
+def log_level(sigma: Tensor) -> Tensor:  # (B,) -> (B,)
+    """log σ, relative to the reference."""
     return torch.log(sigma / REFERENCE)
 
 
@@ -191,7 +192,7 @@ def _scales(log_scale: Tensor, level: Tensor, sigma: Tensor) -> Tensor:  # (2, F
     return sigma[:, None] * torch.exp(log_scale[0] + log_scale[1] * level[:, None])
 
 
-def _inside(maps: Tensor, size: int) -> Tensor:
+def inside(maps: Tensor, size: int) -> Tensor:
     """The values at the centers of windows that lie inside."""
     before, after = (size - 1) // 2, size - 1 - (size - 1) // 2
     return maps[..., before : maps.shape[-2] - after, before : maps.shape[-1] - after]

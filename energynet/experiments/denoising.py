@@ -1,6 +1,7 @@
 """Image denoising: the task, and the energies among its rivals."""
 
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -187,18 +188,17 @@ class EnergyRival(Rival):
     rates = Rates(learning_rate=0.01, weight_decay=0.0)
     network_share: ClassVar[float] = 0.1
     """The learning rate of a network's weights, relative to that of filters and potentials."""
-    matches: ClassVar[bool] = True
 
+    @abstractmethod
     def prior(self) -> Prior:
         """An untrained prior."""
-        raise NotImplementedError
 
     def adjoint(self) -> Adjoint | None:
         """How gradients come back; none: exactly."""
         return None
 
     def build(self, size: Size) -> nn.Module:
-        return EnergyDenoiser(self.prior(), Effort(size.tolerance, size.matching if self.matches else 0), self.adjoint())
+        return EnergyDenoiser(self.prior(), Effort(size.tolerance, size.matching), self.adjoint())
 
     def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
         assert isinstance(model, EnergyDenoiser)
@@ -208,7 +208,7 @@ class EnergyRival(Rival):
             assert isinstance(task, Denoising)
             sigma = torch.full((len(batch),), task.options.matching_sigma / 255, device=batch.targets.device)
             return model.matching_loss(noisy(batch.targets, sigma), batch.targets).mean()
-        if updates == model.effort.matching + 1 and self.matches:
+        if updates == model.effort.matching + 1 and model.effort.matching:
             model.fit_scales(batch.inputs, batch.targets)
         return task.loss(model(batch.inputs), batch)
 

@@ -12,7 +12,7 @@ from .data import Rows
 from .task import FittedRival, Rates
 
 LEVELS = (15.0, 25.0, 50.0)
-PICTURES = 10
+PICTURES = 4
 
 
 class Classical(nn.Module):

@@ -27,8 +27,10 @@ def ship(folder: Path, target: Path | None = None) -> Path:
     path = (target or pretrained.WEIGHTS) / f"{name}.safetensors"
     options = read_json(folder / "model.json")["options"]
     told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if isinstance(value, int | float))
+    done = folder / "metrics.json"
+    time = f" ({read_json(done)['seconds'] / 60:.0f} minutes)" if done.is_file() else ""
     write_tensors(path, {key: value.half() for key, value in model.prior.state_dict().items()},
-                  {"trained": f"energynet run denoising --method {name} {told}"})  # fmt: skip
+                  {"trained": f"energynet run denoising --method {name} {told}{time}"})  # fmt: skip
     return path
 
 
