@@ -146,6 +146,8 @@ def test_what_is_scaled_with_its_noise_is_scaled_in_its_answer(name: str) -> Non
     if isinstance(prior, AdaptivePrior):
         for layer in (prior.network.first,):
             layer.weight.data.zero_()
+    else:
+        prior.raw_strength.data[1], prior.log_scale.data[1] = 0.0, 0.0  # their change with log σ
     x, y = 0.2 * torch.randn(2, 2, 1, 7, 7, dtype=DOUBLE)
     sigma = torch.tensor([0.1, 0.2], dtype=DOUBLE)
     torch.testing.assert_close(prior(3 * x, 3 * y, 3 * sigma), 9 * prior(x, y, sigma))
