@@ -65,6 +65,7 @@ napoleon_custom_sections = ["Source"]
 autodoc_inherit_docstrings = False  # an override without a docstring is that of PyTorch or of the base class: not shown
 nitpick_ignore_regex = [
     (r"any", r"torch\..*|Energy\.forward"),  # no inventory of PyTorch is fetched; forward has no docstring of its own
-    (r"py:class", r"(torch|collections\.abc)\..*|Axes|energynet\.regularizers\.M|.*\.line_search\.Search"),  # annotations
+    (r"py:class", r"(torch|collections\.abc)\..*|Axes|energynet\.regularizers\.M"),  # annotations
+    (r"py:class", r".*\.line_search\.Search|.*\.HessianPreconditioner"),  # abstract classes of the package that are not public
     (r"py:class", r"(∇E|a minimization)"),  # a property's "∇E of a minimization: ..." is read as a type
 ]

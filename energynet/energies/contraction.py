@@ -41,7 +41,7 @@ class ImageContraction(nn.Module):
         self.network = HalfResolution(2 * (size**2 - 1), width=width, depth=depth)
 
     def encode(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        """What does not depend on x, the context of `forward`: y, σ, d and b, and both banks for each sample."""
+        """What does not depend on x, the context of ``forward``: y, σ, d and b, and both banks for each sample."""
         drive, shift = inside(self.network(y, sigma), self.size).chunk(2, 1)
         banks = (bank.expand(len(y), *bank.shape) for bank in (self.inward, self.outward))
         return y, sigma, drive, shift, *banks

@@ -103,7 +103,7 @@ class FlowEnergy(Energy):
             second: the second frame.
             around: w₀, ``(B, 2, H, W)``.
             data: factors of p ``(B, 1, H, W)``, such as which pixels are visible in the second frame.
-            smooth: factors of s ``(B, 4, H, W)``, one per neighbor of `OFFSETS`.
+            smooth: factors of s ``(B, 4, H, W)``, one per neighbor of ``OFFSETS``.
         """
         _check(first, second, around)
         here = inside(around).to(first.dtype)

@@ -52,7 +52,7 @@ def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:  # (B, 2, h, w) 
 def warp(image: Tensor, flow: Tensor) -> Tensor:  # (B, C, H, W), (B, 2, H, W) -> (B, C, H, W)
     """The image seen from the first frame: at each pixel q its value at q + flow(q), by bicubic interpolation.
 
-    Beyond the border, the nearest pixel is repeated; `inside` says where. The result can be differentiated once with respect to
+    Beyond the border, the nearest pixel is repeated; ``inside`` says where. The result can be differentiated once with respect to
     both arguments.
 
     Example:
@@ -180,7 +180,7 @@ def flow_to_color(flow: Tensor, largest: float | None = None) -> Tensor:  # (B, 
 
 
 def both_ends(x: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:  # (..., H, W) -> 2 × (..., h, w)
-    """The pixels that have a neighbor at an offset of `OFFSETS`, and those neighbors."""
+    """The pixels that have a neighbor at an offset of ``OFFSETS``, and those neighbors."""
     rows, columns = offset
     height, width = x.shape[-2:]
     left, right = max(-columns, 0), max(columns, 0)

@@ -15,7 +15,7 @@ class FlowQuadratic:
         around: w₀, ``(B, 2, H, W)``.
         tensor: the motion tensor, ``(B, 6, H, W)``.
         data: weights of the data, ``(B, 1, H, W)``.
-        smooth: weights of the smoothness, one per neighbor of `OFFSETS`, ``(B, 4, H, W)``; 0 where there is no neighbor.
+        smooth: weights of the smoothness, one per neighbor of ``OFFSETS``, ``(B, 4, H, W)``; 0 where there is no neighbor.
         ridge: ρ.
     """
 
@@ -88,7 +88,7 @@ class FlowQuadratic:
 
 
 def differences(flow: Tensor) -> Tensor:  # (B, 2, H, W) -> (B, 4, H, W)
-    """The squared distance to the flow of each neighbor of `OFFSETS`; 0 where there is none."""
+    """The squared distance to the flow of each neighbor of ``OFFSETS``; 0 where there is none."""
     squares = []
     for offset in OFFSETS:
         near, far = both_ends(flow, offset)

@@ -22,9 +22,9 @@ class Prior(Energy):
     """
 
     strength: float
-    """S, the largest curvature of R."""
+    """The largest curvature S of R."""
     concavity: float
-    """c: no curvature of R is below −c; none for a prior without such a bound is infinite."""
+    """The bound c. No curvature of R is below −c; it is infinite for a prior without such a bound."""
     margin: int
     """Pixels at the border that see fewer filters than the others."""
 

@@ -34,7 +34,7 @@ def check_fit(step: Step, solver: Solver, adjoint: Adjoint) -> None:
     """Refuse a solver or an adjoint that does not support the step."""
     check_step_size(step.step_size)
     solver.check(step.kind)
-    solver.check_energy(step.energy_of)
+    solver.require(step.energy_of)
     adjoint.check(step)
 
 

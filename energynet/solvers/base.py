@@ -74,5 +74,5 @@ class Solver(ABC):
         if kind not in self.solves:
             raise TypeError(f"{type(self).__name__} cannot solve {kind.value}. Use {_REMEDY[kind]}.")
 
-    def check_energy(self, energy: EnergyLike | None) -> None:
+    def require(self, energy: EnergyLike | None) -> None:
         """Raise TypeError for an energy that does not offer what this solver asks for, before its first step."""

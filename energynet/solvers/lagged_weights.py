@@ -59,7 +59,7 @@ class LaggedWeights(TrustRegion):
             raise ValueError(f"LaggedWeights needs inner ≥ 1 and 0 < accuracy < 1, got {self}.")
         check_preconditioner(self.preconditioner, "preconditioner")
 
-    def check_energy(self, energy: EnergyLike | None) -> None:
+    def require(self, energy: EnergyLike | None) -> None:
         if not isinstance(energy, KnowsMajorizer):
             name = getattr(energy, "__qualname__", None) or type(energy).__name__
             raise TypeError(
