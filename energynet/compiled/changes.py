@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from energynet.engine.code import cells_of, content
+
 MISSING: Any = object()
 
 
@@ -71,7 +73,7 @@ class Watch:
 
     def function(self, function: types.FunctionType) -> tuple[Any, ...]:
         """The values that a function captures."""
-        cells = [(n, c) for n, c in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True) if _filled(c)]
+        cells = [(name, cell) for name, cell in cells_of(function) if content(cell, MISSING) is not MISSING]
         self._entries += [(f"{function.__qualname__} closes over {name}", _Cell(c), "", c.cell_contents) for name, c in cells]
         code = _code(function)
         self._add(lambda function: all(map(operator.is_, _code(function()), code)), _weakly(function))
@@ -85,9 +87,9 @@ class Watch:
 
     def content(self, value: Any) -> Hashable:
         """The content of a set or of an array such as NumPy's, which can change in place."""
-        content = _content(value)
-        self._add(lambda value: _content(value) == content, value)
-        return content
+        before = _content(value)
+        self._add(lambda value: _content(value) == before, value)
+        return before
 
     def tensors(self, tensors: list[Tensor]) -> None:
         """Record the kinds of tensors; their values may change."""
@@ -134,7 +136,7 @@ class _Cell:
         self.cell = cell
 
     def get(self, _: str, default: Any) -> Any:
-        return self.cell.cell_contents if _filled(self.cell) else default
+        return content(self.cell, default)
 
 
 class _Items:
@@ -165,10 +167,3 @@ def _weakly(value: Any) -> Callable[[], Any]:
         return weakref.ref(value)
     except TypeError:
         return lambda: value
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False

@@ -1,10 +1,11 @@
 """Finds the attributes that an energy's code may read: a program depends on these, and on no others of the same objects."""
 
-import dis
 import functools
 import types
 from collections.abc import Iterator
 from typing import Any
+
+from energynet.engine.code import parts_of, reads_of
 
 # Code that names one of these may read any attribute of what it is given.
 _READS_ANY = frozenset({
@@ -17,8 +18,6 @@ _SHOWING = frozenset({
     "__repr__", "__str__", "__format__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__del__", "__copy__",
     "__deepcopy__", "__sizeof__", "__dir__", "extra_repr",
 })  # fmt: skip
-
-_OF_VARIABLES = ("LOAD_FAST", "LOAD_CONST", "LOAD_DEREF", "LOAD_CLOSURE")
 
 
 class Reach:
@@ -58,10 +57,8 @@ class Reach:
 @functools.lru_cache(4096)
 def names_read(code: types.CodeType) -> frozenset[str]:
     """The attributes that a piece of code may read, and the strings in it, by which it may look up others."""
-    loads = (i for i in dis.get_instructions(code) if i.opname.startswith(("LOAD_", "IMPORT_")))
-    read = (i.argval for i in loads if not i.opname.startswith(_OF_VARIABLES) and isinstance(i.argval, str))
-    inner = (names_read(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return frozenset(read).union(*inner, _strings(code.co_consts))
+    reads = reads_of(code)
+    return reads.attributes.union(reads.globals, *(_strings(part.co_consts) for part in parts_of(code)))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -39,7 +39,7 @@ def reads_of(code: types.CodeType) -> Reads:
         (('scale',), frozenset({'mean'}))
     """
     named, attributes, cells, written = list[str](), set[str](), set[str](), set[str]()
-    for part in _parts(code):
+    for part in parts_of(code):
         for step in dis.get_instructions(part):
             name = step.argval
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -51,17 +51,18 @@ def reads_of(code: types.CodeType) -> Reads:
             elif step.opname in ("STORE_DEREF", "DELETE_DEREF") and name in part.co_freevars:
                 cells.add(name)
     if not {"getattr", "attrgetter", "hasattr"}.isdisjoint({*named, *attributes}):
-        attributes |= {c for part in _parts(code) for c in part.co_consts if isinstance(c, str) and c.isidentifier()}
+        attributes |= {c for part in parts_of(code) for c in part.co_consts if isinstance(c, str) and c.isidentifier()}
     cells.intersection_update(code.co_freevars)
     return Reads(tuple(dict.fromkeys(named)), frozenset(attributes), frozenset(cells), frozenset(written),
                  not _DYNAMIC.isdisjoint(named))  # fmt: skip
 
 
-def _parts(code: types.CodeType) -> Iterator[types.CodeType]:
+def parts_of(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A piece of code and those of the functions that it defines."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _parts(constant)
+            yield from parts_of(constant)
 
 
 def of_a_library(value: Any) -> bool:
