@@ -98,10 +98,8 @@ class Fingerprint:
             return _identity(type(value))
         if isinstance(value, type):
             self._made.add(value)
-        if id(value) in self._seen:
-            return "seen", self._seen[id(value)]
-        self._seen[id(value)] = len(self._seen)
-        self._alive.append(value)
+        if known := self._known(value):
+            return known
         if isinstance(value, (dict, types.MappingProxyType)):
             return type(value), tuple((self._describe(k), v) for k, v in self._items(value))
         if isinstance(value, (list, tuple, collections.deque)):
@@ -140,15 +138,15 @@ class Fingerprint:
         for mapping, names in ((attributes, slots), (own, list(own))):
             for name in names:
                 self._later(value, cls, mapping, name, functools.partial(self._reach.reads, name))
-        return self._describe_class(cls)
+        return self._known(cls) or self._class(cls)  # not `_describe`: no code names the class
 
-    def _describe_class(self, cls: type) -> Hashable:
-        """As `_describe`, of a class that no code names."""
-        if id(cls) in self._seen:
-            return "seen", self._seen[id(cls)]
-        self._seen[id(cls)] = len(self._seen)
-        self._alive.append(cls)
-        return self._class(cls)
+    def _known(self, value: Any) -> Hashable:
+        """The number of an object that has been described before; None for another, which gets the next number."""
+        if id(value) in self._seen:
+            return "seen", self._seen[id(value)]
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
+        return None
 
     def _later(self, owner: Any, cls: type, mapping: Any, name: str, may_be_read: Callable[[], bool]) -> None:
         """Describe an attribute once code is found that may read it. Code of libraries is not followed, but may read its own."""
