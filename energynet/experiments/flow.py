@@ -224,92 +224,73 @@ def learned(how: Differentiation) -> nn.Module:
     return EnergyFlow(FlowCorrection(), how, Effort())
 
 
-class LearnedEnergy(Rival):
+class TrainedOnSteps(Rival):
+    """What is trained on the steps of an estimate, level by level, at one rate."""
+
+    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
+
+    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
+        return step_loss(model, batch)
+
+
+class LearnedEnergy(TrainedOnSteps):
     """The energy, its weights corrected by a small network, with exact implicit gradients on each level."""
 
     name = "energy"
-    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return learned(Implicit())
 
-    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
-        return step_loss(model, batch)
 
-
-class EnergyOneStep(Rival):
+class EnergyOneStep(TrainedOnSteps):
     """`energy` with the gradient of the last round of lagged weights only."""
 
     name = "energy-one-step"
-    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return learned(Unrolled(1))
 
-    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
-        return step_loss(model, batch)
 
-
-class EnergyTwoSteps(Rival):
+class EnergyTwoSteps(TrainedOnSteps):
     """`energy` with the gradient of the last two rounds of lagged weights."""
 
     name = "energy-two-steps"
-    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return learned(Unrolled(2))
 
-    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
-        return step_loss(model, batch)
 
-
-class FpiNnFromEnergy(Rival):
+class FpiNnFromEnergy(TrainedOnSteps):
     """`FPI_NN`: an update network over a local cost volume, started from the energy's answer, with exact implicit gradients."""
 
     name = "fpi-nn"
-    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return FixedPointFlow(FixedPointFlow.exact(), from_zero=False)
 
-    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
-        return step_loss(model, batch)
 
-
-class FpiNnOneStep(Rival):
+class FpiNnOneStep(TrainedOnSteps):
     """`fpi-nn` with the gradient of a single step at the answer."""
 
     name = "fpi-nn-one-step"
-    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return FixedPointFlow(OneStepAdjoint(), from_zero=False)
 
-    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
-        return step_loss(model, batch)
 
-
-class FpiNnFromZero(Rival):
+class FpiNnFromZero(TrainedOnSteps):
     """`fpi-nn` on each level of a pyramid, started from no motion on the coarsest."""
 
     name = "fpi-nn-from-zero"
-    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return FixedPointFlow(FixedPointFlow.exact(), from_zero=True)
 
-    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
-        return step_loss(model, batch)
 
-
-class Pyramid(Rival):
+class Pyramid(TrainedOnSteps):
     """A feed-forward network on each level of a pyramid, which sees both frames, the second one warped (as SPyNet)."""
 
     name = "pyramid"
-    rates = Rates(learning_rate=2e-3, weight_decay=0.0)
 
     def build(self, size: object) -> nn.Module:
         return FeedForward()
-
-    def training_loss(self, model: nn.Module, batch: Rows, task: Task) -> Tensor:
-        return step_loss(model, batch)
