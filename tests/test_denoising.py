@@ -74,8 +74,6 @@ def test_figures_are_those_of_the_protocol(pictures: Data) -> None:
 def test_every_method_takes_an_update_and_denoises(rival: EnergyRival | ClassicalRival, pictures: Data) -> None:
     torch.manual_seed(0)
     task, size = Denoising(OPTIONS), Size(0, 2e-2)
-    if rival.name == "wavelets":
-        pytest.importorskip("pywt")
     model = rival.build(size)
     if isinstance(rival, ClassicalRival):
         rival.candidates = rival.candidates[:1]  # type: ignore[misc]

@@ -80,7 +80,7 @@ class Wavelets(ClassicalRival):
         found: np.ndarray = restoration.cycle_spin(
             picture, restoration.denoise_wavelet, max_shifts=2,
             func_kw={"sigma": weight * sigma, "wavelet": "db2", "method": "BayesShrink", "mode": "soft", "rescale_sigma": True},
-            num_workers=1,
+            workers=1,
         )  # fmt: skip
         return found
 
