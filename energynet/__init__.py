@@ -12,6 +12,7 @@ from energynet.engine.shared_state import ChangedFunctionError
 from energynet.implicit import implicit
 from energynet.layer import FPI_GD, FPI_NN
 from energynet.linear import GMRES, MINRES, BiCGSTAB, ConjugateGradient, Dense
+from energynet.proximal import Prox, ProximalStep
 from energynet.solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from energynet.solve import MultiStart, fixed_point, minimize
 from energynet.solvers import (
@@ -32,7 +33,7 @@ from energynet.solvers import (
     Solver,
     StrongWolfe,
 )
-from energynet.step import DampedStep, GradientStep, MapStep, OptimalityStep, Prox, ProximalStep, Step
+from energynet.step import DampedStep, GradientStep, MapStep, OptimalityStep, Step
 from energynet.termination import Termination
 from energynet.warm_start import WarmStart
 

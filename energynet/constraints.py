@@ -30,7 +30,8 @@ from energynet.projections import (
     shrink,
     shrink_group,
 )
-from energynet.step import Prox, per_sample
+from energynet.proximal import Prox
+from energynet.step import per_sample
 from energynet.total_variation import TotalVariation
 
 __all__ = ["Affine", "Box", "CappedSimplex", "GroupL2", "L1", "L2Ball", "NonNegative", "Prox", "Simplex", "TotalVariation"]
@@ -243,7 +244,7 @@ class Affine(Prox):
 
     Example:
         >>> import torch
-        >>> from energynet.step import ProximalStep
+        >>> from energynet.proximal import ProximalStep
         >>> plane = Affine(torch.ones(1, 2), torch.ones(1))                            # (m, n), (m,)
         >>> ProximalStep(lambda x: x.square().sum(-1), 0.5, plane)(torch.zeros(3, 2))[0]
         tensor([0.5000, 0.5000])

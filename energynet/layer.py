@@ -14,10 +14,11 @@ from energynet.engine.options import check_batch_dims, check_function, check_sta
 from energynet.engine.purity import unchanged
 from energynet.engine.root_gradient import Adjoint
 from energynet.engine.validation import check_options
+from energynet.proximal import Prox, check_prox
 from energynet.solution import OnFailure, Solution
 from energynet.solve import fixed_point, minimize
 from energynet.solvers import Picard, Solver
-from energynet.step import Prox, Step, check_prox
+from energynet.step import Step
 from energynet.termination import Termination
 
 Start = Tensor | Callable[..., Any] | dict[str, Any] | tuple[Any, ...] | list[Any]

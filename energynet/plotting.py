@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from energynet._torch.autodiff import recording
-from energynet.diagnostics import Linearized, StepLike
+from energynet.diagnostics.linearized import Linearized, StepLike
 from energynet.energy import EnergyLike
 
 if TYPE_CHECKING:

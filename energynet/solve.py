@@ -24,9 +24,10 @@ from energynet.engine.purity import unchanged, unwatched
 from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
 from energynet.engine.tasks import Outcome
 from energynet.engine.validation import check_fit, check_options, check_start, examine
+from energynet.proximal import Prox, ProximalStep
 from energynet.solution import NO_ENERGY, AnswerEnergy, NoEnergy, OnFailure, Solution, Trace, failed
 from energynet.solvers import LBFGS, Nesterov, Picard, ProjectedLBFGS, Solver
-from energynet.step import GradientStep, Prox, ProximalStep, Step, as_step
+from energynet.step import GradientStep, Step, as_step
 from energynet.termination import Termination
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from energynet.projections import clip, each, onto_ball, refuse_negative
+from energynet.proximal import Prox
 from energynet.solve import fixed_point
 from energynet.solvers import Nesterov
-from energynet.step import Prox, per_sample
+from energynet.step import per_sample
 from energynet.termination import Termination
 
 

@@ -36,8 +36,8 @@ from energynet import (
 from energynet.constraints import L1, Affine, Box, L2Ball, Simplex
 from energynet.engine.ambient import Ambient
 from energynet.engine.root_gradient import Adjoint
+from energynet.proximal import Prox
 from energynet.solvers import Solver
-from energynet.step import Prox
 
 MINIMIZERS = [LBFGS(), Newton(), NewtonCG(), GradientDescent(), Nesterov(), Picard(), Anderson(), Broyden()]
 LINEAR = [ConjugateGradient(), MINRES(), GMRES(), BiCGSTAB(), Dense(), Picard(), Anderson(), Broyden()]

@@ -30,10 +30,11 @@ from energynet import (
 )
 from energynet.constraints import L1, Affine, Box, CappedSimplex, GroupL2, L2Ball, NonNegative, Prox, Simplex, TotalVariation
 from energynet.linear import GMRES
+from energynet.proximal import ProximalStep
 from energynet.solution import Status
 from energynet.solvers import Nesterov, Solver
 from energynet.solvers.problem import Map
-from energynet.step import DampedStep, GradientStep, Kind, ProximalStep
+from energynet.step import DampedStep, GradientStep, Kind
 
 B, N = 3, 4
 EXACT = Termination(atol=4e-15, rtol=1e-14, max_steps=20_000)  # of a prox that is itself a solve

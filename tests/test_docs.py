@@ -20,7 +20,6 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
 MODULES = ["energynet", "energynet.constraints", "energynet.diagnostics", "energynet.losses", "energynet.regularizers",
            "energynet.plotting", "energynet.testing", "energynet.testing.strategies", "energynet.energies"]  # fmt: skip
 API = "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
-INTERNAL = {"energynet.diagnostics.Linearized"}  # shared with energynet.plotting
 STRAIGHT_LINE = runpy.run_path(str(DOCS / "figures" / "make_straight_line.py"))
 BUILT = {"_generated", "tutorials"}  # folders that exist in a build only
 
@@ -54,7 +53,7 @@ def public_names() -> list[str]:
         module = importlib.import_module(name)
         defined = [n for n, thing in vars(module).items() if not n.startswith("_") and getattr(thing, "__module__", "") == name]
         found += [f"{name}.{n}" for n in getattr(module, "__all__", defined)]
-    return sorted({*found} - INTERNAL)
+    return sorted(set(found))
 
 
 @pytest.mark.parametrize("name", public_names())

@@ -18,8 +18,8 @@ from torch.autograd import grad
 from energynet import Anderson, ImplicitAdjoint, Solution, Termination, fixed_point, minimize
 from energynet.constraints import L1, Affine, Box, NonNegative, Simplex
 from energynet.linear import GMRES
+from energynet.proximal import ProximalStep
 from energynet.solvers import Nesterov, Newton, NewtonCG, Solver
-from energynet.step import ProximalStep
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

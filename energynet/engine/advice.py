@@ -15,10 +15,11 @@ from torch import Tensor
 from energynet.engine.equation import Linear
 from energynet.engine.post_mortem import PostMortem
 from energynet.linear import GMRES, ConjugateGradient
+from energynet.proximal import ProximalStep
 from energynet.solution import Status, first, reached, samples
 from energynet.solvers import Anderson, Broyden, Nesterov, Newton, NewtonCG, Picard
 from energynet.solvers.problem import Descent
-from energynet.step import Kind, OptimalityStep, ProximalStep
+from energynet.step import Kind, OptimalityStep
 
 MODERATE = 300  # the number of unknowns up to which forming the whole matrix is cheap
 RIDGE = "add a term that grows in every direction of x, such as a ridge 0.005 * x.square().sum(-1)"

@@ -22,7 +22,8 @@ from energynet._torch.tree import Layout
 from energynet.energy import evaluate
 from energynet.engine.binding import Binding
 from energynet.engine.purity import LostGradientError, plain
-from energynet.step import DampedStep, ProximalStep, Step
+from energynet.proximal import ProximalStep
+from energynet.step import DampedStep, Step
 
 Gradient = Callable[[Tensor], Tensor]  # (*batch, n) -> (*batch, n)
 

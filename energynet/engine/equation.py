@@ -19,10 +19,11 @@ from energynet.energy import evaluate
 from energynet.engine.ambient import Ambient
 from energynet.engine.approximations import At, jacobian, or_zero
 from energynet.engine.binding import Binding
+from energynet.proximal import ProximalStep
 from energynet.solvers import problem as problems
 from energynet.solvers.preconditioner import Preconditioner
 from energynet.solvers.problem import Problem
-from energynet.step import Kind, ProximalStep, Step, per_sample
+from energynet.step import Kind, Step, per_sample
 
 
 class Constant(NamedTuple):

@@ -16,8 +16,9 @@ from energynet.engine.driver import Driver
 from energynet.engine.options import check_policy, check_step_size, expect
 from energynet.engine.purity import ImpureFunctionError, Untouched, probe
 from energynet.engine.root_gradient import Adjoint
+from energynet.proximal import ProximalStep
 from energynet.solvers import Solver
-from energynet.step import ProximalStep, Step
+from energynet.step import Step
 from energynet.termination import Termination
 
 
