@@ -15,6 +15,7 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import gradient_of_sum
+from energynet._torch.numbers import check_number
 from energynet.energy import EnergyLike, encode, evaluate
 
 
@@ -168,8 +169,7 @@ class DampedStep(Step):
     damping: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must lie in (0, 1], got {self.damping}: it is the fraction of the step that is taken.")
+        check_number(self, "damping", "in (0, 1], the fraction of the step that is taken", lambda v: 0 < v <= 1)
         object.__setattr__(self, "step", as_step(self.step))
 
     @property

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from energynet._torch.autodiff import readable
+from energynet._torch.numbers import check_number, check_whole
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -74,15 +75,13 @@ class Termination:
 
     def __post_init__(self) -> None:
         for name in ("atol", "rtol"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number ≥ 0 or None, got {value}.")
-        if self.max_steps < 0:
-            raise ValueError(f"max_steps must be ≥ 0, got {self.max_steps}.")
-        if self.products is not None and (type(self.products) is not int or self.products < 0):
-            raise ValueError(f"products must be a whole number ≥ 0 or None, got {self.products!r}.")
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"budget must be ≥ 0 or None, got {self.budget}.")
+            check_number(self, name, "≥ 0 that is finite", lambda v: 0 <= v < float("inf"), optional=True)
+        check_whole(self, "max_steps", least=0)
+        for name in ("budget", "products"):
+            check_whole(self, name, least=0, optional=True)
+        check_number(self, "rounding", "in (0, 1)", lambda v: 0 < v < 1, optional=True)
+        if not callable(self.norm):
+            raise TypeError(f"Termination needs a function as its norm, such as max_norm, got {self.norm!r}.")
 
     @property
     def limit(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,19 +11,36 @@ from torch import Tensor, nn
 from energynet import (
     FPI_GD,
     FPI_NN,
+    GMRES,
     LBFGS,
     AdjointReport,
+    Anderson,
+    Backtracking,
+    BarzilaiBorwein,
+    Broyden,
     Compiled,
+    DampedStep,
+    Eager,
     Energy,
+    HessianBlocks,
+    HessianDiagonal,
     ImplicitAdjoint,
+    LaggedWeights,
     MultiStart,
     NeumannAdjoint,
+    Newton,
+    NewtonCG,
     Picard,
+    Progress,
+    ProjectedLBFGS,
+    StrongWolfe,
+    Termination,
     UnrolledAdjoint,
     fixed_point,
     implicit,
     minimize,
 )
+from energynet.solvers import BacktrackingStep
 
 X0, Z = torch.zeros(2, 3), torch.ones(2, 3)
 
@@ -166,3 +184,73 @@ def test_the_resolved_solver_shows() -> None:
     assert repr(FPI_NN(half)) == "FPI_NN(half, solver=Picard())"
     assert repr(FPI_GD(energy, 0.1, solver=LBFGS())).startswith("FPI_GD(energy, step_size=0.1, solver=LBFGS(")
     assert FPI_GD(energy).solver == Picard()
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+WHOLE = [  # constructor, argument, least value, whether None is allowed
+    (Termination, "max_steps", 0, False),
+    (Termination, "budget", 0, True),
+    (Termination, "products", 0, True),
+    (LBFGS, "memory", 1, False),
+    (ProjectedLBFGS, "memory", 1, False),
+    (Broyden, "memory", 1, False),
+    (Anderson, "memory", 1, False),
+    (BarzilaiBorwein, "memory", 1, False),
+    (NewtonCG, "inner", 1, False),
+    (LaggedWeights, "inner", 1, False),
+    (HessianDiagonal, "probes", 1, False),
+    (HessianBlocks, "probes", 1, False),
+    (GMRES, "restart", 1, False),
+    (NeumannAdjoint, "terms", 1, False),
+    (UnrolledAdjoint, "last", 1, True),
+    (Eager, "check_every", 1, True),
+    (Compiled, "check_every", 1, True),
+    (Compiled, "capacity", 1, False),
+]
+
+
+@pytest.mark.parametrize("make, name, least, optional", WHOLE, ids=[f"{w[0].__name__}-{w[1]}" for w in WHOLE])
+def test_a_whole_number_is_no_text_and_no_fraction(make: Any, name: str, least: int, optional: bool) -> None:
+    for wrong in ("5", 1.5, True, float("nan"), [1], LBFGS, torch.ones(2), least - 1, *([] if optional else [None])):
+        with pytest.raises(ValueError, match=rf"{make.__name__} needs a whole number {name} ≥ {least}.*, got "):
+            make(**{name: wrong})
+    for right in (least, numpy.int64(7), *([None] if optional else [])):
+        make(**{name: right})
+
+
+NUMBERS = [  # constructor, argument, numbers that are allowed, numbers that are not, whether None is allowed
+    (Termination, "atol", (0, 1e-3), (-1.0, float("inf")), True),
+    (Termination, "rtol", (0, 1e-3), (-1.0, float("inf")), True),
+    (Termination, "rounding", (1e-3,), (0.0, -1.0, 1.0), True),
+    (Anderson, "mixing", (1, 0.5), (0.0, 1.5), False),
+    (Anderson, "regularization", (0, 1e-8), (-1.0, float("inf")), True),
+    (Newton, "radius", (1, float("inf")), (0.0, -1.0), False),
+    (NewtonCG, "radius", (1,), (0.0, float("inf")), False),
+    (LaggedWeights, "accuracy", (0.1,), (0.0, 1.0), False),
+    (BacktrackingStep, "growth", (1, 2.0), (0.5, float("inf")), False),
+    (Backtracking, "decrease", (0.1,), (0.0, 0.5), False),
+    (StrongWolfe, "decrease", (0.1,), (0.0, 0.5), False),
+    (StrongWolfe, "flatness", (0.5,), (0.0, 1.0, -1.0), False),
+    (NeumannAdjoint, "damping", (1, 0.5), (0.0, 1.5), False),
+    (Progress, "seconds", (0, 2.5), (-1.0,), False),
+]
+
+
+@pytest.mark.parametrize("make, name, right, wrong, optional", NUMBERS, ids=[f"{w[0].__name__}-{w[1]}" for w in NUMBERS])
+def test_a_number_is_no_text(make: Any, name: str, right: Any, wrong: Any, optional: bool) -> None:
+    for bad in (*wrong, "0.5", True, float("nan"), [1], LBFGS, torch.ones(2), *([] if optional else [None])):
+        with pytest.raises(ValueError, match=rf"{make.__name__} needs a number {name} .*, got "):
+            make(**{name: bad})
+    for good in (*right, *([None] if optional else [])):
+        make(**{name: good})
+
+
+def test_a_damping_and_a_norm_are_looked_at_too() -> None:
+    for wrong in ("0.5", 0.0, 1.5, None):
+        with pytest.raises(ValueError, match=r"DampedStep needs a number damping in \(0, 1\]"):
+            DampedStep(half, wrong)
+    for wrong in ("max", 2, None):
+        with pytest.raises(TypeError, match="Termination needs a function as its norm, such as max_norm, got"):
+            Termination(norm=wrong)

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "energynet"
 
 # From right to left of the straight line: a file imports only from files above it. The parts of a folder count as one.
 ORDER = [
+    "_torch.numbers",
     "_torch.tree",
     "_torch.attention",
     "_torch.normalization",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_whole
 from energynet.compiled.cache import Failure, Programs, programs
 from energynet.compiled.tracing import Program, lazy
 from energynet.engine.binding import Binding
@@ -51,9 +52,8 @@ class Compiled(Driver):
     check_every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.capacity < 1 or (self.check_every is not None and self.check_every < 1):
-            seen = f"{self.capacity} and {self.check_every}"
-            raise ValueError(f"Compiled needs capacity ≥ 1 and check_every ≥ 1 or None, got {seen}.")
+        check_whole(self, "capacity")
+        check_whole(self, "check_every", optional=True)
 
     @property
     def compilations(self) -> int:

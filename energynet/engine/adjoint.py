@@ -12,6 +12,7 @@ from torch import Tensor
 
 from energynet._torch.attention import twice_differentiable
 from energynet._torch.autodiff import alive, inside_jvp, readable, transform_active
+from energynet._torch.numbers import check_number, check_whole
 from energynet.engine.equation import Linear
 from energynet.engine.options import check_flag, expect
 from energynet.engine.root_gradient import Adjoint, AdjointReport, Answer, Method, RootAdjoint, solve
@@ -165,8 +166,8 @@ class NeumannAdjoint(_FirstOrderAdjoint):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if type(self.terms) is not int or self.terms < 1 or not 0 < self.damping <= 1:
-            raise ValueError(f"NeumannAdjoint needs terms ≥ 1 and 0 < damping ≤ 1, got {self}.")
+        check_whole(self, "terms")
+        check_number(self, "damping", "in (0, 1]", lambda v: 0 < v <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +200,7 @@ class UnrolledAdjoint(Adjoint):
 
     def __post_init__(self) -> None:
         check_flag(self.checkpoint, "checkpoint")
-        if self.last is not None and (type(self.last) is not int or self.last < 1):
-            raise ValueError(f"UnrolledAdjoint needs last ≥ 1 or None, got {self.last}.")
+        check_whole(self, "last", optional=True)
 
     def run(self, method: Method, x0: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.checkpoint and transform_active():

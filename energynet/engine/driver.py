@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from energynet._torch.numbers import check_number, check_whole
 from energynet.engine.binding import Binding
 from energynet.engine.loop import RUNNING, LoopState
 from energynet.engine.options import expect
@@ -67,8 +68,7 @@ class Progress:
     show: Callable[[int, int, float], None] = _printed
 
     def __post_init__(self) -> None:
-        if not self.seconds >= 0:
-            raise ValueError(f"Progress needs seconds ≥ 0, got {self.seconds}.")
+        check_number(self, "seconds", "≥ 0", lambda v: v >= 0)
 
     def watch(self) -> Callable[[LoopState], None]:
         """A callback that receives the states of one solve."""
@@ -112,8 +112,7 @@ class Eager(Driver):
 
     def __post_init__(self) -> None:
         expect(self.progress, Progress, "progress")
-        if self.check_every is not None and self.check_every < 1:
-            raise ValueError(f"Eager needs check_every ≥ 1 or None, got {self.check_every}.")
+        check_whole(self, "check_every", optional=True)
 
     def bind(self, step: Step) -> Binding:
         return Binding.of(step)

@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_whole
 from energynet.linear._arithmetic import divide, singular, working_residual
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Linear
@@ -62,8 +63,7 @@ class GMRES(Solver):
     exact_residual: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.restart < 1:
-            raise ValueError(f"GMRES needs restart ≥ 1, got {self.restart}.")
+        check_whole(self, "restart")
 
     def init(self, problem: Linear, x0: Tensor) -> GMRESState:
         residual = working_residual(problem, x0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_number, check_whole
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Problem
 
@@ -45,8 +46,9 @@ class Anderson(Solver):
     regularization: float | None = None
 
     def __post_init__(self) -> None:
-        if self.memory < 1 or not 0 < self.mixing <= 1 or (self.regularization is not None and self.regularization < 0):
-            raise ValueError(f"Anderson needs memory ≥ 1, 0 < mixing ≤ 1 and regularization ≥ 0, got {self}.")
+        check_whole(self, "memory")
+        check_number(self, "mixing", "in (0, 1]", lambda v: 0 < v <= 1)
+        check_number(self, "regularization", "≥ 0 that is finite", lambda v: 0 <= v < float("inf"), optional=True)
 
     def init(self, problem: Problem, x0: Tensor) -> AndersonState:
         residual = problem.residual(x0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_whole
 from energynet.solvers.base import Solver
 from energynet.solvers.problem import Problem
 from energynet.solvers.vectors import dot
@@ -48,8 +49,7 @@ class Broyden(Solver):
     memory: int = 20
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Broyden needs memory ≥ 1, got {self.memory}.")
+        check_whole(self, "memory")
 
     def init(self, problem: Problem, x0: Tensor) -> BroydenState:
         residual = problem.residual(x0)

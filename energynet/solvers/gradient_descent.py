@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_number, check_whole
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import Backtracking, Search, begin
 from energynet.solvers.problem import Minimization
@@ -85,8 +86,7 @@ class BacktrackingStep(StepRule):
     unrollable: ClassVar[bool] = False  # each length depends on the previous one, so that derivatives grow without bound
 
     def __post_init__(self) -> None:
-        if not 1 <= self.growth < float("inf"):
-            raise ValueError(f"growth must be ≥ 1, got {self.growth}.")
+        check_number(self, "growth", "≥ 1 that is finite", lambda v: 1 <= v < float("inf"))
 
     def next_length(self, progress: Progress) -> Tensor:
         return self.growth * progress.length
@@ -114,8 +114,7 @@ class BarzilaiBorwein(StepRule):
     memory: int = 10
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"BarzilaiBorwein needs memory ≥ 1, got {self.memory}.")
+        check_whole(self, "memory")
 
     def next_length(self, progress: Progress) -> Tensor:
         positive = progress.along > 0

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_number, check_whole
 from energynet.energy import EnergyLike
 from energynet.solvers.preconditioner import KnowsMajorizer, Preconditioner, check_preconditioner
 from energynet.solvers.problem import Minimization
@@ -55,8 +56,8 @@ class LaggedWeights(TrustRegion):
     radius: ClassVar[float] = 1e3  # type: ignore[misc]  # limits steps where a quadratic has no curvature
 
     def __post_init__(self) -> None:
-        if self.inner < 1 or not 0 < self.accuracy < 1:
-            raise ValueError(f"LaggedWeights needs inner ≥ 1 and 0 < accuracy < 1, got {self}.")
+        check_whole(self, "inner")
+        check_number(self, "accuracy", "in (0, 1)", lambda v: 0 < v < 1)
         check_preconditioner(self.preconditioner, "preconditioner")
 
     def require(self, energy: EnergyLike | None) -> None:

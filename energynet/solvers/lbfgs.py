@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from energynet._torch.autodiff import readable
+from energynet._torch.numbers import check_whole
 from energynet.solvers.base import Solver
 from energynet.solvers.line_search import LineSearch, Search, StrongWolfe, begin
 from energynet.solvers.preconditioner import Preconditioner, check_preconditioner
@@ -71,8 +72,7 @@ class LBFGS(Solver):
     initial_inverse: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"LBFGS needs memory ≥ 1, got {self.memory}.")
+        check_whole(self, "memory")
         if not isinstance(self.search, LineSearch):
             raise TypeError(f"LBFGS needs StrongWolfe() or Backtracking() as its search, got {self.search!r}.")
         check_preconditioner(self.initial_inverse, "initial_inverse")

@@ -11,6 +11,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_number
+
 APPROXIMATE = 0.1  # δ of the approximate Wolfe conditions
 MOST_TRIALS = 30
 TOWARDS_START = 0.3  # the factor by which a length is reduced at a wall before any finite trial point was found
@@ -110,7 +112,7 @@ class Backtracking(LineSearch):
     flatness: ClassVar[float] = float("inf")  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        _check(self.decrease, 0.5)
+        check_number(self, "decrease", "in (0, 0.5)", lambda v: 0 < v < 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +137,9 @@ class StrongWolfe(LineSearch):
     flatness: float = 0.9
 
     def __post_init__(self) -> None:
-        _check(self.decrease, min(0.5, self.flatness))
-        if not self.flatness < 1:
-            raise ValueError(f"flatness must be less than 1, got {self.flatness}.")
-
-
-def _check(decrease: float, most: float) -> None:
-    if not 0 < decrease < most:
-        raise ValueError(f"decrease must lie in (0, {most}), got {decrease}.")
+        check_number(self, "flatness", "in (0, 1)", lambda v: 0 < v < 1)
+        most = min(0.5, self.flatness)
+        check_number(self, "decrease", f"in (0, {most})", lambda v: 0 < v < most)
 
 
 def _low_enough(search: Search, energy: Tensor, slope: Tensor, decrease: float) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_number
 from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, norm, truncated_step, unit
 
@@ -41,8 +42,7 @@ class Newton(TrustRegion):
     radius: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.radius > 0:
-            raise ValueError(f"Newton needs a positive radius, got {self}.")
+        check_number(self, "radius", "> 0", lambda v: v > 0)
 
     def update(self, problem: Minimization, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:
         hessian = problem.matrix(x)

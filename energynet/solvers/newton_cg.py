@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_number, check_whole
 from energynet.solvers.preconditioner import Preconditioner, check_preconditioner
 from energynet.solvers.problem import Minimization
 from energynet.solvers.trust_region import Ball, TrustRegion, attempt, truncated_step
@@ -43,8 +44,8 @@ class NewtonCG(TrustRegion):
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        if self.inner < 1 or not 0 < self.radius < float("inf"):
-            raise ValueError(f"NewtonCG needs inner ≥ 1 and a positive radius, got {self}.")
+        check_whole(self, "inner")
+        check_number(self, "radius", "that is positive and finite", lambda v: 0 < v < float("inf"))
         check_preconditioner(self.preconditioner, "preconditioner")
 
     def update(self, problem: Minimization, x: Tensor, state: Ball) -> tuple[Tensor, Ball]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from energynet._torch.autodiff import columns
+from energynet._torch.numbers import check_whole
 from energynet.energy import EnergyLike
 
 Inverse = Callable[[Any], Any]
@@ -98,7 +99,7 @@ class HessianDiagonal(HessianPreconditioner):
     probes: int = 10
 
     def __post_init__(self) -> None:
-        _check_probes(self.probes)
+        check_whole(self, "probes")
 
     def inverse(self, place: Place) -> Callable[[Tensor], Tensor]:
         diagonal = _positive(self._diagonal(place))
@@ -146,7 +147,7 @@ class HessianBlocks(HessianPreconditioner):
     probes: int = 10
 
     def __post_init__(self) -> None:
-        _check_probes(self.probes)
+        check_whole(self, "probes")
 
     def inverse(self, place: Place) -> Callable[[Tensor], Tensor]:
         x, dim = place.x, place.batch_dims
@@ -203,11 +204,6 @@ def applied(function: Callable[..., Inverse], place: Place) -> Callable[[Tensor]
             "lambda x, *context: (lambda p: p / d)."
         )
     return lambda p: place.ravel(inverse(place.unravel(p)))
-
-
-def _check_probes(probes: int) -> None:
-    if type(probes) is not int or probes < 1:
-        raise ValueError(f"probes must be a whole number ≥ 1, got {probes!r}.")
 
 
 def _signs(like: Tensor, count: int) -> list[Tensor]:  # (n,) each

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from energynet._torch.numbers import check_whole
 from energynet.solvers.base import Solver
 from energynet.solvers.bounded_model import (
     Bounded,
@@ -71,8 +72,7 @@ class ProjectedLBFGS(Solver):
     memory: int = 10
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"ProjectedLBFGS needs memory ≥ 1, got {self.memory}.")
+        check_whole(self, "memory")
 
     def merit(self, state: ProjectedLBFGSState, size: Tensor) -> Tensor:
         return state.energy
