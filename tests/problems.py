@@ -84,7 +84,7 @@ class Newton:
     def root(self, x: Tensor) -> Tensor:
         jacobian = torch.func.jacrev(self.optimality)
         with torch.no_grad():
-            for _ in range(50):
+            for _ in range(12):
                 x = x - torch.linalg.solve(jacobian(x), self.optimality(x))
         for _ in range(3):  # each doubles the order to which the graph is right
             x = x - torch.linalg.solve(jacobian(x), self.optimality(x))
