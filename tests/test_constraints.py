@@ -119,7 +119,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- by definition
 
 
-@EACH
+@SLOW_WHERE_NESTED
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 1.0, 10.0]), gamma=st.floats(0.1, 3.0))
 def test_the_prox_is_what_its_definition_says(case: Case, seed: int, scale: float, gamma: float) -> None:
@@ -649,6 +649,7 @@ def valley(x: Tensor, z: Tensor) -> Tensor:  # condition 300
     return 0.5 * (torch.logspace(-2.5, 0, N, dtype=x.dtype) * (x - z).square()).sum(-1)
 
 
+@pytest.mark.slow
 def test_nesterov_is_faster_than_descent_and_restarting_than_not() -> None:
     z = randn(B, N)
     steps = []

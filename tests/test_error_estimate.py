@@ -253,7 +253,9 @@ def test_a_minimum_at_a_kink_of_the_prox_is_kept() -> None:
     assert solution.converged.all() and not solution.value.any()
 
 
-@pytest.mark.parametrize("linear", [ConjugateGradient(), MINRES(), GMRES(), Dense()], ids=repr)
+@pytest.mark.parametrize(
+    "linear", [ConjugateGradient(), pytest.param(MINRES(), marks=pytest.mark.slow), GMRES(), Dense()], ids=repr
+)
 def test_the_energy_at_the_answer_is_differentiable_along_a_gauge_direction(linear: Solver) -> None:
     A, x0 = symmetric(20)
     A.requires_grad_()

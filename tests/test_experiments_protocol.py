@@ -29,6 +29,7 @@ def best_figure(data: Data, method: str, options: MultiLabelOptions, strength: f
     return trainer.best.figures["example_f1"]
 
 
+@pytest.mark.slow
 def test_linear_rival_is_level_with_scikit_learn_on_digits() -> None:
     options = MultiLabelOptions(updates=600, every=100, folds=3)
     ours, theirs = (best_figure(digits(), method, options, 1.0) for method in ("logistic", "sklearn-logistic"))

@@ -58,6 +58,7 @@ def test_step_ten_times_too_large() -> None:
         FPI_GD(energy, 10 * energy.step_size)(some_context())
 
 
+@pytest.mark.slow
 def test_a_start_on_a_part_without_curvature_is_no_failure() -> None:
     huber = lambda x, z: torch.nn.functional.huber_loss(x, z.expand_as(x), reduction="none").sum(-1)  # noqa: E731
     x0 = torch.tensor([[3e3], [-40.0]])

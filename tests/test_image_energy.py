@@ -219,7 +219,7 @@ def test_away_from_the_border_every_boundary_is_the_same_and_equivariant() -> No
     torch.testing.assert_close(filter_bank(x[..., 2:, 1:], weight), inside[..., 2:, 1:])
 
 
-@pytest.mark.parametrize("concavity", [0.0, 0.5])
+@pytest.mark.parametrize("concavity", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_minimizer_and_exact_gradients(concavity: float) -> None:
     energy = image_energy(concavity=concavity, strength=2.0)
     layer = FPI_GD(energy, energy.step_size, termination=TIGHT)

@@ -44,7 +44,7 @@ def reaches_a_minimum(problem: Classic, energy: float) -> bool:
     return any(abs(energy - least) <= 1e-6 * abs(least) + 1e-9 for least in problem.minima)
 
 
-@pytest.mark.parametrize("solver", ROBUST, ids=repr)
+@pytest.mark.parametrize("solver", [LBFGS(), *(pytest.param(s, marks=pytest.mark.slow) for s in ROBUST[1:])], ids=repr)
 @pytest.mark.parametrize("problem", CLASSICS, ids=lambda p: p.name)
 def test_classic_function_is_solved(problem: Classic, solver: Solver) -> None:
     x0 = torch.tensor([problem.start], dtype=torch.float64)
@@ -94,7 +94,7 @@ ZERO = torch.zeros(4, 6, dtype=torch.float64)
 MILD = Termination(atol=1e-7, rtol=1e-7, max_steps=10_000)
 
 
-@pytest.mark.parametrize("exponent", [-8, 0, 8])
+@pytest.mark.parametrize("exponent", [pytest.param(-8, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("name", CONVEX)
 def test_convex_energies_need_no_step_size(name: str, exponent: int) -> None:
     energy = CONVEX[name]
@@ -319,7 +319,7 @@ def test_a_constant_that_cancels_the_energy_hides_no_descent(solver: Solver) -> 
 
 
 @pytest.mark.parametrize("condition", [1e1, 1e3])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_default_is_not_stopped_by_the_rounding_of_energies(condition: float, seed: int) -> None:
     """½ xᵀHx − zᵀx: large terms cancel in it, so that it is known far worse than to its rounding unit."""
     generator = torch.Generator().manual_seed(seed)
@@ -357,7 +357,7 @@ def test_a_wall_far_from_the_start_is_no_failure(solver: Solver) -> None:
     torch.testing.assert_close(x, torch.full_like(x, 1e-6), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("weight", [0.1, 0.3])
+@pytest.mark.parametrize("weight", [pytest.param(0.1, marks=pytest.mark.slow), 0.3])
 @pytest.mark.parametrize("solver", [LBFGS(), LBFGS(search=Backtracking()), Newton(), NewtonCG()], ids=repr)
 def test_the_walls_of_an_entropy_are_no_failure(solver: Solver, weight: float) -> None:
     c = 3 * torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -84,6 +84,7 @@ def test_spectrum_shows_the_dense_eigenvalues() -> None:
     axes.figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_module_imports_without_matplotlib_and_says_how_to_get_it() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

@@ -107,6 +107,7 @@ def test_closed_form_to_third_order(M: Any, make: Callable[[Any], Solver]) -> No
     torch.testing.assert_close(third[1], torch.zeros_like(energy.theta), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("energy", "M"), PAIRS[1:3], ids=IDS[1:3])
 def test_derivatives_agree_with_differences(energy: Energy, M: Any) -> None:
     def solve(z: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ def with_rows(case, rows):
     return dataclasses.replace(case, **changed)
 
 
+@pytest.mark.slow
 @forall(20)
 def test_a_sample_depends_on_no_batch_mate_nor_on_their_order(case):
     def solved(case):
@@ -241,6 +242,7 @@ def test_scaling_the_energy_and_the_step_size_changes_no_bit_of_the_answer(case)
         assert error(gradients(layer_of(other), other), gradients(layer_of(case), case)) <= 1e-12
 
 
+@pytest.mark.slow
 @forall(5, st.tuples(energies(), st.floats(0.3, 1.0)))
 def test_scaling_the_energy_alone_leaves_answer_gradient_and_residual(case):
     case, factor = case
@@ -262,6 +264,7 @@ def test_a_failed_solve_reports_a_residual_free_of_step_size_too(case):
     assert error(second, first) <= 1e-12
 
 
+@pytest.mark.slow
 @forall(20)
 def test_backward_modes_agree(case):
     expected = gradients(layer_of(case), case)
@@ -272,6 +275,7 @@ def test_backward_modes_agree(case):
     assert error(gradients(layer_of(case, solver=Anderson(4)), case), expected) <= 1e-10
 
 
+@pytest.mark.slow
 @forall(20)
 def test_splitting_a_tensor_into_a_pytree_changes_nothing(case):
     core = dataclasses.replace(case, x0=case.flat, **{_field(case): case.core})
@@ -283,6 +287,7 @@ def _field(case):
     return "energy" if isinstance(case, EnergyCase) else "network"
 
 
+@pytest.mark.slow
 @forall(20)
 def test_float32_is_within_sqrt_eps_of_float64(case):
     single = lambda t: t.float() if isinstance(t, torch.Tensor) else t  # noqa: E731
@@ -317,6 +322,7 @@ def test_a_loose_answer_and_its_steps_depend_on_no_batch_mate_either(case):
 # ------------------------------------------------------------------------------------------------- strategies and checks
 
 
+@pytest.mark.slow
 @forall(6)
 def test_drawn_cases_pass_every_check_and_have_the_constants_they_state(case):
     if isinstance(case, EnergyCase):

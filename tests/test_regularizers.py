@@ -14,6 +14,7 @@ def squared_norms(network: nn.Module, x: Tensor, z: Tensor) -> Tensor:
     return J.square().sum((1, 2))
 
 
+@pytest.mark.slow
 def test_penalty_estimates_the_squared_norm_of_each_sample() -> None:
     network, x, z = Contraction(), torch.randn(3, 4, dtype=torch.float64), 0.3 * some_context(3)
     found = jacobian_penalty(network, x, z, num_vectors=4000)

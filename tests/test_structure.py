@@ -212,6 +212,7 @@ print(hasattr(energynet, "Compiled"), energynet.__file__)
 """
 
 
+@pytest.mark.slow
 def test_package_works_without_its_compiler(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "energynet", ignore=shutil.ignore_patterns("compiled", "__pycache__"))
     output = subprocess.check_output([sys.executable, "-c", WITHOUT_COMPILER], cwd=tmp_path, text=True)

@@ -337,10 +337,10 @@ def test_broken_steps_are_named(name):
 # ------------------------------------------------------------------------------------------------- layers
 
 
-UNROLLED = pytest.param({"adjoint": UnrolledAdjoint()}, marks=pytest.mark.slow)
+OTHERS = [pytest.param(options, marks=pytest.mark.slow) for options in ({"solver": Anderson(3)}, {"adjoint": UnrolledAdjoint()})]
 
 
-@pytest.mark.parametrize("options", [{}, {"solver": Anderson(3)}, UNROLLED], ids=str)
+@pytest.mark.parametrize("options", [{}, *OTHERS], ids=str)
 def test_good_layers_pass(options):
     report = check_layer(FPI_GD(Network().eval(), 0.3, **options), Z)
     assert report.pickles and report.samples == 4 and report.gradient_error < 1e-6 and report.second_derivative_error < 1e-4
@@ -348,6 +348,7 @@ def test_good_layers_pass(options):
     assert check_layer(FPI_NN(Cell(), **options), Z, x0=X).adjoint_change < 1e-9
 
 
+@pytest.mark.slow
 def test_layers_with_trees_own_step_sizes_and_no_batch_pass():
     layer = FPI_GD(bowl, torch.tensor([0.1, 0.2, 0.15, 0.1]), start=torch.zeros_like)
     assert check_layer(layer, Z).vmap_change is None
@@ -409,6 +410,7 @@ def test_broken_layers_are_named(name):
 # ------------------------------------------------------------------------------------------------- the package
 
 
+@pytest.mark.slow
 def test_checks_import_without_hypothesis_and_strategies_name_the_remedy():
     program = (
         "import sys; sys.modules['hypothesis'] = None\n"

@@ -46,7 +46,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         raise failures[0]
 
 
-@pytest.mark.parametrize("make", [_minimum, _network], ids=["FPI_GD", "FPI_NN"])
+@pytest.mark.parametrize("make", [_minimum, pytest.param(_network, marks=pytest.mark.slow)], ids=["FPI_GD", "FPI_NN"])
 def test_eight_threads_one_layer(make: Callable[[], nn.Module]) -> None:
     layer = make()
     contexts = [torch.randn(3, 3, dtype=torch.float64) for _ in range(8)]

@@ -56,13 +56,17 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+SLOW = {"jacfwd(jacfwd)", "jacfwd(hessian)"}
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TRANSFORMS]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_transforms_of_one_sample(pair: tuple, name: str) -> None:
     ours, reference = pair
     same(TRANSFORMS[name](ours)(Z[0]), TRANSFORMS[name](reference)(Z[0]))
 
 
-@pytest.mark.parametrize("name", ["grad", "hessian", "jacfwd(jacfwd)"])
+@pytest.mark.parametrize("name", ["grad", "hessian", pytest.param("jacfwd(jacfwd)", marks=pytest.mark.slow)])
 def test_vmap_of_transforms(pair: tuple, name: str) -> None:
     ours, reference = pair
     expected = torch.stack([TRANSFORMS[name](reference)(z) for z in Z])
@@ -147,6 +151,7 @@ def test_a_solution_leaves_vmap() -> None:
     assert bool(solution.converged.all())
 
 
+@pytest.mark.slow
 def test_unrolled_under_transforms() -> None:
     energy = LogCosh(n=2, m=3)
     layer = FPI_GD(energy, energy.step_size, solver=Anderson(3), termination=TIGHT, adjoint=UnrolledAdjoint())
