@@ -17,7 +17,7 @@ import energynet
 ROOT = Path(__file__).parent.parent
 RANDOM = re.compile(r"torch\.(rand|nn\.(Linear|Conv|Sequential))")
 OTHERS = re.compile(r"^(?:from|import) (?!torch\b|energynet\b)", flags=re.M)  # another library's half of a pair
-SEEDS = 100
+SEEDS = 25
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -78,11 +78,11 @@ def test_an_example_of_a_docstring_runs_with_other_seeds(test: doctest.DocTest) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [b[1] for b in BLOCKS], ids=[b[0] for b in BLOCKS])
-def test_an_example_of_a_page_runs_with_a_hundred_seeds(source: str) -> None:
+def test_an_example_of_a_page_runs_with_many_seeds(source: str) -> None:
     run_block(source, range(SEEDS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("test", DOCSTRINGS, ids=[t.name for t in DOCSTRINGS])
-def test_an_example_of_a_docstring_runs_with_a_hundred_seeds(test: doctest.DocTest) -> None:
+def test_an_example_of_a_docstring_runs_with_many_seeds(test: doctest.DocTest) -> None:
     run_docstring(test, range(SEEDS))

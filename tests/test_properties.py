@@ -178,7 +178,7 @@ def with_rows(case, rows):
 
 
 @pytest.mark.slow
-@forall(20)
+@forall(10)
 def test_a_sample_depends_on_no_batch_mate_nor_on_their_order(case):
     def solved(case):
         z = case.context[0].clone().requires_grad_()
@@ -265,7 +265,7 @@ def test_a_failed_solve_reports_a_residual_free_of_step_size_too(case):
 
 
 @pytest.mark.slow
-@forall(20)
+@forall(10)
 def test_backward_modes_agree(case):
     expected = gradients(layer_of(case), case)
     modes = [ImplicitAdjoint(Picard()), ImplicitAdjoint(Anderson(4)), UnrolledAdjoint()]
