@@ -107,6 +107,7 @@ CASES = [
 ]  # fmt: skip
 EACH = pytest.mark.parametrize("case", CASES, ids=str)
 DIRECT, NESTED = CASES[:10], CASES[10:]
+PATIENT = {"l1", "lower", "nonnegative", "group"}  # a solve within these takes many steps
 SLOW_WHERE_NESTED = pytest.mark.parametrize(
     "case", [*DIRECT, *(pytest.param(c, marks=pytest.mark.slow) for c in NESTED)], ids=str
 )
@@ -444,7 +445,7 @@ def test_gradients_agree_between_adjoints_and_with_unrolling(case: Case) -> None
             close(g, expected, 1e-9)
 
 
-@pytest.mark.parametrize("case", DIRECT, ids=str)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c.name in PATIENT else c for c in DIRECT], ids=str)
 def test_derivatives_of_a_solve_to_second_order(case: Case) -> None:
     z = 1.5 * randn(*case.shape, seed=4)
     inputs = tuple(t.clone().requires_grad_() for t in (z, *case.tensors))

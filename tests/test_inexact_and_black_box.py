@@ -137,7 +137,7 @@ def difference_quotient(function: Callable[[Tensor], Tensor], z: Tensor, far: fl
     return (8 * (right - left) - (further - back)) / (12 * far)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 6])
+@pytest.mark.parametrize("steps", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 6))])
 @pytest.mark.parametrize("gamma", [None, 0.05])
 @pytest.mark.parametrize("solver", TRUNCATED, ids=repr)
 def test_unrolling_is_exact_for_the_truncated_iterate_or_refused(solver: Solver, gamma: float | None, steps: int) -> None:

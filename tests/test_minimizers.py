@@ -318,8 +318,8 @@ def test_a_constant_that_cancels_the_energy_hides_no_descent(solver: Solver) -> 
     torch.testing.assert_close(x, z, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("condition", [1e1, 1e3])
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("condition", [1e1, pytest.param(1e3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_default_is_not_stopped_by_the_rounding_of_energies(condition: float, seed: int) -> None:
     """½ xᵀHx − zᵀx: large terms cancel in it, so that it is known far worse than to its rounding unit."""
     generator = torch.Generator().manual_seed(seed)

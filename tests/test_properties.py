@@ -227,6 +227,7 @@ def scaled(case, factor, step_size):
     return dataclasses.replace(case, energy=Scaled(case.energy, factor), step_size=step_size)
 
 
+@pytest.mark.slow
 @forall(4, energies())
 def test_scaling_the_energy_and_the_step_size_changes_no_bit_of_the_answer(case):
     """For a power of two every product is exact; the reported residual is the same too.
