@@ -217,6 +217,7 @@ class Solution:
     @property
     def status_names(self) -> list[str]:
         """The names of the samples' `Status`, in order; for one problem, a list with one element."""
+        self._be_readable("status_names")
         return [Status(code).name for code in self.status.flatten().tolist()]
 
     @property
@@ -230,9 +231,17 @@ class Solution:
         Raises:
             ConvergenceError: with the failed samples, the likely cause and the remedy.
         """
+        self._be_readable("raise_for_status")
         if bool(self.failed.any()):
             report(describe(self.status, self.error, self.num_steps), "raise")
         return self
+
+    def _be_readable(self, name: str) -> None:
+        if not readable(self.status):
+            raise RuntimeError(
+                f"Solution.{name} was read inside vmap, where no value can be read. Return the solution from the function, and "
+                "read it outside."
+            )
 
     def __repr__(self) -> str:
         value = _tree.map_structure(lambda t: f"Tensor{tuple(t.shape)}", self.value)

@@ -26,6 +26,7 @@ from energynet import (
     Nesterov,
     Newton,
     Picard,
+    ProjectedLBFGS,
     Solution,
     Status,
     Termination,
@@ -34,7 +35,7 @@ from energynet import (
     implicit,
     minimize,
 )
-from energynet.constraints import L1
+from energynet.constraints import L1, Box
 from energynet.regularizers import spectrally_normalized
 
 F64 = torch.float64
@@ -61,6 +62,18 @@ def kinked(x: Tensor) -> Tensor:
 
 def narrow(x: Tensor) -> Tensor:
     return (CURVATURES * (x - 1).square()).sum(-1)
+
+
+def kinked_inside(x: Tensor) -> Tensor:  # minimal at 0.5
+    return (x - 0.5).abs().sum(-1) + (x - 0.7).square().sum(-1)
+
+
+def smooth_inside(x: Tensor) -> Tensor:
+    return ((x - 0.5).square() + 1e-6).sqrt().sum(-1) + (x - 0.7).square().sum(-1)
+
+
+def saturated(x: Tensor) -> Tensor:  # g(0.5) = 0.5
+    return (3 - 5 * x).clamp(0, 1)
 
 
 def quadratic(x: Tensor) -> Tensor:
@@ -92,6 +105,7 @@ class Case:
 
 
 START = start(-1.2, 1.0)
+TENTH = torch.full((1, 2), 0.1, dtype=F64)
 SLOW = {"a prox, slow", "separable", "a slow map", "kink, Newton", "kink, stalled", "kink, piecewise linear",
         "a map that contracts slowly", "steps of a slow solver", "gradient steps"}  # fmt: skip
 
@@ -249,6 +263,36 @@ FORWARD = {
         "step size exceeds 2/L",
         {"leave out step_size=": lambda: minimize(quadratic, torch.zeros(2, 3), prox=L1(0.1))},
     ),
+    "a kink within bounds": Case(
+        lambda: minimize(kinked_inside, TENTH, prox=Box(0.0, 1.0)),
+        "STALLED: .*kink",
+        {r"\(x.square\(\) \+ 1e-6\).sqrt\(\) for x.abs\(\)": lambda: minimize(smooth_inside, TENTH, prox=Box(0.0, 1.0))},
+        r"rounding|step size|Nesterov|prox=",
+    ),
+    "a kink beside a prox": Case(
+        lambda: minimize(kinked_inside, TENTH, prox=L1(0.1), termination=Termination(max_steps=100)),
+        "MAX_STEPS: .*kink",
+        {r"for x.abs\(\)": lambda: minimize(smooth_inside, TENTH, prox=L1(0.1))},
+        "step size|ill-conditioned|prox=",
+    ),
+    "few steps within bounds": Case(
+        lambda: minimize(banana, START, prox=Box(-2.0, 2.0), termination=Termination(max_steps=5)),
+        "ill-conditioned, so that progress is slow",
+        {"a larger max_steps than 5": lambda: minimize(banana, START, prox=Box(-2.0, 2.0))},
+        "Nesterov|step size",
+    ),
+    "few projected gradient steps": Case(
+        lambda: minimize(banana, START, prox=Box(-2.0, 2.0), solver=Picard(), termination=Termination(max_steps=5)),
+        "ill-conditioned, so that progress is slow",
+        {r"ProjectedLBFGS\(\)": lambda: minimize(banana, START, prox=Box(-2.0, 2.0), solver=ProjectedLBFGS())},
+        "Nesterov|step size",
+    ),
+    "a map that jumps to and fro": Case(
+        lambda: fixed_point(saturated, TENTH, termination=Termination(max_steps=100)),
+        r"do not settle although the map contracts where they ended \(contraction factor 0\)",
+        {r"DampedStep\(g, 0.2\)": lambda: fixed_point(DampedStep(saturated, 0.2), TENTH)},
+        "slowly|Picard",
+    ),
     "a prox, slow": Case(
         lambda: minimize(narrow, torch.zeros(1, 9, dtype=F64), prox=L1(0.1), solver=Picard(), termination=FEW),
         "progress is slow",
@@ -402,6 +446,42 @@ def test_a_black_box_is_told_once() -> None:
     assert str(caught.value).count("Likely cause") == 1
     loose = implicit(lambda z: z + 1e-4, lambda x, z: x - z, termination=Termination(rtol=1e-2))  # the remedy
     assert loose(torch.ones(2, 3)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"adjoint": ImplicitAdjoint(Dense())}], ids=str)
+def test_a_condition_that_does_not_determine_its_solution(options: dict[str, Any]) -> None:
+    for factor in (torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [-2.0, 0.0]])):  # singular; indefinite as well
+        z = leaf(*factor.shape)
+        singular = implicit(torch.clone, lambda x, z: factor * (x - z), **options)  # noqa: B023
+        with pytest.raises(ConvergenceError, match=r"∂F/∂x is singular.*as many independent equations") as caught:
+            singular(z).sum().backward()
+        assert not re.search("the map|Hessian|NewtonCG|ridge|spectrally", str(caught.value))
+    z = leaf(2)
+    implicit(lambda z: z[:1].clone(), lambda x, z: x - z[:1], **options)(z).sum().backward()
+    assert z.grad is not None and z.grad.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_remedy_for_an_ill_conditioned_condition(symmetric: bool) -> None:
+    curvatures, z = torch.logspace(0, 6, 40, dtype=F64), leaf(40)
+    few = ImplicitAdjoint(termination=Termination(max_steps=4))
+    solve = [torch.clone, lambda x, z: curvatures * (x - z)]
+    with pytest.raises(ConvergenceError, match=r"∂F/∂x is ill-conditioned.*ImplicitAdjoint\(Dense\(\)\), or more steps than 4"):
+        implicit(*solve, symmetric=symmetric, adjoint=few)(z).sum().backward()
+    implicit(*solve, symmetric=symmetric, adjoint=ImplicitAdjoint(Dense()))(z).sum().backward()
+    torch.testing.assert_close(z.grad, torch.ones(40, dtype=F64))
+
+
+def test_a_black_box_has_no_initial_point() -> None:
+    for solve, condition, says in (
+        (lambda z: z * math.nan, lambda x, z: x - z, "the result of solve holds NaN or Inf"),
+        (lambda z: -z, lambda x, z: x.log() - z, "F is not finite at the result of solve"),
+    ):
+        with pytest.raises(ConvergenceError, match=says) as caught:
+            implicit(solve, condition)(torch.ones(2))
+        assert not re.search("x0|start", str(caught.value))
+    with pytest.raises(ConvergenceError, match="the context of these samples holds NaN"):
+        implicit(torch.clone, lambda x, z: x - z)(torch.tensor([1.0, math.nan]))
 
 
 def test_two_kinds_of_failure_are_reported_separately() -> None:

@@ -197,6 +197,24 @@ def test_the_error_of_a_map_is_its_distance(rate: float, dtype: torch.dtype, ste
         assert distance <= 2 * torch.finfo(dtype).eps ** 0.5 * answer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [1.0, 4.2736, 6.0])
+def test_a_map_that_explodes_is_far_from_a_fixed_point(start: float, dtype: torch.dtype) -> None:
+    """x = exp(x) has no solution; at exp(exp(x)) the map is so steep, or infinite, that the distance to one would seem nil."""
+    x0 = torch.full((1, 2), start, dtype=dtype)
+    for budget in (0, 20):
+        solution = fixed_point(torch.exp, x0, solver=Broyden(), termination=Termination(max_steps=budget), on_failure="ignore")
+        assert not solution.converged.any() and not (solution.error < 1e-3).any()
+
+
+def test_a_steep_map_is_solved_as_accurately() -> None:
+    """g′ = −1000: far from contracting, which does not matter to Broyden."""
+    for dtype, steps in ((torch.float32, 10), (torch.float64, 10)):
+        solution = fixed_point(lambda x: 1 - 1000 * x, torch.zeros(2, 1, dtype=dtype), solver=Broyden())
+        assert solution.converged.all() and int(solution.num_steps.max()) <= steps
+        torch.testing.assert_close(solution.value, torch.full_like(solution.value, 1 / 1001), rtol=3e-4, atol=0)
+
+
 def test_a_turning_map_is_not_taken_for_a_slow_one() -> None:
     turn = torch.tensor([[0.0, 0.9], [-0.9, 0.0]], dtype=torch.float64)
     solution = fixed_point(lambda x: x @ turn.mT + 1, torch.zeros(1, 2, dtype=torch.float64), on_failure="ignore",

@@ -132,6 +132,7 @@ def test_objects_in_objects_are_looked_at_too() -> None:
         (lambda: implicit(energy, energy, termination=1e-3), r"Termination\(rtol=0.001\)"),
         (lambda: implicit(energy, energy, symmetric="yes"), "symmetric must be True or False"),
         (lambda: implicit(3, energy), "solve must be a function"),
+        (lambda: Progress(show=3), "show must be a function"),
     ):
         with pytest.raises(TypeError, match=says):
             wrong()

@@ -1,12 +1,13 @@
 """Whatever changes an input in place is refused, and the caller's tensors keep their values."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from energynet import FPI_GD, Energy, ImpureFunctionError, fixed_point, minimize
+from energynet import FPI_GD, FPI_NN, Energy, ImpureFunctionError, fixed_point, minimize
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -102,3 +103,23 @@ def test_in_place_changes_of_what_is_made_inside_are_in_order() -> None:
 
     x = minimize(energy, torch.zeros(1, 2), torch.tensor([[1.0, -2.0]])).value
     torch.testing.assert_close(x, torch.tensor([[2.0, -1.0]]), rtol=0, atol=1e-6)
+
+
+def test_a_map_has_no_encoder_to_which_a_random_part_could_move() -> None:
+    x0, drop, norm = torch.zeros(3, 2), nn.Dropout(0.5), nn.BatchNorm1d(2)
+    for map_, remedy in (
+        (nn.Sequential(nn.Linear(2, 2), drop), "Call .eval() on that part, or apply it outside and pass the result as context."),
+        (
+            nn.Sequential(nn.Linear(2, 2), norm),
+            "replace it (LayerNorm, GroupNorm), or apply it outside and pass the result as context.",
+        ),
+        (lambda x: 0.5 * x + torch.randn(2), "Draw them outside and pass them as context."),
+    ):
+        for solve in (lambda f: fixed_point(f, x0), lambda f: FPI_NN(f, start=x0)()):
+            with pytest.raises(ImpureFunctionError, match=re.escape(remedy)) as caught:
+                solve(map_)
+            assert "Energy.encode" not in str(caught.value)
+    drop.eval()
+    assert fixed_point(lambda x, z: 0.5 * drop(x) + z, x0, torch.randn(3, 2)).converged.all()
+    with pytest.raises(ImpureFunctionError, match=re.escape(".eval() on that part, or move it to Energy.encode")):
+        minimize(lambda x: nn.Dropout(0.5)(x).square().sum(-1), x0)

@@ -66,3 +66,17 @@ def test_a_short_solve_tells_nothing(capsys: pytest.CaptureFixture[str]) -> None
             Eager(progress=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seconds ≥ 0"):
         Progress(seconds=-1.0)
+
+
+def test_what_cannot_be_read_inside_a_transform_says_so() -> None:
+    for name, read in (("status_names", lambda s: s.status_names), ("raise_for_status", lambda s: s.raise_for_status())):
+
+        def solve(z: Tensor) -> Solution:
+            solution = minimize(lambda x, z: (x - z).square().sum(), torch.zeros(2), z)
+            read(solution)  # noqa: B023
+            return solution
+
+        with pytest.raises(RuntimeError, match=f"Solution.{name} was read inside vmap.*read it outside"):
+            torch.func.vmap(solve)(torch.ones(3, 2))
+    outside = torch.func.vmap(lambda z: minimize(lambda x, z: (x - z).square().sum(), torch.zeros(2), z))(torch.ones(3, 2))
+    assert outside.raise_for_status().status_names == ["CONVERGED"] * 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from energynet._torch.numbers import check_number, check_whole
 from energynet.engine.binding import Binding
 from energynet.engine.loop import RUNNING, LoopState
-from energynet.engine.options import expect
+from energynet.engine.options import check_function, expect
 from energynet.engine.tasks import Task
 from energynet.step import Step
 
@@ -69,6 +69,7 @@ class Progress:
 
     def __post_init__(self) -> None:
         check_number(self, "seconds", "≥ 0", lambda v: v >= 0)
+        check_function(self.show, "show")
 
     def watch(self) -> Callable[[LoopState], None]:
         """A callback that receives the states of one solve."""

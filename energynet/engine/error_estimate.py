@@ -117,7 +117,9 @@ def _contraction(problem: Problem, x: Tensor, residual: Tensor, before: Tensor, 
     noise = 2 * eps * reach
     near, first = size <= 100 * noise, residual
     along = torch.where((size > 0).unsqueeze(-1), normalized(residual), some_direction(torch.zeros_like(x)))
-    step = torch.where(near.unsqueeze(-1), (0.1 * reach).to(x.dtype).unsqueeze(-1) * along, residual)
+    # Farther away than that a map may be steeper by orders of magnitude, as exp is, and x would seem close to a solution.
+    most = torch.where(reach > 0, torch.maximum(0.1 * reach, eps**0.25 * size), size)
+    step = torch.where((near | (size > most)).unsqueeze(-1), most.to(x.dtype).unsqueeze(-1) * along, residual)
     after, slope, seen = _slope(problem, x, residual, step, noise, before)
     error = torch.where(near, torch.maximum(size, torch.where(seen, 0.25, 1) * noise), size) / slope
     for _ in range(evaluations - 1):
@@ -139,7 +141,8 @@ def _slope(problem: Problem, x: Tensor, residual: Tensor, step: Tensor, noise: T
     unit = torch.where(length > 0, length, 1)
     slope, doubt = _length((residual - after) / unit.to(x.dtype).unsqueeze(-1), before), noise / unit
     seen = slope > 2 * doubt
-    return after, torch.where(seen | ~torch.isfinite(slope), slope, torch.minimum(before, slope + doubt)), seen
+    known = torch.where(torch.isinf(slope), torch.nan, slope)  # otherwise any residual would count as converged
+    return after, torch.where(seen | ~torch.isfinite(slope), known, torch.minimum(before, slope + doubt)), seen
 
 
 def _length(x: Tensor, like: Tensor) -> Tensor:  # (*batch, n), (*batch) -> (*batch)

@@ -16,7 +16,7 @@ from energynet.engine.equation import Equation, Linear
 from energynet.engine.loop import loop
 from energynet.engine.tasks import Outcome
 from energynet.solvers import Solver
-from energynet.solvers.problem import Descent
+from energynet.solvers.problem import Descent, Proximal
 from energynet.solvers.spectrum import arnoldi, ritz_values, some_direction
 from energynet.termination import Termination
 
@@ -113,10 +113,11 @@ class PostMortem:
 
     @cached_property
     def _ways(self) -> tuple[Tensor, list[Tensor]]:
-        """∇E at the end, and ways along it: within the estimated distance to the solution, and farther."""
+        """∇E at the end, and ways along F, which is ∇E too without a prox: within the estimated distance, and farther."""
         _, slope = self.problem.value_and_gradient(self.end)
-        size = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
-        unit = slope / torch.where(size > 0, size, 1)
+        uphill = self.problem.residual(self.end) if isinstance(self.problem, Proximal) else slope
+        size = torch.linalg.vector_norm(uphill, dim=-1, keepdim=True)
+        unit = uphill / torch.where(size > 0, size, 1)
         length = 1 + torch.linalg.vector_norm(self.end, dim=-1, keepdim=True)
         error = self.outcome.error.unsqueeze(-1).to(length.dtype)
         error = torch.where(error > 0, torch.minimum(error, length), length)

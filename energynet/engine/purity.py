@@ -76,11 +76,12 @@ class Probed(NamedTuple):
     unused: tuple[int, ...]  # the indices of doubtful tensors that no operation used and that no graph contains
 
 
-def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments: Any, doubtful: Sequence[int]) -> Probed:
+def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments: Any, doubtful: Sequence[int], *,
+          encodes: bool) -> Probed:  # fmt: skip
     """Evaluate ``function(own, *arguments)`` once on plain values and observe its operations.
 
     ``own`` contains the function's own tensors. Those with indices in ``doubtful`` require grad here, which shows whether the
-    function uses them.
+    function uses them. ``encodes``: whether it can have an encoder, as energies can and maps cannot.
 
     Raises:
         LostGradientError: if the function captures a tensor that carries a derivative.
@@ -93,12 +94,13 @@ def probe(function: Callable[..., Any], name: str, own: list[Tensor], arguments:
         for k in doubtful:
             own[k].requires_grad_()
         copies = _tree.map_structure(lambda t: t.clone() if isinstance(t, Tensor) else t, arguments)
-        with unchanged(name, (own, copies)), _Watch(name, own, (arguments, copies), grad_enabled, level) as watch:
+        watch = _Watch(name, own, (arguments, copies), grad_enabled, level, encodes=encodes)
+        with unchanged(name, (own, copies)), watch:
             output = function(own, *copies)
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ImpureFunctionError(
             f"{name} draws random numbers, so it is not the same function at each step. Draw them outside and pass them as "
-            "context, or draw them in Energy.encode, which runs once per solve."
+            f"context{', or draw them in Energy.encode, which runs once per solve' if encodes else ''}."
         )
     reached = {id(v) for t in _tree.leaves(output) if doubtful and isinstance(t, Tensor) for v in leaf_variables(t)}
     unused = tuple(k for k in doubtful if id(own[k]) not in reached and _storage(own[k]) not in watch.touched)
@@ -152,10 +154,13 @@ def unwatched() -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, name: str, own: Any, arguments: Any, grad_enabled: bool, level: int) -> None:
+    def __init__(self, name: str, own: Any, arguments: Any, grad_enabled: bool, level: int, *, encodes: bool) -> None:
         super().__init__()
         self.dtypes = set[torch.dtype]()
         self.name, self.grad_enabled, self.level = name, grad_enabled, level
+        self.elsewhere = "move it to Energy.encode, which runs once per solve" if encodes else (
+            "apply it outside and pass the result as context"
+        )  # fmt: skip
         tensors = [t for t in _tree.leaves((own, arguments)) if isinstance(t, Tensor)]
         self.own = {_storage(t) for t in _tree.leaves(own)}
         self.arguments = {_storage(t) for t in _tree.leaves(arguments) if isinstance(t, Tensor)}
@@ -243,16 +248,17 @@ class _Watch(TorchFunctionMode):
     def _check_purity(self, func: Any, args: Any, kwargs: Any) -> None:
         reason = _RANDOM_OR_STATEFUL.get(func)
         if reason is not None and _training(func, args, kwargs):
+            other = " replace it (LayerNorm, GroupNorm)," if "norm" in func.__name__ else ""
             raise ImpureFunctionError(
-                f"{self.name} {reason}, so it is not the same function at each step. Call .eval() on that part, replace it "
-                "(LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
+                f"{self.name} {reason}, so it is not the same function at each step. Call .eval() on that part,{other} or "
+                f"{self.elsewhere}."
             )
         name, targets = getattr(func, "__name__", ""), _written(func, args, kwargs)
         if any(_storage(t) in self.own for t in targets):
             raise ImpureFunctionError(
                 f"{self.name} changes its own parameter or buffer in place ({name}, shape {tuple(targets[0].shape)}), such as a "
                 "running statistic of BatchNorm in training mode. So it is not the same function at each step. Call .eval() on "
-                "that part, replace it (LayerNorm, GroupNorm), or move it to Energy.encode, which runs once per solve."
+                f"that part, replace it (LayerNorm, GroupNorm), or {self.elsewhere}."
             )
         foreign = [t for t in targets if _storage(t) not in self.fresh]
         if foreign:

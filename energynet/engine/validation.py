@@ -77,7 +77,8 @@ def examine(binding: Binding, x0: Any, code: Any, batch_dims: int | None) -> Exa
     step = binding.step
     try:
         with twice_differentiable if step.energy_of is not None else contextlib.nullcontext():
-            seen = probe(function, _name(step), list(binding.tensors), (x0, *code), _with_graphs(binding))
+            seen = probe(function, _name(step), list(binding.tensors), (x0, *code), _with_graphs(binding),
+                         encodes=step.energy_of is not None)  # fmt: skip
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # one of this package's own errors, or out of memory
             raise
