@@ -27,6 +27,7 @@ from energynet.projections import (
     onto_simplex,
     refuse_crossed,
     refuse_negative,
+    refuse_others,
     shrink,
     shrink_group,
 )
@@ -60,6 +61,8 @@ class Box(Prox):
     upper: Any = None
 
     def __post_init__(self) -> None:
+        for name in ("lower", "upper"):
+            refuse_others("Box", name, [bound for bound in _tree.leaves(getattr(self, name)) if bound is not None])
         if is_value(self.lower) != is_value(self.upper):
             both = like(self.lower, self.upper), like(self.upper, self.lower)
         else:
@@ -261,6 +264,9 @@ class Affine(Prox):
     right: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.matrix, Tensor) or not isinstance(self.right, Tensor):
+            kinds = f"{type(self.matrix).__name__} and {type(self.right).__name__}"
+            raise TypeError(f"Affine needs tensors as its matrix and right-hand side, got {kinds}. Pass torch.as_tensor(...).")
         m, n = self.matrix.shape[-2:]
         if m > n or self.right.shape[-1:] != (m,):
             raise ValueError(

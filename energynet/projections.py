@@ -136,7 +136,7 @@ def _length(x: Tensor) -> Tensor:  # (..., n) -> (..., 1)
 
 def _positive(value: float | Tensor) -> Any:
     """Whether a threshold has an effect; at 0 the map is the identity, and so is its derivative."""
-    return value > 0
+    return value > 0 if isinstance(value, Tensor) else bool(value > 0)
 
 
 def last(value: Any) -> Any:
@@ -155,10 +155,26 @@ def is_value(value: Any) -> bool:
 
 def like(value: Any, tree: Any) -> Any:
     """A pytree of values like ``tree``: a single value is repeated for every leaf."""
-    return _tree.map_structure(lambda _: value, tree) if is_value(value) else value
+    if is_value(value):
+        return _tree.map_structure(lambda _: value, tree)
+    if isinstance(tree, Tensor):
+        raise TypeError(
+            f"x is one tensor, so each argument of its prox must be a number or a tensor, got {value!r}. Convert it, as by "
+            "torch.tensor(...)."
+        )
+    return value
+
+
+def refuse_others(owner: str, name: str, values: Any) -> None:
+    """Refuse anything that is not a number, a tensor or a pytree of such."""
+    for value in _tree.leaves(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+            array = " Pass torch.as_tensor(...)." if hasattr(value, "__array__") else ""
+            raise TypeError(f"{owner} needs {name} to be a number, a tensor or a pytree of such, got {value!r}.{array}")
 
 
 def refuse_negative(owner: str, name: str, values: Any) -> None:
+    refuse_others(owner, name, values)
     for value in _tree.leaves(values):
         least = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
         if readable(least) and not bool((least >= 0).all()):

@@ -54,7 +54,7 @@ def jacobian_penalty(
 
     Source: Bai, Koltun and Kolter (2021), Stabilizing equilibrium models by Jacobian regularization.
     """
-    if num_vectors < 1:
+    if type(num_vectors) is not int or num_vectors < 1:
         raise ValueError(f"num_vectors must be at least 1, got {num_vectors}: it is the number of random vectors to average.")
     layout = Layout.of(x, batch_dims)
     flat, function = layout.ravel(x), _flat_map(step, layout, context)
@@ -93,7 +93,9 @@ def spectrally_normalized(module: M, limit: float = 1.0) -> M:
 
     Source: Miyato et al. (2018), Spectral normalization for generative adversarial networks.
     """
-    if not 0 < limit < math.inf:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {module!r}.")
+    if not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
         raise ValueError(f"limit must be positive and finite, got {limit}: it is the norm of each layer, below 1 to contract.")
     module = copy.deepcopy(module)
     layers = [layer for layer in module.modules() if isinstance(layer, LAYERS)]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -704,3 +705,20 @@ def test_the_energy_is_encoded_once_per_solve(solver: Solver | None, capsys: pyt
     x = minimize(Printing(), torch.zeros_like(z), z, prox=Box(0.0, 1.0), solver=solver).value
     torch.testing.assert_close(x, torch.tensor([[0.2, 1.0]], dtype=torch.float64))
     assert capsys.readouterr().out.count("encoded") == 1
+
+
+@pytest.mark.parametrize("wrong", ["1", [1.0, "a"], True, numpy.ones(3), numpy.float32(1), L1])
+def test_an_argument_is_a_number_or_a_tensor(wrong: Any) -> None:
+    for make, name in ((L1, "weight"), (GroupL2, "weight"), (L2Ball, "radius"), (Simplex, "radius"), (CappedSimplex, "upper"),
+                       (Box, "lower"), (lambda upper: Box(0.0, upper), "upper")):  # fmt: skip
+        with pytest.raises(TypeError, match=f"needs {name} to be a number, a tensor or a pytree of such, got"):
+            make(wrong)
+    with pytest.raises(TypeError, match="Affine needs tensors as its matrix and right-hand side, got list and list"):
+        Affine([[1.0, 0.0]], [1.0])
+    assert L1(numpy.float64(0.5))(torch.ones(1, 2), 1.0).tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("prox", [Box([0.0], [1.0]), L1([0.1]), L2Ball({"a": 1.0})], ids=repr)
+def test_a_pytree_of_arguments_does_not_fit_a_tensor(prox: Prox) -> None:
+    with pytest.raises(TypeError, match=r"x is one tensor, so each argument of its prox must be a number or a tensor"):
+        minimize(lambda x: (x - 1).square().sum(-1), torch.zeros(2, 3), prox=prox)

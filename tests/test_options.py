@@ -27,6 +27,7 @@ from energynet import (
     ImplicitAdjoint,
     LaggedWeights,
     MultiStart,
+    Nesterov,
     NeumannAdjoint,
     Newton,
     NewtonCG,
@@ -133,6 +134,7 @@ def test_objects_in_objects_are_looked_at_too() -> None:
         (lambda: implicit(energy, energy, symmetric="yes"), "symmetric must be True or False"),
         (lambda: implicit(3, energy), "solve must be a function"),
         (lambda: Progress(show=3), "show must be a function"),
+        (lambda: Nesterov(restart="no"), "Nesterov needs True or False as restart"),
     ):
         with pytest.raises(TypeError, match=says):
             wrong()

@@ -50,6 +50,10 @@ class Nesterov(Solver):
     contracts: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.MAP, Kind.ENERGY, Kind.BOUNDED})
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.restart, bool):
+            raise TypeError(f"Nesterov needs True or False as restart, got {self.restart!r}.")
+
     def init(self, problem: Problem, x0: Tensor) -> NesterovState | GuardedNesterovState:
         age = torch.ones_like(x0.detach().sum(-1))
         if isinstance(problem, Descent) and problem.guessed:
