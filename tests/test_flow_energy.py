@@ -8,10 +8,12 @@ import torch
 from scipy.ndimage import median_filter
 from torch import Tensor
 from torch.autograd.functional import hessian
+from torch.nn.functional import interpolate
 
 from energynet import HessianBlocks, LaggedWeights, NewtonCG, Termination, gradient, minimize
-from energynet.energies import FlowCorrection, FlowEnergy, OpticalFlow, flow_to_color, pyramid, warp
+from energynet.energies import Candidates, FlowCorrection, FlowEnergy, OpticalFlow, flow_to_color, pyramid, warp
 from energynet.energies.flow import Charbonnier, census, derivatives, smooth_weights
+from energynet.energies.flow_candidates import difference, matches
 from energynet.energies.flow_fields import OFFSETS, both_ends, inside, median, positions, resize_flow, visible
 from energynet.energies.flow_solver import Effort, lagged_weights
 from energynet.testing import check_energy
@@ -311,3 +313,71 @@ def test_what_leaves_the_frame_is_not_visible_and_levels_are_told() -> None:
     assert told == [(1, 2), (2, 2)]
     torch.testing.assert_close(estimate.back[..., 16:-16, 16:-16], -estimate.flow[..., 16:-16, 16:-16], atol=0.5, rtol=0)
     assert estimate.visible[..., 16:-16, 16:-16].double().mean() > 0.95
+
+
+# Long motions
+
+
+def test_matches_are_those_of_a_search_by_hand() -> None:
+    first, second = torch.rand(2, 2, 3, 7, 8, generator=torch.Generator().manual_seed(2), dtype=F64)
+    found, cost = matches(first, second, (2, 1), window=1)
+    for one, other, flows, costs in ((first, second, found[:2], cost[:2]), (second, first, found[2:], cost[2:])):
+        for b in range(2):
+            for i in range(7):
+                for j in range(8):
+                    away = {
+                        (x, y): float((one[b, :, i, j] - other[b, :, i + y, j + x]).abs().mean().clamp(max=0.6))
+                        for y in range(-2, 3) for x in range(-1, 2) if 0 <= i + y < 7 and 0 <= j + x < 8
+                    }  # fmt: skip
+                    assert float(costs[b, 0, i, j]) == pytest.approx(min(away.values()), abs=1e-15)
+                    assert away[tuple(flows[b, :, i, j].int().tolist())] == pytest.approx(min(away.values()), abs=1e-15)
+
+
+def test_differences_are_means_over_a_window() -> None:
+    one = torch.zeros(1, 1, 5, 5)
+    other = one.clone()
+    other[..., 2, 2] = 0.45
+    torch.testing.assert_close(difference(one, other, 3)[0, 0, 1:4, 1:4], torch.full((3, 3), 0.05))
+
+
+def moving_square(height: int = 96, width: int = 128, shift: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """A textured square of 14 pixels that moves to the right by more than its size, before a still background."""
+    generator = torch.Generator().manual_seed(1)
+    ground, square = (
+        interpolate(torch.rand(1, 1, *(-(-side // 3) for side in size), generator=generator), size=size, mode="bicubic")
+        for size in ((height, width), (14, 14))
+    )
+    first, second = ground.clone(), ground.clone()
+    first[..., 40:54, 30:44] = square
+    second[..., 40:54, 30 + shift : 44 + shift] = square
+    true = torch.zeros(1, 2, height, width)
+    true[:, 0, 40:54, 30:44] = shift
+    return first, second, true
+
+
+def test_a_small_object_that_moves_by_more_than_its_size_is_found() -> None:
+    first, second, true = moving_square()
+    inner = (..., slice(43, 51), slice(33, 41))
+    with_, without = (
+        OpticalFlow(FlowEnergy(), Effort(candidates=candidates))(first, second) for candidates in (Candidates(), None)
+    )
+    assert (with_ - true)[inner].norm(dim=1).mean() < 1e-3
+    assert (without - true)[inner].norm(dim=1).mean() > 10
+    assert (with_ - true).norm(dim=1).median() < 0.05
+
+
+def test_candidates_leave_a_right_flow_alone_and_levels_that_are_not_searched() -> None:
+    first, second, true = moving_square()
+    frames, back = torch.cat([first, second]), torch.zeros_like(true)
+    back[:, 0, 40:54, 45:59] = -15
+    seen = torch.cat([true, back])
+    found = Candidates().better(frames, seen)
+    assert ((found - seen).norm(dim=1) > 0).double().mean() < 0.02  # hidden pixels only
+    fine = torch.zeros(2, 2, 160, 160)
+    assert Candidates().better(torch.rand(2, 1, 160, 160), fine) is fine
+
+
+@pytest.mark.parametrize("wrong", [{"reach": 0.0}, {"window": 4}, {"ratio": 1.5}, {"margin": -0.1}])
+def test_wrong_numbers_of_candidates_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="reach must lie"):
+        Candidates(**wrong)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from energynet.energies.deep import ResidualPrior
 from energynet.energies.denoiser import Denoiser
 from energynet.energies.filters import Boundary, BoundedFilters, cosine_filters, filter_bank, largest_response
 from energynet.energies.flow import FlowEnergy
+from energynet.energies.flow_candidates import Candidates
 from energynet.energies.flow_correction import FlowCorrection
 from energynet.energies.flow_fields import flow_to_color, pyramid, warp
 from energynet.energies.flow_solver import Effort, FlowEstimate, OpticalFlow
@@ -24,6 +25,7 @@ __all__ = [
     "Boundary",
     "BoundedFilters",
     "BoundedNorm",
+    "Candidates",
     "Composed",
     "ConvexNetwork",
     "CosineStart",

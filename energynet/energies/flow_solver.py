@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from energynet.energies.flow import FlowEnergy
+from energynet.energies.flow_candidates import Candidates
 from energynet.energies.flow_fields import median, pyramid, resize_flow, visible
 
 
@@ -32,6 +33,7 @@ class Effort:
         inner: steps of conjugate gradients with the same weights.
         smallest: the shortest side of the coarsest level, in pixels.
         window: of the median between warps; 1 means none.
+        candidates: what may replace the flow where motions are long; None means nothing.
     """
 
     warps: int = 3
@@ -39,6 +41,7 @@ class Effort:
     inner: int = 10
     smallest: int = 16
     window: int = 5
+    candidates: Candidates | None = dataclasses.field(default_factory=Candidates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,8 @@ class OpticalFlow(nn.Module):
 
     On each level the second frame is warped several times and the energy of what is left is minimized by lagged weights, in a
     stated number of steps. After each warp a median removes outliers, and pixels whose backward flow disagrees
-    count as occluded: their data have no weight. No gradients are kept.
+    count as occluded: their data have no weight. On two coarse levels, `Candidates` replace the flow where motions are long. No
+    gradients are kept.
 
     Example:
         >>> OpticalFlow(FlowEnergy())(torch.rand(1, 1, 32, 40), torch.rand(1, 1, 32, 40)).shape
@@ -94,13 +98,18 @@ class OpticalFlow(nn.Module):
         pairs = pyramid(torch.cat([first, second]).mean(1, keepdim=True), self.effort.smallest)
         state = Level.coarsest(pairs[0])
         for number, frames in enumerate(pairs, 1):
-            state = state.on(frames)
+            state = self.finer(state, frames)
             for _ in range(self.effort.warps):
                 state = state.moved(self.improve(state))
             if on_level:
                 on_level(number, len(pairs))
         flow, back = state.flow.chunk(2)
         return FlowEstimate(flow, back, state.seen.chunk(2)[0] > 0.5)
+
+    def finer(self, state: "Level", frames: Tensor) -> "Level":
+        """The state on the level of these frames, with the candidates that are better."""
+        state, candidates = state.on(frames), self.effort.candidates
+        return state if candidates is None else state.moved(candidates.better(frames, state.flow))
 
     def improve(self, state: "Level") -> Tensor:  # -> (2 B, 2, H, W)
         """The flow after one more warp."""

@@ -127,7 +127,7 @@ def some_state(flow: OpticalFlow, first: Tensor, second: Tensor) -> Level:
     level, warps = _draw(max(len(pairs) - 4, 0), len(pairs)), _draw(0, flow.effort.warps)
     state = Level.coarsest(pairs[0])
     for frames in pairs[: level + 1]:
-        state = state.on(frames)
+        state = flow.finer(state, frames)
         for _ in range(warps if frames is pairs[level] else flow.effort.warps):
             state = state.moved(flow.improve(state))
     return state
