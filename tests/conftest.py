@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compiling import interpret
 from torch import Tensor
 
 from energynet import Compiled
@@ -12,6 +13,13 @@ def reproducible() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     Compiled().clear()
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded programs are run as they are instead of being compiled, unless the parameter is False."""
+    if getattr(request, "param", True):
+        monkeypatch.setattr("energynet.compiled.inductor.compile_graph", interpret)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

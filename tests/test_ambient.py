@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import COMPILER
 from torch import Tensor, nn
 
 from energynet import (
@@ -215,11 +216,16 @@ def test_every_adjoint_runs_in_the_autocast_of_the_forward(adjoint: Adjoint) -> 
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("solve", "make"), [WAYS[0], WAYS[2]])
-def test_compiled_adjoints_run_in_the_autocast_of_the_forward(solve: Callable[..., Tensor], make: type[nn.Module]) -> None:
-    mine, theirs = (derivatives(solve, make, inside, 1, driver=Compiled(strict=True)) for inside in (False, True))
-    for a, b, eager in zip(mine, theirs, derivatives(solve, make, False, 1), strict=True):
+@COMPILER
+@pytest.mark.parametrize(("solve", "make", "options"), [
+    pytest.param(call_minimize, Softplus, {"step_size": 0.5}, marks=pytest.mark.slow),
+    pytest.param(layer_nn, Tanh, {}, marks=pytest.mark.thorough),
+])  # fmt: skip
+def test_compiled_adjoints_run_in_the_autocast_of_the_forward(
+    solve: Callable[..., Tensor], make: type[nn.Module], options: dict[str, Any]
+) -> None:
+    mine, theirs = (derivatives(solve, make, inside, 1, driver=Compiled(strict=True), **options) for inside in (False, True))
+    for a, b, eager in zip(mine, theirs, derivatives(solve, make, False, 1, **options), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
         torch.testing.assert_close(a, eager, rtol=0, atol=0.1 * float(eager.abs().max()))
 

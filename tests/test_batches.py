@@ -3,13 +3,11 @@
 import logging
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from problems import TIGHT
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from energynet import (
     FPI_GD,
@@ -25,30 +23,9 @@ from energynet import (
     WarmStart,
     minimize,
 )
-from energynet.compiled.cache import MANY
 from energynet.linear import Dense
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-
-class Interpreted(fx.Interpreter):
-    """Runs a recorded program with its loops."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if str(target) != "while_loop":
-            return super().call_function(target, args, kwargs)
-        test, body, carry, fixed = (*map(Interpreted, args[:2]), list(args[2]), args[3])
-        while test.run(*carry, *fixed):
-            carry = list(body.run(*carry, *fixed))
-        return carry
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled(graph: fx.GraphModule, inputs: Any, options: Any, parts: int) -> Any:
-        return lambda tensors: Interpreted(graph).run(*tensors)
-
-    monkeypatch.setattr("energynet.compiled.inductor.compile_graph", compiled)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreted"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 def energy(x: Tensor, z: Tensor) -> Tensor:  # (B, 3), (B, 3) -> (B,)
@@ -71,20 +48,24 @@ def test_a_changed_batch_compiles_once_more(solver: Solver, caplog: pytest.LogCa
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("given", {
-    "rows": lambda n: torch.randn(2 * n, 3)[::2], "columns": lambda n: torch.randn(n, 6)[:, ::2],
-    "turned": lambda n: torch.randn(3, n).mT, "one": lambda n: torch.randn(1, 3).expand(n, 3),
-    "inner": lambda n: torch.randn(n, 2, 3).mT[..., 0],
-}.values())  # fmt: skip
-def test_a_batch_with_other_strides_compiles_once_more(given: Callable[[int], Tensor]) -> None:
-    driver = Compiled(strict=True)
+def test_a_batch_with_other_strides_compiles_once_more() -> None:
+    driver, options = Compiled(strict=True), {"solver": Picard(), "step_size": 0.3}
+
+    def total(x: Tensor, *zs: Tensor) -> Tensor:
+        return torch.stack([energy(x, z) for z in zs]).mean(0)
+
+    def contexts(n: int) -> list[Tensor]:
+        """Every other row, every other column, turned, one row for all, and a part from within."""
+        return [torch.randn(2 * n, 3)[::2], torch.randn(n, 6)[:, ::2], torch.randn(3, n).mT, torch.randn(1, 3).expand(n, 3),
+                torch.randn(n, 2, 3).mT[..., 0]]  # fmt: skip
+
     for size, programs in ((3, 1), (5, 2), (7, 2), (6, 2)):
-        z = given(size)
-        x = minimize(energy, torch.zeros(size, 3), z, solver=Picard(), step_size=0.4, driver=driver).value
-        torch.testing.assert_close(x, minimize(energy, torch.zeros(size, 3), z, solver=Picard(), step_size=0.4).value)
+        zs = contexts(size)
+        x = minimize(total, torch.zeros(size, 3), *zs, driver=driver, **options).value
+        torch.testing.assert_close(x, minimize(total, torch.zeros(size, 3), *zs, **options).value)
         assert driver.compilations == programs, size
     nothing = torch.zeros(0, 3)
-    assert minimize(energy, nothing, nothing, solver=Picard(), step_size=0.4, driver=driver).value.shape == (0, 3)
+    assert minimize(total, nothing, *[nothing] * 5, driver=driver, **options).value.shape == (0, 3)
     assert driver.compilations == 2
 
 
@@ -147,12 +128,13 @@ def test_an_attribute_by_the_name_of_a_global_is_not_that_global() -> None:
     layer = before
 
 
-def test_repeated_compilation_warns_and_names_the_change() -> None:
+def test_repeated_compilation_warns_and_names_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("energynet.compiled.cache.MANY", 2)
     model = Model()
-    for _ in range(MANY):
+    for _ in range(2):
         model.layer(torch.ones(4, 3))
         model.rate += 1.0
-    with pytest.warns(UserWarning, match=r"Model.energy reads has changed 8 times.*Model.rate: 8.0 → 9.0"):
+    with pytest.warns(UserWarning, match=r"Model.energy reads has changed 2 times.*Model.rate: 2.0 → 3.0"):
         model.layer(torch.ones(4, 3))
     model.rate += 1.0
     model.layer(torch.ones(4, 3))  # it is said once

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bounded import PROBLEMS, Bounded, active, by_scipy, evaluations, hessian, polished, problem
-from compiling import compiles
+from compiling import records
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
@@ -299,11 +299,9 @@ def test_what_is_refused() -> None:
     close(bounded(z, adjoint=UnrolledAdjoint(), step_size=0.3, solver=Picard()), bounded(z), 1e-10)
 
 
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("name", ["logistic regression", "Rosenbrock"])
-def test_the_compiled_driver_agrees(name: str) -> None:
-    p = problem(name)
+@records
+def test_the_compiled_driver_agrees() -> None:
+    p = problem("Rosenbrock")
     results = []
     for driver in (Eager(), Compiled(strict=True)):
         z = p.context.requires_grad_()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import compiles
+from compiling import records
 from torch import Tensor, nn
 
 from energynet import (
@@ -198,8 +198,7 @@ def test_a_budget_solve_can_continue_from_the_previous_one() -> None:
     torch.testing.assert_close(warm.start([0, 1, 2], torch.zeros_like(z)), found.value.detach())
 
 
-@compiles
-@pytest.mark.slow
+@records
 def test_both_drivers_agree() -> None:
     z, w = context()
     energy: Callable[..., Tensor] = quadratic

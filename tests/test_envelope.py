@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import records
 from problems import TIGHT, EncodedLogCosh, LogCosh, LogEnergy, some_context
 from torch import Tensor, nn
 
@@ -247,9 +248,9 @@ def test_hessians_of_autograd_functional(options: dict[str, Any], z: Tensor) -> 
     assert close(found, torch.diag((-1 / z.detach()).flatten()).reshape(2, 2, 2, 2))
 
 
-@pytest.mark.slow
+@records
 def test_the_compiled_driver_has_the_same_energy(z: Tensor) -> None:
-    found = answer_of(z, driver=Compiled()).energy
+    found = answer_of(z, driver=Compiled(strict=True)).energy
     assert close(found, closed_form(z)) and close(torch.autograd.grad(found.sum(), z)[0], -(z / THETA).log())
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from compiling import records
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -79,7 +80,10 @@ def timeless_history(text: str) -> list[str]:
     return [line.rsplit(",", 2)[0] for line in text.splitlines()]  # without seconds and memory
 
 
-@pytest.mark.parametrize(("method", "folds"), [("fpi-gd", 1), ("fpi-nn", 1), ("mlp", 1), ("mlp", 2), ("logistic", 3)])
+@pytest.mark.parametrize(("method", "folds"), [
+    ("fpi-gd", 1), pytest.param("fpi-nn", 1, marks=pytest.mark.slow), pytest.param("mlp", 1, marks=pytest.mark.slow),
+    pytest.param("mlp", 2, marks=pytest.mark.slow), ("logistic", 3),
+])  # fmt: skip
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(method: str, folds: int, data: Data, tmp_path: Path) -> None:
     setup = setup_for(data, method, replace(OPTIONS, folds=folds))
     whole = run_one(setup, Plan(tmp_path / "whole"), QUIET)
@@ -404,11 +408,13 @@ def test_list_names_tasks_methods_and_data(folder: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "multilabel", "--help"], ["report", "--help"]])
-def test_help_is_whole_in_a_narrow_window(arguments: list[str]) -> None:
-    environment = {**os.environ, "COLUMNS": "40", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "energynet", *arguments]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True).stdout
-    assert "…" not in told and "\x1b" not in told
+def test_help_is_whole_in_a_narrow_window(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, told = invoke(capsys, *arguments)
+    assert code == 0 and "…" not in told and "\x1b" not in told
     assert max(len(line) for line in told.splitlines()) <= 50
 
 
@@ -422,6 +428,7 @@ def test_a_round_in_words() -> None:
     assert told == "loss 1.000, ex-F1 50.0, steps 2.0 + 0.0, converged 50.0 %, 3 updates failed"
 
 
+@pytest.mark.slow
 def test_rates_are_tuned_once_on_held_out_rows(data: Data, tmp_path: Path) -> None:
     setup = setup_for(data, "sklearn-logistic")
     assert isinstance(setup.rival, FittedRival)
@@ -435,6 +442,7 @@ def test_rates_are_tuned_once_on_held_out_rows(data: Data, tmp_path: Path) -> No
     assert tuned_rates(poisoned, Plan(tmp_path), QUIET) == first  # what is known is not tried again
 
 
+@pytest.mark.slow
 def test_interrupted_tuning_goes_on_where_it_was(data: Data, tmp_path: Path) -> None:
     setup, seen = setup_for(data, "mlp", replace(OPTIONS, updates=4)), []
 
@@ -512,9 +520,9 @@ def test_tensorboard_gets_every_round(data: Data, tmp_path: Path) -> None:
     assert "threshold" in events.Tags()["scalars"] and "forward_steps" not in events.Tags()["scalars"]
 
 
-@pytest.mark.slow
+@records
 def test_compiled_solves_give_what_eager_ones_give(data: Data, tmp_path: Path) -> None:
-    setup = setup_for(data, "fpi-gd", replace(OPTIONS, updates=4))
+    setup = setup_for(data, "fpi-gd", replace(OPTIONS, updates=2))
     eager, compiled = (
         run_one(replace(setup, compiled=choice), Plan(tmp_path / str(choice), test=False), QUIET) for choice in (False, True)
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import compiles
+from compiling import records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import TIGHT
@@ -296,7 +296,7 @@ def test_broadcasting_over_other_samples_is_refused() -> None:
         torch.testing.assert_close(energy(x, y, right), energy(x, y, 0.5))
 
 
-@compiles
+@records
 def test_compiled_solve_as_eager() -> None:
     energy = image_energy(Boundary.INSIDE)  # the smallest program: the C++ compiler takes minutes on a busy machine
     y = torch.randn(2, 1, 6, 6, dtype=DOUBLE)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compiling import compiles
+from compiling import records
 from problems import TIGHT
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
@@ -206,7 +206,7 @@ def test_refusals() -> None:
             LaggedWeights(**wrong)  # type: ignore[arg-type]
 
 
-@compiles
+@records
 def test_compiled() -> None:
     z = context(2)
     solver = LaggedWeights(preconditioner=HessianDiagonal())

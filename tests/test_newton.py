@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from compiling import compiles
+from compiling import records
 from problems import TIGHT, Contraction, LogCosh, LogEnergy, newton_minimum, some_context
 from torch import Tensor, nn
 
@@ -196,7 +196,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(x.double(), exact, rtol=0, atol=30 * torch.finfo(dtype).eps)
 
 
-@compiles
+@records
 def test_a_program_takes_the_same_steps() -> None:
     driver = Compiled(strict=True)
     for batch in (3, 4):  # the second is compiled for every size
@@ -212,7 +212,7 @@ def test_a_program_takes_the_same_steps() -> None:
         assert (got.num_steps - expected.num_steps).abs().max() <= 1
 
 
-@compiles
+@records
 def test_a_program_leaves_a_saddle() -> None:
     saddle = lambda x: (x[:, 0] ** 2 - 1) ** 2 + x[:, 1] ** 2  # noqa: E731
     x0 = torch.tensor([[0.01, 1.0], [-0.01, 1.0]], dtype=torch.float64)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import compiles
+from compiling import records
 from problems import TIGHT, LogEnergy
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
@@ -118,6 +118,7 @@ def test_derivatives_agree_with_differences(energy: Energy, M: Any) -> None:
     assert gradgradcheck(solve, context(1), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("energy", "M"), PAIRS[:3], ids=IDS[:3])
 def test_transforms(energy: Energy, M: Any) -> None:
     z = context(1, requires_grad=False)[0]
@@ -238,7 +239,7 @@ def test_refusals() -> None:
         minimize(Chain(), torch.zeros_like(z), z, solver=NewtonCG(preconditioner=HessianBlocks()))
 
 
-@compiles
+@records
 def test_compiled() -> None:
     z, M = context(2), HessianDiagonal()
 

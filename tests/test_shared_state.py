@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiling import records
 from problems import TIGHT
 from torch import Tensor, nn
 
@@ -559,7 +560,7 @@ def test_functions_that_refer_to_themselves_and_to_one_another() -> None:
 # ------------------------------------------------------------------------------------------------- compiled
 
 
-@pytest.mark.slow
+@records
 def test_compiled_solves_are_of_the_energy_of_their_time() -> None:
     from energynet import Compiled
 

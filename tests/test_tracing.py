@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compiling import compiles
+from compiling import records
 from problems import TIGHT, LogCosh, some_context
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -180,7 +180,7 @@ def test_the_identity_of_an_energy_is_multiplied() -> None:
     assert "aten.mm.default" in body_of(lambda x: torch.eye(4) @ x)
 
 
-@compiles
+@records
 def test_the_columns_of_a_linear_map_are_written_into_and_not_its_matrix() -> None:
     A = torch.arange(12.0).view(3, 4)
     found = []
