@@ -16,10 +16,12 @@ def reproducible() -> None:
 
 
 @pytest.fixture
-def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorded programs are run as they are instead of being compiled, unless the parameter is False."""
-    if getattr(request, "param", True):
+def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Recorded programs are run as they are instead of being compiled, unless the parameter is False; returns whether."""
+    chosen = bool(getattr(request, "param", True))
+    if chosen:
         monkeypatch.setattr("energynet.compiled.inductor.compile_graph", interpret)
+    return chosen
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
