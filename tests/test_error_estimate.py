@@ -1,5 +1,6 @@
 """When a solve says that it converged: in any units, beyond rounding, at minima only, and of maps as far as they contract."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,6 +81,24 @@ def test_minimizers_escape_from_saddles_on_the_way_and_at_the_start(solver: Solv
     assert solution.converged.all() or isinstance(solver, Anderson | Broyden)  # these may go anywhere
     found = solution.value[solution.converged, 0]
     torch.testing.assert_close(found.abs(), torch.ones_like(found), rtol=0, atol=3e-8)
+
+
+@pytest.mark.parametrize("prox", [None, Box(-2.0, 2.0)], ids=repr)
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_escape_from_a_maximum_without_curvature(n: int, prox: Prox | None) -> None:
+    """−x⁴ + x⁶ has neither slope nor curvature at 0; its minima are at x² = 2/3."""
+    x0 = torch.zeros(3, n, dtype=torch.float64)
+    x0[1] = 0.5
+    solution = minimize(lambda x: (-x.pow(4) + x.pow(6)).sum(-1), x0, prox=prox)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value.abs(), torch.full_like(x0, (2 / 3) ** 0.5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("energy", [lambda x: x.pow(4).sum(-1), lambda x: 0 * x.sum(-1) + 1], ids=["x⁴", "constant"])
+def test_a_minimum_without_curvature_is_kept(energy: Callable[[Tensor], Tensor]) -> None:
+    for n in (2, 30):
+        solution = minimize(energy, torch.zeros(2, n, dtype=torch.float64))
+        assert solution.converged.all() and not solution.value.any() and not solution.num_steps.any()
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1e6])

@@ -45,8 +45,8 @@ class NewtonStep(NamedTuple):
     length: Tensor  # (*batch), ‖H⁻¹∇E‖ without components that are below rounding errors
     sure: Tensor  # (*batch) bool, whether the curvature is known along every direction that contributes
     settled: Tensor  # (*batch) bool, whether the gradient itself is below its rounding error
-    saddle: Tensor  # (*batch) bool, whether there is a direction of negative curvature
-    direction: Tensor  # (*batch, n), that direction, of length 1/√κ for the curvature −κ
+    saddle: Tensor  # (*batch) bool, whether there is a direction of negative curvature, or neither slope nor curvature
+    direction: Tensor  # (*batch, n), that direction, of length 1/√κ for the curvature −κ; without any curvature a fixed one
 
 
 def newton_step(problem: Descent, x: Tensor, energy: Tensor, gradient: Tensor, effort: Effort) -> NewtonStep:
@@ -91,7 +91,9 @@ def _whole(matrix: Tensor, x: Tensor, energy: Tensor, gradient: Tensor, effort: 
     linear = (largest == 0) & (gradient != 0).any(-1)
     length = torch.where(finite, torch.where(linear, torch.inf, step.length), torch.nan)
     direction = (step.direction / unit.sqrt().unsqueeze(-1)).to(gradient.dtype)
-    return step._replace(length=length, settled=step.settled & ~linear, direction=direction)
+    flat = (largest == 0) & ~linear & finite  # a maximum of higher order, as of −x⁴, or a constant
+    direction = torch.where(flat.unsqueeze(-1), some_direction(torch.zeros_like(gradient)), direction)
+    return step._replace(length=length, settled=step.settled & ~linear, saddle=step.saddle | flat, direction=direction)
 
 
 class _Scaled(NamedTuple):
@@ -184,6 +186,9 @@ def _along_some(product: Callable[[Tensor], Tensor], x: Tensor, energy: Tensor, 
     saddle = (done.bend < -NEGATIVE * eps * done.top).squeeze(-1)
     length = torch.where(torch.isfinite(largest), length, torch.nan)
     falling = normalized(done.falling) * (torch.where(done.bend < 0, -done.bend, 1) * rows).rsqrt()
+    if probe is not None:
+        constant = (largest == 0) & (size == 0)
+        saddle, falling = saddle | constant, torch.where(constant.unsqueeze(-1), probe.to(falling.dtype), falling)
     return NewtonStep(length, ~flat | (left == 0), size <= noise, saddle, falling)
 
 
