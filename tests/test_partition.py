@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiling import compiles, compiles_thoroughly
+from compiling import COMPILER, compiles, compiles_thoroughly
 from torch import Tensor, nn
 
 from energynet import Compiled, Driver, Eager, Energy, NewtonCG, Picard, Status, Termination, minimize
@@ -42,26 +42,29 @@ def context(size: int, n: int) -> Tensor:
     return torch.randn(size, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def derivatives(energy: Energy, z: Tensor, **options: Any) -> list[Tensor]:
+def derivatives(energy: Energy, z: Tensor, order: int, **options: Any) -> list[Tensor]:
     z = z.clone().requires_grad_()
     x = minimize(energy, torch.zeros_like(z), z, termination=TIGHT, **options).value
-    first = torch.autograd.grad(x.square().sum(), [z, *energy.parameters()], create_graph=True)
+    first = torch.autograd.grad(x.square().sum(), [z, *energy.parameters()], create_graph=order > 1)
+    if order == 1:
+        return [x.detach(), *first]
     second = torch.autograd.grad(sum(g.square().sum() for g in first), [z, *energy.parameters()])
     return [x.detach(), *(t.detach() for t in (*first, *second))]
 
 
-@compiles
+@COMPILER
+@pytest.mark.parametrize("order", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.thorough)])
 @pytest.mark.usefixtures("two_threads")
-def test_values_and_derivatives_of_every_order_as_of_the_whole_batch() -> None:
+def test_values_and_derivatives_of_every_order_as_of_the_whole_batch(order: int) -> None:
     size, n = 128, 40
     energy, z, driver = Curved(n, size), context(size, n), Compiled(strict=True)
-    expected = derivatives(energy, z, step_size=0.7, driver=Eager())
-    got = derivatives(energy, z, step_size=0.7, driver=driver)
+    expected = derivatives(energy, z, order, step_size=0.7, driver=Eager())
+    got = derivatives(energy, z, order, step_size=0.7, driver=driver)
     for e, g in zip(expected, got, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9)
     before = driver.compilations
     assert {key[3] for key in driver._programs._exact.values} == {2}  # every program was one of two parts
-    for e, g in zip(expected, derivatives(energy, z, step_size=0.7, driver=driver), strict=True):
+    for e, g in zip(expected, derivatives(energy, z, order, step_size=0.7, driver=driver), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9)
     assert driver.compilations == before
 
