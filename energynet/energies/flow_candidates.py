@@ -104,8 +104,8 @@ def matches(first: Tensor, second: Tensor, reach: tuple[int, int], window: int) 
     cost = torch.full((2 * count, 1, *sides), torch.inf, dtype=first.dtype, device=first.device)
     found = torch.zeros(2 * count, 2, *sides, dtype=first.dtype, device=first.device)
     for shift in itertools.product(*(range(-min(r, side - 1), min(r, side - 1) + 1) for r, side in zip(reach, sides))):
-        here = (..., *(slice(max(0, -s), side - max(0, s)) for s, side in zip(shift, sides)))
-        there = (..., *(slice(max(0, s), side - max(0, -s)) for s, side in zip(shift, sides)))
+        (top, bottom), (left, right) = (overlap(s, side) for s, side in zip(shift, sides))
+        here, there = (..., top, left), (..., bottom, right)
         apart = difference(first[here], second[there], window)
         for part, where, sign in ((slice(count), here, 1), (slice(count, None), there, -1)):
             known, flow = cost[part][where], found[part][where]
@@ -113,3 +113,8 @@ def matches(first: Tensor, second: Tensor, reach: tuple[int, int], window: int) 
             known.copy_(torch.where(better, apart, known))
             flow.copy_(torch.where(better, flow.new_tensor([sign * shift[1], sign * shift[0]])[:, None, None], flow))
     return found, cost
+
+
+def overlap(shift: int, side: int) -> tuple[slice, slice]:
+    """The places that stay inside when they move by a shift, and where they move to."""
+    return slice(max(0, -shift), side - max(0, shift)), slice(max(0, shift), side - max(0, -shift))
