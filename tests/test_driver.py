@@ -331,7 +331,7 @@ import warnings, torch
 from energynet import Compiled, minimize
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
-    x = minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(2, 3), torch.ones(2, 3), step_size=0.4,
+    x = minimize(lambda x, z: (x - z).square().sum(-1), torch.zeros(2, 3), torch.ones(2, 3), step_size=0.5,
                  driver=Compiled()).value
 assert torch.allclose(x, torch.ones(2, 3), atol=1e-4), x
 print([str(w.message) for w in told if "could not be compiled" in str(w.message)])
