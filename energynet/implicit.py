@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from energynet._torch import tree as _tree
+from energynet._torch.numbers import check_function
 from energynet.engine.adjoint import ImplicitAdjoint
-from energynet.engine.options import check_batch_dims, check_flag, check_function
+from energynet.engine.options import check_batch_dims, check_flag
 from energynet.engine.root_gradient import Adjoint
 from energynet.engine.validation import check_options
 from energynet.solution import ConvergenceError, OnFailure

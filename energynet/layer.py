@@ -7,10 +7,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from energynet._torch import tree as _tree
+from energynet._torch.numbers import check_function
 from energynet.energy import Energy, EnergyLike
 from energynet.engine.driver import Driver
 from energynet.engine.held import Held
-from energynet.engine.options import check_batch_dims, check_function, check_start, check_step_size
+from energynet.engine.options import check_batch_dims, check_start, check_step_size
 from energynet.engine.purity import unchanged
 from energynet.engine.root_gradient import Adjoint
 from energynet.engine.validation import check_options

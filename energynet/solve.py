@@ -9,6 +9,7 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import opaque, readable, recording, tracing, transform_active, unhooked
+from energynet._torch.numbers import check_function
 from energynet._torch.tree import Layout
 from energynet.energy import Energy, EnergyLike
 from energynet.engine.adjoint import ImplicitAdjoint
@@ -19,7 +20,7 @@ from energynet.engine.driver import Driver, Eager
 from energynet.engine.envelope import EnergyOf
 from energynet.engine.equation import Arguments, Root
 from energynet.engine.failed_samples import encoded_apart
-from energynet.engine.options import check_batch_dims, check_flag, check_function
+from energynet.engine.options import check_batch_dims, check_flag
 from energynet.engine.purity import unchanged, unwatched
 from energynet.engine.root_gradient import Adjoint, Method, RootAdjoint
 from energynet.engine.tasks import Outcome

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import gradient_of_sum
-from energynet._torch.numbers import check_number
+from energynet._torch.numbers import check_function, check_number
 from energynet.energy import EnergyLike, encode, evaluate
 
 
@@ -90,10 +90,16 @@ class MapStep(Step):
     Args:
         network: a contraction in its first argument.
 
+    Raises:
+        TypeError: if it is not given a function.
+
     Source: arXiv 2002.02868, FPI_NN.
     """
 
     network: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        check_function(self.network, "the network of a MapStep")
 
     def probe(self, x: Any, *code: Any) -> Any:
         return self.network(x, *code)
@@ -118,6 +124,9 @@ class GradientStep(Step):
         energy: E(x, \\*context) -> ``(B,)``.
         step_size: γ, a float, a 0-d tensor or one value per sample ``(B,)``; None: a solver that needs it estimates it.
 
+    Raises:
+        TypeError: if it is not given a function.
+
     Source: arXiv 2002.02868, FPI_GD.
     """
 
@@ -125,6 +134,9 @@ class GradientStep(Step):
     step_size: float | Tensor | None = None
     symmetric: ClassVar[bool] = True
     normalized: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_function(self.energy, "the energy of a GradientStep")
 
     @property
     def guessed(self) -> bool:  # type: ignore[override]
@@ -218,12 +230,18 @@ class OptimalityStep(Step):
     Args:
         condition: F(x, \\*context) -> like x.
         symmetric: whether ∂F/∂x is symmetric, as it is if F is a gradient.
+
+    Raises:
+        TypeError: if it is not given a function.
     """
 
     condition: Callable[..., Any]
     symmetric: bool = False  # type: ignore[misc]
     normalized: ClassVar[bool] = False
     step_size: ClassVar[None] = None  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        check_function(self.condition, "the condition of an OptimalityStep")
 
     def optimality(self, x: Any, *code: Any) -> Any:
         return self.condition(x, *code)

@@ -22,15 +22,18 @@ from energynet import (
     DampedStep,
     Eager,
     Energy,
+    GradientStep,
     HessianBlocks,
     HessianDiagonal,
     ImplicitAdjoint,
     LaggedWeights,
+    MapStep,
     MultiStart,
     Nesterov,
     NeumannAdjoint,
     Newton,
     NewtonCG,
+    OptimalityStep,
     Picard,
     Progress,
     ProjectedLBFGS,
@@ -257,3 +260,11 @@ def test_a_damping_and_a_norm_are_looked_at_too() -> None:
     for wrong in ("max", 2, None):
         with pytest.raises(TypeError, match="Termination needs a function as its norm, such as max_norm, got"):
             Termination(norm=wrong)
+
+
+@pytest.mark.parametrize("make", [MapStep, GradientStep, OptimalityStep, lambda f: DampedStep(f, damping=0.5)])
+def test_a_step_without_a_function_is_refused_by_its_constructor(make: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"must be a function or a module, but int cannot be called"):
+        make(3)
+    with pytest.raises(TypeError, match=r"Did you mean an instance, Linear\(\)\?"):
+        make(nn.Linear)

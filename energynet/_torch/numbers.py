@@ -1,4 +1,4 @@
-"""Checks of the numbers that are passed to constructors; the message names the object, its argument and what was passed."""
+"""Checks of the arguments that are passed to constructors; the message names the object, its argument and what was passed."""
 
 import numbers
 from collections.abc import Callable
@@ -36,6 +36,15 @@ def check_number(owner: Any, name: str, allowed: str, inside: Callable[[float], 
         return
     other = " or None" if optional else ""
     raise ValueError(f"{type(owner).__name__} needs a number {name} {allowed}{other}, got {_shown(value)}.")
+
+
+def check_function(function: Any, name: str) -> None:
+    """Refuse an object that cannot be called, and a class where an instance is meant."""
+    if isinstance(function, type):
+        raise TypeError(f"{name} must be a function or a module, but {_shown(function)} was passed. Did you mean an instance, "
+                        f"{function.__name__}()?")  # fmt: skip
+    if not callable(function):
+        raise TypeError(f"{name} must be a function or a module, but {type(function).__name__} cannot be called.")
 
 
 def _is(value: Any, kind: type) -> bool:

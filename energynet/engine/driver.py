@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from energynet._torch.numbers import check_number, check_whole
+from energynet._torch.numbers import check_function, check_number, check_whole
 from energynet.engine.binding import Binding
 from energynet.engine.loop import RUNNING, LoopState
-from energynet.engine.options import check_function, expect
+from energynet.engine.options import expect
 from energynet.engine.tasks import Task
 from energynet.step import Step
 

@@ -103,12 +103,3 @@ def check_start(start: Any) -> None:
             f"start must be a tensor, a pytree of tensors or a function of the context, but {_shown(start)} was passed. For a "
             "constant, write start=lambda z: torch.full_like(z, 5.0); for an array, torch.as_tensor(array)."
         )
-
-
-def check_function(function: Any, name: str) -> None:
-    """Refuse an object that cannot be called, and a class where an instance is meant."""
-    if isinstance(function, type):
-        raise TypeError(f"{name} must be a function or a module, but {_shown(function)} was passed. Did you mean an instance, "
-                        f"{function.__name__}()?")  # fmt: skip
-    if not callable(function):
-        raise TypeError(f"{name} must be a function or a module, but {type(function).__name__} cannot be called.")
