@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from energynet._torch import tree as _tree
+from energynet.compiled.layouts import layout
+from energynet.compiled.simplify import simplify
 
 
 def record_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, limit: int | Tensor,
@@ -50,7 +52,7 @@ def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> list[Ten
     result = []
     for t in tensors:
         base = t._base
-        if base is not None and _layout(base) == _layout(t):  # they share memory, though fake tensors may not say so
+        if base is not None and layout(base) == layout(t):  # they share memory, though fake tensors may not say so
             t = base  # a copy of the same elements would be optimized away
         own = t.is_contiguous() and not t._is_view() and t.untyped_storage()._cdata not in taken
         result.append(t if own else t.clone(memory_format=torch.contiguous_format))
@@ -72,7 +74,9 @@ def _subgraph(function: Callable[..., Any], examples: Sequence[Tensor]) -> tuple
     with disable_proxy_modes_tracing():
         fresh = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in examples]
         graph = make_fx(function, recorded_as(), _allow_non_fake_inputs=True)(*fresh)
-    return graph, lift(graph)
+    captured = lift(graph)
+    simplify(graph)
+    return graph, captured
 
 
 def lift(graph: fx.GraphModule) -> list[Tensor]:
@@ -125,13 +129,7 @@ def _once(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """A key that is the same for two views of the same elements."""
-    return tensor.untyped_storage()._cdata, *_layout(tensor)
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """The position and interpretation of the elements in memory, as text because sizes may be symbolic."""
-    where = (tensor.storage_offset(), *tensor.size(), *tensor.stride())
-    return *map(str, where), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return tensor.untyped_storage()._cdata, *layout(tensor)
 
 
 def _widen(graph: fx.GraphModule, position: int, count: int) -> None:

@@ -17,6 +17,7 @@ from energynet._torch import tree as _tree
 from energynet._torch.autodiff import recording_program
 from energynet.compiled.cuda_graphs import Recordings
 from energynet.compiled.loops import lift, record_loop
+from energynet.compiled.simplify import simplify
 
 _OFFSET = re.compile(r" and L\['t\d+'\]\.storage_offset\(\) == 0")  # irrelevant, because a program receives addresses
 CPU = "cpu"  # here loops are machine code, so no CUDA graph has to be recorded
@@ -48,6 +49,7 @@ class Program:
         with _alone(), torch.no_grad(), recording_program(record_loop), ValuesUnread(), mode:
             graph = make_fx(lambda *t: list(function(*t)), recorded_as(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
+        simplify(graph)
         """Tensors that the function captures."""
         if any(lazy(t) for t in self.captured):
             raise RuntimeError("it captures a lazily conjugated or negated tensor: take its .resolve_conj().resolve_neg()")

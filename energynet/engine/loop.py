@@ -84,7 +84,7 @@ def loop(
             an accelerator, which has to be synchronized for each check.
         batch: the samples, where values can be read; the last few running ones may then continue as a smaller batch.
     """
-    if tracing() and not solver.descends:
+    if tracing() and not solver.descends and not solver.measures_first:
         _ = problem.gamma  # computed once and not in each update
     every = every or (1 if x0.device.type == "cpu" else PATIENCE)
     state = _begin(problem, solver, termination, x0)

@@ -45,6 +45,7 @@ class BiCGSTAB(Solver):
     Source: van der Vorst (1992).
     """
 
+    measures_first: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.LINEAR, Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
 

@@ -53,6 +53,7 @@ class ConjugateGradient(Solver):
     """
 
     sees_saddles: ClassVar[bool] = True
+    measures_first: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
     preconditioner: Preconditioner | None = None

@@ -41,6 +41,7 @@ class Dense(Solver):
     """
 
     sees_saddles: ClassVar[bool] = True
+    measures_first: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.LINEAR, Kind.SYMMETRIC})
 
     def init(self, problem: Linear, x0: Tensor) -> DenseState:

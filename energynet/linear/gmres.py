@@ -59,6 +59,7 @@ class GMRES(Solver):
     """
 
     restart: int = 20
+    measures_first: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.LINEAR, Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
 

@@ -50,6 +50,7 @@ class MINRES(Solver):
     Source: Paige and Saunders (1975); the stopping rule for singular systems is that of Choi, Paige and Saunders (2011).
     """
 
+    measures_first: ClassVar[bool] = True
     solves: ClassVar[frozenset[Kind]] = frozenset({Kind.SYMMETRIC})
     exact_residual: ClassVar[bool] = False
 
