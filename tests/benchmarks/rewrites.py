@@ -17,7 +17,7 @@ import torch
 import torch._inductor.config
 from torch._inductor.decomposition import select_decomp_table
 
-from energynet import Compiled
+from energynet import Compiled, Newton, Picard, Solver
 from energynet.compiled import decompositions, inductor
 
 from . import command
@@ -28,6 +28,7 @@ from .w2_batch import Batch
 from .w3_labels import Labels
 from .w4_images import Images
 from .work import Task, Work, prepare
+from .workload import FixedStepWorkload
 
 IN_PLACE = "energynet.compiled.inductor.in_place"
 
@@ -76,25 +77,27 @@ REWRITES = [
     Rewrite("zeroth powers, and `ones_like`", table(aten.pow.Tensor_Scalar, aten.ones_like.default)),
     Rewrite("cosh and sinh by one exponential", table(aten.cosh.default, aten.sinh.default)),
 ]
-WORKLOADS = [
-    (Single, Task.GRADIENT), (Single, Task.JACOBIAN), (Batch, Task.GRADIENT), (Labels, Task.GRADIENT), (Images, Task.GRADIENT),
-]
+WORKLOADS: list[tuple[type[FixedStepWorkload], Task, Solver]] = [
+    (Single, Task.GRADIENT, Picard()), (Single, Task.JACOBIAN, Picard()), (Batch, Task.GRADIENT, Picard()),
+    (Labels, Task.GRADIENT, Picard()), (Images, Task.GRADIENT, Picard()), (Single, Task.GRADIENT, Newton()),
+    (Batch, Task.GRADIENT, Newton()),
+]  # fmt: skip
 
 
 class Ours(OursCompiled):
     """With programs of its own, since drivers of another capacity share none."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, solver: Solver) -> None:
         super().__init__()
-        self.driver = Compiled(strict=True, capacity=capacity)
+        self.driver, self.forward_solver = Compiled(strict=True, capacity=capacity), solver
 
 
-def calls(work: Work, task: Task) -> list[tuple[Rewrite | None, Call]]:
+def calls(work: Work, task: Task, solver: Solver) -> list[tuple[Rewrite | None, Call]]:
     """What is timed, compiled: first with all changes, then with all but one."""
     found: list[tuple[Rewrite | None, Call]] = []
     for k, rewrite in enumerate([None, *REWRITES]):
         with rewrite.left_out() if rewrite else contextlib.nullcontext():
-            call = Ours(1000 + k).call(work, task)
+            call = Ours(1000 + k, solver).call(work, task)
             call()
         found.append((rewrite, call))
     return found
@@ -115,19 +118,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=command.positive, default=9)
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time, on a busy machine")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
-    parser.add_argument("--only", nargs="*", help="names of workloads, such as W1")
-    parser.add_argument("--json", type=Path, help="where to keep the ratios")
+    parser.add_argument("--only", nargs="*", help="workloads whose titles begin so, such as W1")
+    parser.add_argument("--json", type=Path, help="where to keep the ratios, beside those that are there")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    kept: dict[str, dict[str, float]] = {rewrite.title: {} for rewrite in REWRITES}
+    kept: dict[str, dict[str, float]] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     torch._inductor.config.fx_graph_cache = False  # a program of an earlier run would hide what is left out
-    for workload, task in WORKLOADS:
-        if options.only and workload.name not in options.only:
+    for workload, task, solver in WORKLOADS:
+        title = f"{workload.name} {task.value}" + ("" if solver == Picard() else f", {type(solver).__name__}")
+        if options.only and not any(title.startswith(name) for name in options.only):
             continue
         work = prepare(workload().problem(Options(quick=options.quick)), [Task.FORWARD, task])
-        racers = calls(work, task)
+        racers = calls(work, task, solver)
         (_, everything), *others = racers
-        title = f"{workload.name} {task.value}"
         print(f"\n{title}: {seconds(everything, None, clock, 0.5) * 1e3:.3f} ms with all; without", flush=True)
         for rewrite, call in others:
             assert rewrite is not None
@@ -136,8 +139,8 @@ def main() -> None:
                 before = seconds(everything, None, clock, 0.05)
                 took = seconds(call, rewrite, clock, 0.05)
                 ratios.append(2 * took / (before + seconds(everything, None, clock, 0.05)))
-            kept[rewrite.title][title] = round(statistics.median(ratios), 3)
-            print(f"  {rewrite.title:46}{kept[rewrite.title][title]:7.2f} times as long", flush=True)
+            ratio = kept.setdefault(rewrite.title, {})[title] = round(statistics.median(ratios), 3)
+            print(f"  {rewrite.title:46}{ratio:7.2f} times as long", flush=True)
         if options.json:
             options.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 

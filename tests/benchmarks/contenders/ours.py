@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from energynet import FPI_GD, AdjointReport, Compiled, Driver, Eager, Energy, ImplicitAdjoint, Picard, Termination
+from energynet import FPI_GD, AdjointReport, Compiled, Driver, Eager, Energy, ImplicitAdjoint, Picard, Solver, Termination
 
 from .. import ops
 from ..harness import OURS
@@ -31,16 +31,16 @@ class Written(Energy):
 
 
 class _Ours(Differentiable, ABC):
-    """Gradient steps of the same length, stopped by the distance from the answer; conjugate gradients backward."""
+    """Gradient steps of the same length, or another solver, stopped by the distance; conjugate gradients backward."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+    def __init__(self, driver: Driver, solver: Solver | None = None) -> None:
+        self.driver, self.forward_solver = driver, solver or Picard()
 
     def layer(self, work: Work, report: AdjointReport | None = None) -> FPI_GD:
         problem = work.problem
         backward = Termination(rtol=problem.adjoint_tolerance, max_steps=problem.max_steps)
         return FPI_GD(
-            Written(problem.formula), work.step_size, start=problem.x0, solver=Picard(), driver=self.driver,
+            Written(problem.formula), work.step_size, start=problem.x0, solver=self.forward_solver, driver=self.driver,
             termination=Termination(atol=work.distance, rtol=0.0, max_steps=problem.max_steps),
             adjoint=ImplicitAdjoint(termination=backward, report=report),
         )  # fmt: skip
