@@ -136,7 +136,7 @@ def test_what_is_not_finite_or_diverges_is_still_a_failure() -> None:
         minimize(quadratic, torch.zeros_like(z), bad, w, step_size=0.1, termination=THREE)
     with pytest.raises(ConvergenceError, match="DIVERGED"):
         fixed_point(lambda x: 100 * x + 1, torch.zeros(1, 1), termination=Termination(budget=50))
-    with pytest.raises(ValueError, match="budget must be"):
+    with pytest.raises(ValueError, match="whole number budget"):
         Termination(budget=-1)
     with pytest.raises(ConvergenceError, match=r"MAX_STEPS.*Termination\(budget="):
         minimize(quadratic, torch.zeros_like(z), z, w, step_size=0.1, termination=Termination(max_steps=3))
