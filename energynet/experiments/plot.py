@@ -28,10 +28,10 @@ def plot_curves(runs: Runs, task: type[Task], title: str, path: Path) -> None:
     column = task.columns[task.choice]
     figure = _figure()
     loss, chosen, steps, converged = figure.subplots(2, 2).flatten()
-    _lines(loss, runs, "training loss", lambda one: one.loss)
+    _lines(loss, runs, "training loss", lambda one: one.loss if one.updates else None)  # what is fitted at once has none
     _lines(chosen, runs, f"held-out {column.heading}", lambda one: column.scale * one.figures[task.choice])
-    _lines(steps, runs, "mean steps a training batch", lambda one: one.forward_steps)
-    _lines(steps, runs, "mean steps a training batch", lambda one: one.adjoint_steps, dashed=True)
+    _lines(steps, runs, "mean steps per training batch", lambda one: one.forward_steps)
+    _lines(steps, runs, "mean steps per training batch", lambda one: one.adjoint_steps, dashed=True)
     _lines(converged, runs, "samples converged (%)", lambda one: None if one.converged is None else 100 * one.converged)
     chosen.legend(frameon=False, fontsize=9)
     _explain_steps(steps)
