@@ -377,6 +377,14 @@ def test_candidates_leave_a_right_flow_alone_and_levels_that_are_not_searched() 
     assert Candidates().better(torch.rand(2, 1, 160, 160), fine) is fine
 
 
+def test_a_candidate_from_which_the_search_does_not_lead_back_is_not_taken() -> None:
+    first, second, _ = moving_square()
+    first[..., 40:54, 60:74] = first[..., 40:54, 30:44]  # two squares, of which the second frame shows one
+    found = Candidates().better(torch.cat([first, second]), torch.zeros(2, 2, 96, 128))
+    left, right = (found[0, 0, 45:49, columns : columns + 4].abs().amax() for columns in (35, 65))
+    assert {float(left), float(right)} == {0.0, 15.0}
+
+
 @pytest.mark.parametrize("wrong", [{"reach": 0.0}, {"window": 4}, {"ratio": 1.5}, {"margin": -0.1}])
 def test_wrong_numbers_of_candidates_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="reach must lie"):
