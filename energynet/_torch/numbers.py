@@ -15,7 +15,7 @@ def check_whole(owner: Any, name: str, least: int = 1, optional: bool = False) -
     if (optional and value is None) or (_is(value, numbers.Integral) and value >= least):
         return
     other = " or None" if optional else ""
-    raise ValueError(f"{type(owner).__name__} needs a whole number {name} ≥ {least}{other}, got {_shown(value)}.")
+    raise ValueError(f"{type(owner).__name__} needs a whole number {name} ≥ {least}{other}, got {shown(value)}.")
 
 
 def check_number(owner: Any, name: str, allowed: str, inside: Callable[[float], bool], optional: bool = False) -> None:
@@ -35,13 +35,13 @@ def check_number(owner: Any, name: str, allowed: str, inside: Callable[[float], 
     if (optional and value is None) or (_is(value, numbers.Real) and inside(value)):
         return
     other = " or None" if optional else ""
-    raise ValueError(f"{type(owner).__name__} needs a number {name} {allowed}{other}, got {_shown(value)}.")
+    raise ValueError(f"{type(owner).__name__} needs a number {name} {allowed}{other}, got {shown(value)}.")
 
 
 def check_function(function: Any, name: str) -> None:
     """Refuse an object that cannot be called, and a class where an instance is meant."""
     if isinstance(function, type):
-        raise TypeError(f"{name} must be a function or a module, but {_shown(function)} was passed. Did you mean an instance, "
+        raise TypeError(f"{name} must be a function or a module, but {shown(function)} was passed. Did you mean an instance, "
                         f"{function.__name__}()?")  # fmt: skip
     if not callable(function):
         raise TypeError(f"{name} must be a function or a module, but {type(function).__name__} cannot be called.")
@@ -51,5 +51,6 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message."""
     return f"the class {value.__qualname__}" if isinstance(value, type) else repr(value)

@@ -49,8 +49,8 @@ class Program:
         with _alone(), torch.no_grad(), recording_program(record_loop), ValuesUnread(), mode:
             graph = make_fx(lambda *t: list(function(*t)), recorded_as(), _allow_non_fake_inputs=True)(*fakes)
         self.captured = lift(graph)
-        simplify(graph)
         """Tensors that the function captures."""
+        simplify(graph)
         if any(lazy(t) for t in self.captured):
             raise RuntimeError("it captures a lazily conjugated or negated tensor: take its .resolve_conj().resolve_neg()")
         guard = self._shapes.produce_guards_expression(fakes, ignore_static=False) if any(dynamic) else None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from energynet._torch import tree as _tree
 from energynet._torch.autodiff import readable
+from energynet._torch.numbers import shown
 from energynet.solution import POLICIES
 
 _EXAMPLES = {"Solver": "LBFGS()", "Termination": "Termination(rtol=1e-3)", "Adjoint": "ImplicitAdjoint()", "Driver": "Compiled()"}
@@ -23,11 +24,7 @@ def expect(value: Any, kind: type, name: str, optional: bool = True) -> None:
     example = _EXAMPLES.get(kind.__name__, f"{kind.__name__}()")
     article, hint = "an" if kind.__name__[0] in "AE" else "a", _meant(value, kind)
     meant = f" Did you mean {hint}?" if hint else ""
-    raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}, but {_shown(value)} was passed.{meant}")
-
-
-def _shown(value: Any) -> str:
-    return f"the class {value.__qualname__}" if isinstance(value, type) else f"{value!r}"
+    raise TypeError(f"{name} must be {article} {kind.__name__}, such as {example}, but {shown(value)} was passed.{meant}")
 
 
 def _meant(value: Any, kind: type) -> str | None:
@@ -51,7 +48,7 @@ def _kinds(kind: type) -> list[type]:
 def check_flag(value: Any, name: str) -> None:
     """Refuse any value except True and False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, but {_shown(value)} was passed.")
+        raise TypeError(f"{name} must be True or False, but {shown(value)} was passed.")
 
 
 def check_policy(on_failure: Any) -> None:
@@ -85,7 +82,7 @@ def check_step_size(size: Any) -> None:
             return
     elif isinstance(size, bool) or not isinstance(size, (int, float)):
         raise TypeError(
-            f"step_size must be a positive number or a tensor, but {_shown(size)} was passed. If it is left out, one is chosen "
+            f"step_size must be a positive number or a tensor, but {shown(size)} was passed. If it is left out, one is chosen "
             "for each sample."
         )
     elif 0 < size < float("inf"):
@@ -100,6 +97,6 @@ def check_start(start: Any) -> None:
     leaves = _tree.leaves(start)
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError(
-            f"start must be a tensor, a pytree of tensors or a function of the context, but {_shown(start)} was passed. For a "
+            f"start must be a tensor, a pytree of tensors or a function of the context, but {shown(start)} was passed. For a "
             "constant, write start=lambda z: torch.full_like(z, 5.0); for an array, torch.as_tensor(array)."
         )
